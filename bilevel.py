@@ -1,0 +1,207 @@
+"""The ScaleBiO penalty step: learn source weights with first-order gradients only.
+
+| paper       | code             | meaning                                                   |
+|-------------|------------------|-----------------------------------------------------------|
+| λ ∈ R^S     | `lam`            | logits of the S sources, replicated on every rank         |
+| p           | `probs`          | softmax(λ): source weights, sum to 1                      |
+| w, u        | `w`, `u`         | two copies of the model                                   |
+| ℓ_i(w)      | `source_loss[i]` | mean loss over the samples of source i                    |
+| L1(w)       | `val_loss`       | mean validation loss                                      |
+| L2(λ, w)    |                  | Σ_i p_i ℓ_i(w), the weighted training loss                |
+| α           | `alpha`          | penalty multiplier                                        |
+
+    upper:    min_λ L1(w*(λ))             lower:  w*(λ) = argmin_w L2(λ, w)
+    penalty:  min_{λ,w} max_u  L1(w) + α [L2(λ, w) − L2(λ, u)]
+
+The inner maximum over u is −α min_u L2(λ, u), so u tracks w*(λ), and one step is
+
+    u ← AdamW(u, g_u)   g_u = ∇_u α L2(λ, u)
+    w ← AdamW(w, g_w)   g_w = ∇_w [L1(w) + α L2(λ, w)]
+    λ ← Adam (λ, g_λ)   g_λ = α ∇_λ [L2(λ, w) − L2(λ, u)] = α Jᵀ (ℓ(w) − ℓ(u)),   J = ∂p/∂λ
+
+with all three gradients taken at the old (λ, w, u). Source: Pan et al., ScaleBiO, ACL 2025,
+arXiv 2406.19976. This file knows nothing of language models, shards or LISA: w and u are any two
+modules, and a micro-batch is any object with a field `group`.
+
+Shapes: S sources, b samples of one micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class SourceWeights(nn.Module):
+    """p = softmax(λ) and Adam on λ. Starts uniform.
+
+    To weight something else (single samples, features of a sample), replace this class by any
+    module with `probs() -> (S,)`, differentiable in its parameters, and `update`.
+    """
+
+    def __init__(self, n_sources: int, dtype: torch.dtype = torch.float32, lr: float = 1e-2):
+        super().__init__()
+        self.lam = nn.Parameter(torch.zeros(n_sources, dtype=dtype))
+        self.lr = lr
+        self.reset_optimizer()
+
+    def reset_optimizer(self) -> None:
+        """Forget Adam's moments, as when alpha changes the scale of g_λ.
+
+        Differs from the paper's code: no weight decay, which would pull p towards uniform.
+        """
+        self.opt = torch.optim.Adam([self.lam], lr=self.lr, betas=(0.9, 0.999), eps=1e-8)
+
+    def get_extra_state(self) -> dict:
+        """Adam's part of `state_dict()`, so that a run can be resumed."""
+        return self.opt.state_dict()
+
+    def set_extra_state(self, state: dict) -> None:
+        self.opt.load_state_dict(state)
+
+    def probs(self) -> Tensor:
+        return self.lam.softmax(0)  # (S,)
+
+    def update(self, gap: Tensor) -> None:
+        """λ ← Adam(λ, Jᵀ gap), for gap = ∂(penalty)/∂p = α (ℓ(w) − ℓ(u)), (S,)."""
+        self.opt.zero_grad()
+        self.probs().backward(gap)
+        self.opt.step()
+
+
+@dataclass
+class StepStats:
+    """What one step saw, all at the old (λ, w, u), over the global batch."""
+
+    source_loss_w: Tensor  # (S,), NaN for a source that is absent from the batch
+    source_loss_u: Tensor  # (S,), likewise
+    val_loss: float
+    grad_norm_w: float  # of g_w / alpha, before clipping
+    grad_norm_u: float  # of g_u / alpha, before clipping
+    finite: bool  # if not, nothing was updated
+    stop: bool  # some rank asked to stop
+
+
+class PenaltyStep:
+    """One single-loop step of the penalty problem on any two modules.
+
+    A toy problem: two sources that pull a scalar to 0 and to 1, validation at 0.8.
+
+        class Point(nn.Module):
+            def __init__(self): super().__init__(); self.x = nn.Parameter(torch.zeros(()))
+        batch = lambda target, group: SimpleNamespace(
+            target=torch.tensor(target), group=torch.tensor(group))
+        w, u = Point(), Point()
+        opts = [torch.optim.SGD(m.parameters(), 0.2) for m in (w, u)]
+        step = PenaltyStep(w, u, *opts, SourceWeights(2, lr=0.02), alpha=10,
+                           losses=lambda m, batch: (m.x - batch.target) ** 2)
+        for _ in range(1000):
+            step.step([batch([0.0, 1.0], [0, 1])], [batch([0.8], [2])], torch.tensor([1, 1, 1]))
+        step.sources.probs()                                          # about [0.2, 0.8]
+
+    w, u        modules of equal shape, under FSDP2 or on one process
+    opt_w/u     objects with `param_groups`, `step()` and `zero_grad()`: a torch optimiser or Lisa
+    sources     SourceWeights, or a module like it
+    alpha       penalty multiplier; g_λ has a bias of O(1/alpha) once w and u have converged
+    losses      (module, micro-batch) -> losses of its samples, (b,)
+    clip        largest norm of g_w / alpha and of g_u / alpha; 0 = off
+    on_micro    called with (module, is it the pass's last) before each micro-batch: a sharded
+                module can put off its reduction of gradients
+    """
+
+    def __init__(
+        self,
+        w: nn.Module,
+        u: nn.Module,
+        opt_w,
+        opt_u,
+        sources: SourceWeights,
+        alpha: float,
+        losses: Callable[..., Tensor] = lambda model, batch: model(batch.tokens, batch.labels),
+        clip: float = 0.0,
+        on_micro: Callable[[nn.Module, bool], None] = lambda model, last: None,
+    ):
+        self.w, self.u, self.opt_w, self.opt_u = w, u, opt_w, opt_u
+        self.sources, self.alpha, self.losses = sources, alpha, losses
+        self.clip, self.on_micro = clip, on_micro
+
+    def step(self, train: list, val: list, counts: Tensor, stop: bool = False) -> StepStats:
+        """Update u, w and λ once. Collective: every rank calls it.
+
+        train, val  this rank's micro-batches; `group` (b,) is the source's index, S for validation
+        counts      (S + 1,) samples of each group in the global batch, known before any forward
+        stop        ask all ranks to stop; comes back in the stats of each
+        """
+        probs = self.sources.probs().detach()
+        n_sources = len(probs)
+        n = counts.to(probs)
+        coverage = (n[:-1].sum() / n_sources).clamp(max=1)  # c_i: share of steps with source i
+        present = n[:-1] > 0
+
+        # What is back-propagated is Σ_j coef[group_j] ℓ_j = L2 + L1 / α, that is g / α: neither
+        # Adam's moments nor clipping then depend on α.
+        coef = torch.cat([probs / (coverage * n[:-1].clamp(min=1)), 1 / (self.alpha * n[-1:])])
+        sum_u = self._backward(self.u, train, coef)
+        sum_w = self._backward(self.w, [*train, *val], coef)
+
+        norms = torch.stack([_local_square_norm(opt).to(sum_u) for opt in (self.opt_u, self.opt_w)])
+        asked = torch.tensor([float(stop)]).to(sum_u)
+        total = torch.cat([sum_u[:-1], sum_w, norms, asked])  # (2S + 4,)
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        total = total.to(probs.device)  # the step's one wait for the device
+        sum_u, sum_w, norms, asked = total.split([n_sources, n_sources + 1, 2, 1])
+
+        loss_u, loss_w = sum_u / n[:-1], sum_w[:-1] / n[:-1]  # 0 / 0 = NaN where absent
+        norm_u, norm_w = norms.sqrt().tolist()
+        finite = bool(total.isfinite().all())
+        if finite:
+            self._update(self.opt_u, norm_u)
+            self._update(self.opt_w, norm_w)
+            gap = torch.where(present, (loss_w - loss_u) / coverage, 0)
+            self.sources.update(self.alpha * gap)
+        self.opt_u.zero_grad()
+        self.opt_w.zero_grad()
+        val_loss = (sum_w[-1] / n[-1]).item()
+        return StepStats(loss_w, loss_u, val_loss, norm_w, norm_u, finite, asked.item() > 0)
+
+    def _backward(self, model: nn.Module, batches: list, coef: Tensor) -> Tensor:
+        """Gradients of Σ_j coef[group_j] ℓ_j over all ranks; returns the local Σ ℓ_j by group."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        sums = None
+        for i, batch in enumerate(batches):
+            self.on_micro(model, i == len(batches) - 1)
+            losses = self.losses(model, batch)  # (b,)
+            group = batch.group.to(losses.device)
+            if sums is None:
+                # FSDP and DDP average gradients over the ranks; the objective is their sum.
+                scale = (coef * world).to(losses.device)
+                groups = torch.arange(len(coef), device=losses.device)[:, None]
+                sums = torch.zeros_like(scale)
+            (scale[group] * losses).sum().backward()
+            # A masked sum, not a scatter: the same bits each time on every device, so that the gap
+            # of two equal copies is exactly zero.
+            sums += torch.where(groups == group, losses.detach(), 0).sum(1)  # (S + 1,)
+        return sums
+
+    def _update(self, opt, norm: float) -> None:
+        """One optimiser step on gradients scaled down to norm `clip`."""
+        if self.clip and norm > self.clip:
+            torch._foreach_mul_(_local_grads(opt), self.clip / norm)
+        opt.step()
+
+
+def _local_grads(opt) -> list[Tensor]:
+    params: Iterable[Tensor] = (p for group in opt.param_groups for p in group["params"])
+    grads = [p.grad for p in params if p.grad is not None]
+    return [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+
+
+def _local_square_norm(opt) -> Tensor:
+    """This rank's share of ‖gradient‖², in the gradients' dtype."""
+    return torch.stack(torch._foreach_norm(_local_grads(opt))).square().sum()

@@ -1,0 +1,595 @@
+"""Records to tokens to deterministic, stratified micro-batches.
+
+    source = load_dataset("alpaca.json", tokenizer, "alpaca", max_length=512, cache_dir="cache")
+    batches = Batches([source, …], val, batch_size=64, val_batch_size=64,
+                      micro_batch_size=8, seed=0)
+    train, val, counts = batches.step(t)  # a pure function of t: a resume needs only the step
+
+A file is read once, as Alpaca, ShareGPT, chat or text records, tokenised, and kept as memory-mapped
+arrays in a cache. Every batch has the same number of samples of each source (stratified).
+
+B batch, T time (tokens of the longest sample, padded), S sources.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from templates import encode_conversations
+from tokenizer import Tokenizer, Turns, byte_tokenizer, load_tokenizer
+
+__all__ = ["Batches", "Dataset", "MicroBatch", "Problems", "byte_tokenizer", "eval_batches",
+           "load_dataset", "load_tokenizer", "overlap", "read_records"]
+
+FORMAT_VERSION = 1  # of a cache entry; raise it when the arrays or the tokenisation change
+CHUNK = 1 << 20  # characters read at a time
+IGNORE = -100  # label of a position without loss
+
+
+# ---------------------------------------------------------------------------------------------
+# Records
+
+
+class Problems:
+    """What is wrong with the user's input: the first 60 lines are kept, all are counted."""
+
+    shown = 60
+
+    def __init__(self):
+        self.lines, self.count = [], 0
+
+    def add(self, problem: str) -> None:
+        self.count += 1
+        if self.count <= self.shown:
+            self.lines.append(problem)
+
+    def raise_if_any(self) -> None:
+        """ValueError with all lines."""
+        if self.count > self.shown:
+            self.lines.append(f"… and {self.count - self.shown} more")
+        if self.lines:
+            raise ValueError("\n".join(self.lines))
+
+
+def read_records(path: str | os.PathLike) -> list[tuple[int, Turns]]:
+    """(line number, turns) of each record; ValueError with a line "path:line: …" per problem."""
+    problems = Problems()
+    records = list(iter_records(path, problems))
+    if not records and not problems.count:
+        problems.add(f"{path}: no records")
+    problems.raise_if_any()
+    return records
+
+
+def iter_records(path: str | os.PathLike, problems: Problems) -> Iterator[tuple[int, Turns]]:
+    """Stream the records of a JSON array or JSON Lines file, gzipped or not."""
+    kind = None
+    try:
+        for line, record in _json_values(path, problems):
+            try:
+                if not isinstance(record, dict):
+                    raise ValueError(f"the record is {type(record).__name__}, not an object")
+                kind = kind or _format_of(record)
+                yield line, FORMATS[kind](record)
+            except ValueError as error:
+                problems.add(f"{path}:{line}: {error}")
+    except (OSError, EOFError, zlib.error) as error:
+        problems.add(f"{path}: {getattr(error, 'strerror', None) or error}")
+
+
+def _format_of(record: dict) -> str:
+    """The format whose keys the record has; it then holds for the whole file."""
+    for kind, keys in KEYS.items():
+        if all(key in record for key in keys):
+            return kind
+    found = ", ".join(map(repr, record))[:100] or "none"
+    known = "; ".join(", ".join(keys) for keys in KEYS.values())
+    raise ValueError(f"unknown record, of keys {found}; expected {known}")
+
+
+KEYS = {
+    "alpaca": ("instruction", "output"),
+    "sharegpt": ("conversations",),
+    "sharegpt items": ("items",),
+    "chat": ("messages",),
+    "text": ("text",),
+}
+
+ANSWERS = ("assistant", "text")  # the roles whose text has loss
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
+         "gpt": "assistant", "model": "assistant"}
+
+
+def _alpaca(record: dict) -> Turns:
+    context = _string(record, "input") if record.get("input") is not None else ""
+    turns = [("user", _string(record, "instruction")), ("input", context)]
+    return [turn for turn in turns if turn[0] == "user" or turn[1]] + [
+        ("assistant", _string(record, "output"))
+    ]
+
+
+def _conversation(key: str, role_key: str, text_key: str, record: dict) -> Turns:
+    if key not in record:
+        raise ValueError(f"lacks '{key}'")
+    messages = record[key]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"'{key}' is not a list of messages")
+    turns = []
+    for n, message in enumerate(messages):
+        where = f"{key}[{n}]."
+        if not isinstance(message, dict):
+            raise ValueError(f"'{key}[{n}]' is {type(message).__name__}, not an object")
+        role = _string(message, role_key, where)
+        if role not in ROLES:
+            known = ", ".join(ROLES)
+            raise ValueError(f"'{where}{role_key}' is {role[:40]!r}, not one of {known}")
+        turns.append((ROLES[role], _string(message, text_key, where)))
+    return turns
+
+
+def _string(record: dict, key: str, where: str = "") -> str:
+    if key not in record:
+        raise ValueError(f"lacks '{where}{key}'")
+    value = record[key]
+    if not isinstance(value, str):
+        raise ValueError(f"'{where}{key}' is {type(value).__name__}, not a string")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"'{where}{key}' holds a lone surrogate or broken UTF-8") from None
+    return value
+
+
+FORMATS = {
+    "alpaca": _alpaca,
+    "sharegpt": lambda record: _conversation("conversations", "from", "value", record),
+    "sharegpt items": lambda record: _conversation("items", "from", "value", record),
+    "chat": lambda record: _conversation("messages", "role", "content", record),
+    "text": lambda record: [("text", _string(record, "text"))],
+}
+
+
+def _json_values(path: str | os.PathLike, problems: Problems) -> Iterator[tuple[int, object]]:
+    """(line, value) of each record of a JSON array or JSON Lines; broken JSON is a problem."""
+    with open(path, "rb") as file:
+        opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
+    # Bytes that are not UTF-8 become lone surrogates, which `_string` refuses with the line.
+    with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
+        start = next((text for text in iter(lambda: file.read(4096), "") if text.strip()), "")
+        file.seek(0)
+        if start.lstrip().startswith("["):
+            array = JsonArray(file)
+            try:
+                yield from array.items()
+            except (ValueError, RecursionError) as error:
+                problems.add(f"{path}:{array.line}: {_json_error(error)}")
+            return
+        for line, text in enumerate(file, start=1):
+            if text.strip():
+                try:
+                    value = json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    problems.add(f"{path}:{line}: {_json_error(error)}")
+                else:
+                    yield line, value
+
+
+def _json_error(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    return f"broken JSON: {getattr(error, 'msg', error)}"
+
+
+class JsonArray:
+    """The items of one array, decoded in pieces: memory holds a piece, not the file.
+
+    Reading ends at the first broken item, for there is no telling where the next one starts.
+    """
+
+    decoder = json.JSONDecoder()
+    space = re.compile(r"\s*")
+
+    def __init__(self, file):
+        self.file, self.line = file, 1  # the line of text[at]
+        self.text, self.at = "", 0
+
+    def items(self) -> Iterator[tuple[int, object]]:
+        """(line, item); ValueError or RecursionError at `self.line`."""
+        self._expect("[")
+        if self._peek() != "]":
+            while True:
+                self._peek()
+                line = self.line
+                yield line, self._item()
+                if self._peek() != ",":
+                    break
+                self._expect(",")
+        self._expect("]")
+        if self._peek():
+            raise ValueError("text after the end of the array")
+
+    def _grow(self) -> bool:
+        """Read on, dropping what is done; False at the end of the file."""
+        rest = self.text[self.at:]
+        more = self.file.read(max(CHUNK, len(rest)))  # doubling keeps a huge item linear
+        self.text, self.at = rest + more, 0
+        return bool(more)
+
+    def _move(self, end: int) -> None:
+        self.line += self.text.count("\n", self.at, end)
+        self.at = end
+
+    def _peek(self) -> str:
+        """The next character that is not space; "" at the end of the file."""
+        while True:
+            self._move(self.space.match(self.text, self.at).end())
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._grow():
+                return ""
+
+    def _expect(self, char: str) -> None:
+        found = self._peek()
+        if found != char:
+            wanted = "',' or ']'" if char == "]" else f"{char!r}"
+            raise ValueError(f"expected {wanted}, found {found or 'the end of the file'!r}")
+        self._move(self.at + 1)
+
+    def _item(self) -> object:
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                # Either broken or cut off by the end of the piece: then the error is there.
+                cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - 16
+                if cut and self._grow():
+                    continue
+                self._move(error.pos)
+                raise
+            self._move(end)
+            return value
+
+
+# ---------------------------------------------------------------------------------------------
+# Datasets
+
+
+@dataclass
+class Dataset:
+    """Tokenised samples, in one array; a token t without loss is stored as ~t."""
+
+    tokens: np.ndarray  # int32, of all samples one after another; a memory map if cached
+    starts: np.ndarray  # int64, where each sample starts in `tokens`
+    lengths: np.ndarray  # int64
+    hashes: np.ndarray  # uint64, of each whole record before truncation
+    lines: np.ndarray  # int64, line number of each record in the file
+    max_length: int
+    path: str = ""
+    sha256: str = ""  # of the file's contents
+    dropped: dict[str, int] = field(default_factory=dict)  # records left out, by reason
+    duplicates: int = 0  # records that repeat an earlier one; they are kept
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def example(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, labels), int64; labels are the tokens, or -100 where there is no loss."""
+        stored = self.tokens[self.starts[i] : self.starts[i] + self.lengths[i]].astype(np.int64)
+        return np.where(stored < 0, ~stored, stored), np.where(stored < 0, IGNORE, stored)
+
+    def select(self, which: np.ndarray) -> Dataset:
+        """The samples of an index or boolean array, sharing the tokens."""
+        names = ("starts", "lengths", "hashes", "lines")
+        return replace(self, **{name: getattr(self, name)[which] for name in names})
+
+    @classmethod
+    def from_records(
+        cls, records: Iterable[Turns], tokenizer: Tokenizer, template: str, max_length: int
+    ) -> Dataset:
+        """Tokenise records in memory."""
+        dropped = Counter()
+        numbered = enumerate(records, start=1)
+        parts = list(_tokenise(numbered, tokenizer, template, max_length, dropped))
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in ARRAYS}
+        digest = hashlib.sha256(arrays["hashes"].tobytes()).hexdigest()
+        return cls._of_arrays(arrays, max_length, sha256=digest, dropped=dict(dropped))
+
+    @classmethod
+    def _of_arrays(cls, arrays: dict[str, np.ndarray], max_length: int, **rest) -> Dataset:
+        starts = np.cumsum(arrays["lengths"]) - arrays["lengths"]
+        rest.setdefault("duplicates", len(starts) - len(np.unique(arrays["hashes"])))
+        return cls(starts=starts, max_length=max_length, **arrays, **rest)
+
+
+ARRAYS = {"tokens": np.int32, "lengths": np.int64, "hashes": np.uint64, "lines": np.int64}
+
+
+def _tokenise(
+    records: Iterable[tuple[int, Turns]],
+    tokenizer: Tokenizer,
+    template: str,
+    max_length: int,
+    dropped: Counter,
+    size: int = 4096,
+) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays of a Dataset, a part of `size` records at a time."""
+    records = iter(records)
+    yield {name: np.zeros(0, dtype) for name, dtype in ARRAYS.items()}  # there may be no records
+    while part := list(itertools.islice(records, size)):
+        answered = []
+        for line, turns in part:
+            turns = _up_to_last_answer(turns)
+            if turns and all(text.strip() for role, text in turns if role in ANSWERS):
+                answered.append((line, turns))
+        dropped["empty answer"] += len(part) - len(answered)
+        samples = encode_conversations(tokenizer, template, [t for _, t in answered], max_length)
+        kept = [n for n, (_, has_loss) in enumerate(samples) if any(has_loss)]
+        dropped["no response token left after truncation"] += len(answered) - len(kept)
+        stored = [np.where(samples[n][1], samples[n][0], ~np.array(samples[n][0])) for n in kept]
+        yield {
+            "tokens": np.concatenate([np.zeros(0, np.int32), *stored]).astype(np.int32),
+            "lengths": np.array([len(tokens) for tokens in stored], np.int64),
+            "hashes": np.array([_record_hash(answered[n][1]) for n in kept], np.uint64),
+            "lines": np.array([answered[n][0] for n in kept], np.int64),
+        }
+
+
+def _up_to_last_answer(turns: Turns) -> Turns:
+    """A conversation without what follows its last answer: nothing there has loss."""
+    ends = [n for n, (role, _) in enumerate(turns, start=1) if role in ANSWERS]
+    return turns[: ends[-1]] if ends else []
+
+
+def _record_hash(turns: Turns) -> int:
+    text = json.dumps(turns, ensure_ascii=True).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def overlap(train: Dataset, other: Dataset) -> np.ndarray:
+    """Boolean array over `train`: which of its records are, as a whole, in `other` too."""
+    return np.isin(train.hashes, other.hashes)
+
+
+# ---------------------------------------------------------------------------------------------
+# The cache: a directory per (file contents, tokenizer, template, max_length)
+
+
+def load_dataset(
+    path: str | os.PathLike,
+    tokenizer: Tokenizer,
+    template: str,
+    max_length: int,
+    cache_dir: str | os.PathLike,
+) -> Dataset:
+    """Tokenise a file, or map what an earlier call left in `cache_dir`.
+
+    Any number of processes may call this at once: one builds, the others wait for it. ValueError
+    with a line "path:line: …" per problem; then nothing is cached.
+    """
+    try:
+        digest = _sha256(path)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    key = json.dumps([FORMAT_VERSION, digest, tokenizer.fingerprint, template, max_length])
+    cache_dir = Path(cache_dir)
+    entry = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32]
+    found = _map_entry(entry)
+    if found is None:
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with open(entry.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes
+                found = _map_entry(entry)  # another process may have built it meanwhile
+                if found is None:
+                    _build_entry(entry, path, tokenizer, template, max_length)
+                    found = _map_entry(entry)
+        except OSError as error:
+            raise ValueError(f"{cache_dir}: cannot write the cache: {error.strerror}") from None
+    arrays, meta = found
+    return Dataset._of_arrays(arrays, max_length, path=str(path), sha256=digest, **meta)
+
+
+def _build_entry(entry: Path, path, tokenizer: Tokenizer, template: str, max_length: int) -> None:
+    """Write the arrays under a temporary name, then rename: an entry is whole or absent."""
+    problems, dropped = Problems(), Counter()
+    temporary = entry.with_suffix(".tmp")
+    for stale in (temporary, entry):  # of a build that died; damaged
+        if stale.exists():
+            shutil.rmtree(stale)
+    temporary.mkdir()
+    try:
+        with contextlib.ExitStack() as stack:
+            files = {
+                name: stack.enter_context(open(temporary / f"{name}.bin", "wb")) for name in ARRAYS
+            }
+            records = iter_records(path, problems)
+            for part in _tokenise(records, tokenizer, template, max_length, dropped):
+                for name, file in files.items():
+                    file.write(part[name].tobytes())
+        hashes = np.fromfile(temporary / "hashes.bin", np.uint64)
+        if not len(hashes) and not problems.count:
+            reasons = [f"{n} dropped: {reason}" for reason, n in dropped.items() if n]
+            problems.add(f"{path}: no records{' left: ' * bool(reasons)}{', '.join(reasons)}")
+        problems.raise_if_any()
+        meta = {"dropped": dict(dropped), "duplicates": len(hashes) - len(np.unique(hashes))}
+        checks = {name: _check(temporary / f"{name}.bin") for name in ARRAYS}
+        checks["meta"] = zlib.crc32(json.dumps(meta).encode())
+        (temporary / "meta.json").write_text(json.dumps({"meta": meta, "checks": checks}))
+        temporary.rename(entry)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _map_entry(entry: Path) -> tuple[dict[str, np.ndarray], dict] | None:
+    """(arrays, meta) of a cache entry; None if it is absent or damaged."""
+    try:
+        content = json.loads((entry / "meta.json").read_text())
+        files = {name: entry / f"{name}.bin" for name in ARRAYS}
+        checks = {name: _check(file) for name, file in files.items()}
+        checks["meta"] = zlib.crc32(json.dumps(content["meta"]).encode())
+        if checks != content["checks"]:
+            return None
+        arrays = {name: np.memmap(files[name], dtype, "r") for name, dtype in ARRAYS.items()}
+        return arrays, content["meta"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _check(file: Path) -> list[int]:
+    """[size, CRC-32] of a file."""
+    size = file.stat().st_size
+    return [size, zlib.crc32(np.memmap(file, np.uint8, mode="r")) if size else 0]
+
+
+def _sha256(path: str | os.PathLike) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+
+
+@dataclass
+class MicroBatch:
+    """Samples of one forward pass, right-padded: causal attention then needs no mask."""
+
+    tokens: torch.Tensor  # (B, T) int64
+    labels: torch.Tensor  # (B, T) int64; labels[:, t] is tokens[:, t], -100 where there is no loss
+    group: torch.Tensor  # (B,) int64: index of the source, S for validation, -1 for a filler
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """Copy without a wait. Labels stay: the model picks the positions with loss on the host."""
+        if torch.device(device).type == "cpu":
+            return self
+
+        def move(x: torch.Tensor) -> torch.Tensor:
+            return x.pin_memory().to(device, non_blocking=True)
+
+        return MicroBatch(move(self.tokens), self.labels, move(self.group))
+
+
+Sample = tuple[int, int]  # (group, index within its dataset)
+
+
+def _collate(
+    datasets: list[Dataset], samples: list[Sample], pad_to: int, groups: list[int] | None = None
+) -> MicroBatch:
+    examples = [datasets[group].example(i) for group, i in samples]
+    longest = max(len(tokens) for tokens, _ in examples)
+    limit = max(datasets[group].max_length for group, _ in samples)
+    width = min(-(-longest // pad_to) * pad_to, limit)
+    tokens = torch.zeros(len(samples), width, dtype=torch.int64)  # (B, T)
+    labels = torch.full((len(samples), width), IGNORE)  # (B, T)
+    for row, (ids, targets) in enumerate(examples):
+        tokens[row, : len(ids)] = torch.from_numpy(ids)
+        labels[row, : len(ids)] = torch.from_numpy(targets)
+    return MicroBatch(tokens, labels, torch.tensor(groups or [group for group, _ in samples]))
+
+
+class Batches:
+    """Stratified global batches of S sources, and a validation batch beside each.
+
+    With B = q S + r, every batch has q samples of each source and one more of r sources, which
+    take turns: counted through all steps, extra sample n belongs to source n mod S. So the number
+    of samples taken from source i before step t has the closed form
+
+        before(i, t) = q t + ⌈(r t − i) / S⌉
+
+    and sample k of source i is at place k mod n_i of its permutation number k // n_i.
+    """
+
+    def __init__(
+        self,
+        sources: list[Dataset],
+        val: Dataset | None,
+        batch_size: int,
+        val_batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        pad_to: int = 8,
+    ):
+        assert batch_size % world == 0 and val_batch_size % world == 0
+        self.datasets = [*sources, *([val] if val is not None else [])]
+        self.n_sources = len(sources)
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size
+        self.micro_batch_size, self.pad_to = micro_batch_size, pad_to
+        self.seed, self.rank, self.world = seed, rank, world
+        self.steps_per_epoch = -(-sum(map(len, sources)) // batch_size)
+        self._permutations = {}  # group -> (epoch, permutation), the last one used
+
+    def step(self, t: int) -> tuple[list[MicroBatch], list[MicroBatch], torch.Tensor]:
+        """This rank's training and validation micro-batches of step t, and the global counts.
+
+        counts (S + 1,): samples of each source in the global batch, then of validation.
+        """
+        S = self.n_sources
+        train = [self._samples(i, self._before(i, t), self._before(i, t + 1)) for i in range(S)]
+        val = []
+        if len(self.datasets) > S:
+            val = self._samples(S, t * self.val_batch_size, (t + 1) * self.val_batch_size)
+        counts = torch.tensor([*map(len, train), len(val)])
+        return self._deal([sample for part in train for sample in part]), self._deal(val), counts
+
+    def _before(self, i: int, t: int) -> int:
+        q, r = divmod(self.batch_size, self.n_sources)
+        return q * t - (i - r * t) // self.n_sources
+
+    def _samples(self, group: int, start: int, stop: int) -> list[Sample]:
+        n = len(self.datasets[group])
+        return [(group, int(self._permutation(group, k // n)[k % n])) for k in range(start, stop)]
+
+    def _permutation(self, group: int, epoch: int) -> np.ndarray:
+        if self._permutations.get(group, (None,))[0] != epoch:
+            rng = np.random.default_rng([self.seed, group, epoch])
+            self._permutations[group] = epoch, rng.permutation(len(self.datasets[group]))
+        return self._permutations[group][1]
+
+    def _deal(self, samples: list[Sample]) -> list[MicroBatch]:
+        """This rank's share: by length, to ranks 0 … W−1, W−1 … 0, 0 … so that work is even."""
+        samples = sorted(samples, key=lambda s: -self.datasets[s[0]].lengths[s[1]])  # stable
+        turn = [*range(self.world), *reversed(range(self.world))]
+        own = [s for n, s in enumerate(samples) if turn[n % len(turn)] == self.rank]
+        return [
+            _collate(self.datasets, own[n : n + self.micro_batch_size], self.pad_to)
+            for n in range(0, len(own), self.micro_batch_size)
+        ]
+
+
+def eval_batches(
+    dataset: Dataset, micro_batch_size: int, rank: int = 0, world: int = 1, pad_to: int = 8
+) -> Iterator[MicroBatch]:
+    """Every sample once over all ranks, as group 0, longest first.
+
+    Every rank makes the same number of micro-batches: fillers, of group -1, complete the last.
+    """
+    order = np.argsort(-dataset.lengths, kind="stable")
+    places = -(-len(order) // world) * world
+    own = range(rank, places, world)
+    for n in range(0, len(own), micro_batch_size):
+        part = own[n : n + micro_batch_size]
+        samples = [(0, int(order[min(place, len(order) - 1)])) for place in part]
+        groups = [0 if place < len(order) else -1 for place in part]
+        yield _collate([dataset], samples, pad_to, groups)

@@ -1,0 +1,413 @@
+"""Model families: what Hugging Face's config.json says of a model, where its files are, and what
+they call each parameter.
+
+GPT-2, Llama (2, 3, 3.1, Yi), Mistral, Qwen2, Qwen3, Gemma-2 and GPT-NeoX differ in fields of one
+`ModelConfig`. A field that would change the result and is not supported is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer*", "vocab.*", "encoder.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model's sizes and peculiarities. The defaults are Llama's."""
+
+    family: str  # model_type in config.json
+    vocab: int
+    width: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_size: int
+    hidden: int  # width of the MLP's inner layer
+    max_positions: int
+    tied: bool  # the head's weight is the embedding's
+    windows: tuple[int | None, ...]  # of each block: how many positions attention reaches back
+    norm: str = "rms"  # or "layer", or "rms+1": RMSNorm that multiplies by 1 + weight
+    norm_eps: float = 1e-6
+    activation: str = "silu"
+    gated: bool = True  # down(act(gate(x)) * up(x)) rather than down(act(up(x)))
+    qkv_bias: bool = False
+    out_bias: bool = False  # of attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm on each head of q and k (Qwen3)
+    post_norms: bool = False  # norms after attention and MLP too (Gemma-2)
+    parallel: bool = False  # attention and MLP both read the block's input (GPT-NeoX)
+    learned_positions: bool = False  # instead of rotary ones (GPT-2)
+    rotary: int = 0  # R
+    rope_theta: float = 10000.0
+    rope_llama3: tuple[float, float, float, float] | None = None  # see rope_tables
+    score_scale: float = 1.0  # of q·k
+    score_cap: float | None = None  # s -> cap tanh(s / cap) on attention's scores (Gemma-2)
+    logit_cap: float | None = None  # the same on the logits
+    embed_scale: float = 1.0
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    ignored_dropout: tuple[str, ...] = ()  # non-zero dropout fields, which this model leaves out
+    hf: dict = field(default_factory=dict, compare=False, repr=False)  # config.json itself
+
+    @classmethod
+    def from_hf(cls, config: dict) -> ModelConfig:
+        """Read config.json as transformers 4 or 5 write it. Raises one ValueError that lists every
+        field whose effect is not supported or not known."""
+        f = Fields(config)
+        family, bos, eos = f.get("model_type"), f.get("bos_token_id"), f.get("eos_token_id")
+        if family not in READERS:
+            raise ValueError(f"model_type = {family!r}: supported are {', '.join(READERS)}")
+        values = READERS[family](f)
+        f.refuse_unread()
+        if problems := f.problems or f.clashes:
+            raise ValueError("\n".join(f"config.json: {problem}" for problem in problems))
+        return cls(
+            family=family,
+            bos_id=bos,
+            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            ignored_dropout=tuple(k for k, v in config.items() if DROPOUT.search(k) and v),
+            hf=dict(config),
+            **values,
+        )
+
+
+DROPOUT = re.compile("dropout|pdrop")
+ACTIVATIONS = "silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"
+
+# Keys without effect on a forward pass: bookkeeping, initialisation, generation and classification
+# settings that transformers 2 to 5 wrote into config.json.
+HARMLESS = """
+    _commit_hash _name_or_path _num_labels architectures attn_implementation cache_implementation
+    chunk_size_feed_forward dtype finetuning_task gradient_checkpointing id2label initializer_range
+    is_decoder is_llama_config label2id n_ctx name_or_path num_labels output_attentions
+    output_hidden_states output_past pad_token_id predict_special_tokens prefix pretraining_tp
+    problem_type reorder_and_upcast_attn return_dict sep_token_id summary_activation
+    summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class
+    torch_dtype transformers.js_config transformers_version unk_token_id unsloth_fixed
+    unsloth_version use_cache
+
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping length_penalty
+    max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    repetition_penalty temperature top_k top_p typical_p
+"""
+
+
+class Fields:
+    """config.json while it is read: remembers the keys asked for and collects problems, apart from
+    them clashes between fields, which mean something only where each field is sound by itself."""
+
+    def __init__(self, config: dict):
+        self.config, self.read, self.problems, self.clashes = config, set(), [], []
+
+    def get(self, key: str, default=None):
+        """The value of a key, or `default` where the key is not there at all."""
+        self.read.add(key)
+        return self.config.get(key, default)
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive integer; `default` where it is missing or null."""
+        value = self.get(key)
+        value = default if value is None else value
+        if type(value) is int and value > 0:
+            return value
+        self.problems.append(f"{key} = {value!r}: must be a positive integer")
+        return 1
+
+    def only(self, key: str, *allowed):
+        """A value among `allowed`, the first of which stands for a missing key."""
+        value = self.get(key, allowed[0])
+        if value in allowed:
+            return value
+        self.problems.append(f"{key} = {value!r}: only {' or '.join(map(repr, allowed))}")
+        return allowed[0]
+
+    def sizes(self, width: str, layers: str, heads: str, positions: str) -> dict:
+        """The sizes under the names that a family gives them, with GPT-2's shape of attention."""
+        D, n_layers, N = self.size(width), self.size(layers), self.size(heads)
+        if D % N and not self.config.get("head_dim"):
+            self.clashes.append(f"{width} = {D}: not a multiple of {heads} = {N}")
+        return {
+            "vocab": self.size("vocab_size"),
+            "width": D,
+            "n_layers": n_layers,
+            "n_heads": N,
+            "n_kv_heads": N,
+            "head_size": max(D // N, 1),
+            "score_scale": (D / N) ** -0.5,
+            "max_positions": self.size(positions),
+            "windows": (None,) * n_layers,
+        }
+
+    def rope(self, H: int, length: int, base: str, share: str, default: float = 1.0) -> dict:
+        """How heads of size H are rotated, from the layout of transformers 4 or 5. `base` and
+        `share` are the family's keys for theta and the rotated share of a head in version 4."""
+        scaling, parameters = self.get("rope_scaling"), self.get("rope_parameters")
+        if scaling and parameters:
+            self.problems.append("rope_scaling and rope_parameters: only one of them may be there")
+        rope = dict(scaling or parameters or {})
+        theta = rope.pop("rope_theta", None) or self.get(base) or 10000.0
+        part = rope.pop("partial_rotary_factor", None) or self.get(share) or default
+        self.only(base, theta, None)  # where version 5 kept the old key, the two agree
+        self.only(share, part, None)
+        kind = rope.pop("rope_type", None) or rope.get("type") or "default"
+        rope.pop("type", None)
+        llama3 = None
+        if kind == "llama3":
+            rope.setdefault("original_max_position_embeddings", length)
+            llama3 = tuple(rope.pop(key, None) for key in LLAMA3)
+            if None in llama3:
+                self.problems.append(f"RoPE type 'llama3': needs {', '.join(LLAMA3)}")
+        elif kind != "default":
+            self.problems.append(f"RoPE type {kind!r}: only 'default' or 'llama3'")
+            rope.clear()  # what else it says belongs to the type
+        self.problems += [f"RoPE field {k} = {v!r}: not supported" for k, v in rope.items() if v]
+        if (rotary := int(H * part)) % 2:
+            self.clashes.append(f"{rotary} rotated features in a head: must be even")
+        return {"rotary": rotary, "rope_theta": theta, "rope_llama3": llama3}
+
+    def windows(self, window: int | None, sliding: list[bool]) -> tuple[int | None, ...]:
+        """The window of each block, from layer_types, or from `sliding` where there is none."""
+        types = self.get("layer_types")
+        if types is not None:
+            if len(types) != len(sliding) or set(types) - {"full_attention", "sliding_attention"}:
+                self.clashes.append(f"layer_types = {types}: only 'full_attention' or "
+                                    f"'sliding_attention' for each of {len(sliding)} blocks")
+            sliding = [kind == "sliding_attention" for kind in types]
+        if any(sliding) and not window:
+            self.clashes.append("layer_types: 'sliding_attention' without a sliding_window")
+        return tuple(window if s else None for s in sliding)
+
+    def refuse_unread(self) -> None:
+        """A key that nobody asked for may change the result, unless it is empty or known."""
+        known = {*self.read, *HARMLESS.split()}
+        for key, value in self.config.items():
+            if value and key not in known and not DROPOUT.search(key):
+                self.problems.append(f"{key} = {value!r}: not supported")
+
+
+SIZES = "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"
+LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+
+
+def read_gpt2(f: Fields) -> dict:
+    values = f.sizes("n_embd", "n_layer", "n_head", "n_positions") | {
+        "hidden": f.size("n_inner", 4 * f.size("n_embd")),
+        "tied": f.only("tie_word_embeddings", True, False),
+        "norm": "layer",
+        "norm_eps": f.get("layer_norm_epsilon", 1e-5),
+        "activation": f.only("activation_function", "gelu_new", *ACTIVATIONS),
+        "gated": False,
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+        "learned_positions": True,
+    }
+    return values if f.only("scale_attn_weights", True, False) else values | {"score_scale": 1.0}
+
+
+def read_gpt_neox(f: Fields) -> dict:
+    values = f.sizes(*SIZES)
+    H, length = values["head_size"], values["max_positions"]
+    rope = f.rope(H, length, "rotary_emb_base", "rotary_pct", 0.25)
+    # Some versions of transformers 4 wrote these beside the family's own names.
+    f.only("rope_theta", rope["rope_theta"])
+    f.only("partial_rotary_factor", rope["rotary"] / H)
+    bias = f.only("attention_bias", True, False)
+    return values | rope | {
+        "hidden": f.size("intermediate_size"),
+        "tied": f.only("tie_word_embeddings", False, True),
+        "norm": "layer",
+        "norm_eps": f.get("layer_norm_eps", 1e-5),
+        "activation": f.only("hidden_act", "gelu", *ACTIVATIONS),
+        "gated": False,
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "mlp_bias": True,
+        "parallel": f.only("use_parallel_residual", True, False),
+    }
+
+
+def read_llama_like(f: Fields, act="hidden_act", default="silu", tied=False) -> dict:
+    """What the families from Llama on have in common."""
+    values = f.sizes(*SIZES)
+    N, length = values["n_heads"], values["max_positions"]
+    H, K = f.size("head_dim", values["head_size"]), f.size("num_key_value_heads", N)
+    if N % K:
+        f.clashes.append(f"num_key_value_heads = {K}: does not divide num_attention_heads = {N}")
+    rope = f.rope(H, length, "rope_theta", "partial_rotary_factor")
+    if rope["rotary"] != H:
+        f.clashes.append(f"partial_rotary_factor: only 1, not {rope['rotary']} of {H} features")
+    return values | rope | {
+        "head_size": H,
+        "n_kv_heads": K,
+        "score_scale": H**-0.5,
+        "hidden": f.size("intermediate_size"),
+        "tied": f.only("tie_word_embeddings", tied, not tied),
+        "norm_eps": f.get("rms_norm_eps", 1e-6),
+        "activation": f.only(act, default, *ACTIVATIONS),
+    }
+
+
+def read_llama(f: Fields) -> dict:
+    values = read_llama_like(f)
+    bias = f.only("attention_bias", False, True)
+    return values | {
+        "qkv_bias": bias, "out_bias": bias, "mlp_bias": f.only("mlp_bias", False, True)
+    }
+
+
+def read_mistral(f: Fields) -> dict:
+    values = read_llama_like(f)
+    window = f.get("sliding_window", 4096)
+    return values | {"windows": (window,) * values["n_layers"]}
+
+
+def read_qwen2(f: Fields) -> dict:
+    values = read_llama_like(f)
+    window, first = f.get("sliding_window", 4096), f.get("max_window_layers", 28)
+    window = window if f.get("use_sliding_window") else None
+    sliding = [window is not None and i >= first for i in range(values["n_layers"])]
+    return values | {"windows": f.windows(window, sliding), "qkv_bias": True}
+
+
+def read_qwen3(f: Fields) -> dict:
+    f.size("head_dim")  # has a default of its own in transformers: better said than guessed
+    bias = f.only("attention_bias", False, True)
+    return read_qwen2(f) | {"qkv_bias": bias, "out_bias": bias, "qk_norm": True}
+
+
+def read_gemma2(f: Fields) -> dict:
+    f.size("head_dim")
+    f.get("hidden_act")  # which transformers does not look at either
+    values = read_llama_like(f, "hidden_activation", "gelu_pytorch_tanh", tied=True)
+    window = f.get("sliding_window", 4096)
+    f.only("sliding_window_size", window)
+    bias = f.only("attention_bias", False, True)
+    return values | {
+        "windows": f.windows(window, [i % 2 == 0 for i in range(values["n_layers"])]),
+        "norm": "rms+1",
+        "post_norms": True,
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "score_scale": f.size("query_pre_attn_scalar", 256) ** -0.5,
+        "score_cap": f.get("attn_logit_softcapping", 50.0),
+        "logit_cap": f.get("final_logit_softcapping", 30.0),
+        "embed_scale": values["width"] ** 0.5,
+    }
+
+
+READERS = {
+    "gpt2": read_gpt2,
+    "gpt_neox": read_gpt_neox,
+    "llama": read_llama,
+    "mistral": read_mistral,
+    "qwen2": read_qwen2,
+    "qwen3": read_qwen3,
+    "gemma2": read_gemma2,
+}
+
+
+class Key(NamedTuple):
+    """Where a module's parameters are in the files."""
+
+    name: str
+    part: int | None = None  # 0, 1, 2: q, k or v of a fused tensor
+    transposed: bool = False  # GPT-2's Conv1D holds (in, out)
+
+
+# Our module -> theirs. Each brings along its `.weight` and, where it has one, its `.bias`.
+GPT2_KEYS = {
+    "embed": Key("transformer.wte"),
+    "embed.positions": Key("transformer.wpe"),
+    "blocks.{}.attn_norm": Key("transformer.h.{}.ln_1"),
+    "blocks.{}.attn.q": Key("transformer.h.{}.attn.c_attn", part=0, transposed=True),
+    "blocks.{}.attn.k": Key("transformer.h.{}.attn.c_attn", part=1, transposed=True),
+    "blocks.{}.attn.v": Key("transformer.h.{}.attn.c_attn", part=2, transposed=True),
+    "blocks.{}.attn.o": Key("transformer.h.{}.attn.c_proj", transposed=True),
+    "blocks.{}.mlp_norm": Key("transformer.h.{}.ln_2"),
+    "blocks.{}.mlp.up": Key("transformer.h.{}.mlp.c_fc", transposed=True),
+    "blocks.{}.mlp.down": Key("transformer.h.{}.mlp.c_proj", transposed=True),
+    "norm": Key("transformer.ln_f"),
+    "head": Key("lm_head"),
+}
+NEOX_KEYS = {
+    "embed": Key("gpt_neox.embed_in"),
+    "blocks.{}.attn_norm": Key("gpt_neox.layers.{}.input_layernorm"),
+    "blocks.{}.attn.q": Key("gpt_neox.layers.{}.attention.query_key_value", part=0),
+    "blocks.{}.attn.k": Key("gpt_neox.layers.{}.attention.query_key_value", part=1),
+    "blocks.{}.attn.v": Key("gpt_neox.layers.{}.attention.query_key_value", part=2),
+    "blocks.{}.attn.o": Key("gpt_neox.layers.{}.attention.dense"),
+    "blocks.{}.mlp_norm": Key("gpt_neox.layers.{}.post_attention_layernorm"),
+    "blocks.{}.mlp.up": Key("gpt_neox.layers.{}.mlp.dense_h_to_4h"),
+    "blocks.{}.mlp.down": Key("gpt_neox.layers.{}.mlp.dense_4h_to_h"),
+    "norm": Key("gpt_neox.final_layer_norm"),
+    "head": Key("embed_out"),
+}
+LLAMA_KEYS = {
+    "embed": Key("model.embed_tokens"),
+    "blocks.{}.attn_norm": Key("model.layers.{}.input_layernorm"),
+    "blocks.{}.attn.q": Key("model.layers.{}.self_attn.q_proj"),
+    "blocks.{}.attn.k": Key("model.layers.{}.self_attn.k_proj"),
+    "blocks.{}.attn.v": Key("model.layers.{}.self_attn.v_proj"),
+    "blocks.{}.attn.q_norm": Key("model.layers.{}.self_attn.q_norm"),
+    "blocks.{}.attn.k_norm": Key("model.layers.{}.self_attn.k_norm"),
+    "blocks.{}.attn.o": Key("model.layers.{}.self_attn.o_proj"),
+    "blocks.{}.mlp_norm": Key("model.layers.{}.post_attention_layernorm"),
+    "blocks.{}.mlp.gate": Key("model.layers.{}.mlp.gate_proj"),
+    "blocks.{}.mlp.up": Key("model.layers.{}.mlp.up_proj"),
+    "blocks.{}.mlp.down": Key("model.layers.{}.mlp.down_proj"),
+    "norm": Key("model.norm"),
+    "head": Key("lm_head"),
+}
+GEMMA2_KEYS = LLAMA_KEYS | {
+    "blocks.{}.attn_post_norm": Key("model.layers.{}.post_attention_layernorm"),
+    "blocks.{}.mlp_norm": Key("model.layers.{}.pre_feedforward_layernorm"),
+    "blocks.{}.mlp_post_norm": Key("model.layers.{}.post_feedforward_layernorm"),
+}
+KEYS = dict.fromkeys(READERS, LLAMA_KEYS)
+KEYS |= {"gpt2": GPT2_KEYS, "gpt_neox": NEOX_KEYS, "gemma2": GEMMA2_KEYS}
+
+
+def load_config(directory: str | Path, name: str = CONFIG) -> ModelConfig:
+    """Read config.json. Raises ValueError where it is missing, broken or not supported."""
+    file = Path(directory) / name
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read ({error})") from None
+    return ModelConfig.from_hf(config)
+
+
+def find_checkpoint(id_or_dir: str | Path, weights: bool = True) -> Path:
+    """A local directory as it is, or the hub's files of an id, downloaded if they are not cached.
+
+    Only the config, tokenizer files and safetensors are fetched. HF_HOME, HF_TOKEN, HF_HUB_OFFLINE
+    mean what they mean to huggingface_hub. Raises ValueError that says what to do.
+    """
+    if Path(id_or_dir).is_dir():
+        return Path(id_or_dir)
+    from huggingface_hub import errors, snapshot_download
+
+    wanted = [CONFIG, INDEX, "model*.safetensors", *TOKENIZER_FILES] if weights else [CONFIG]
+    try:
+        return Path(snapshot_download(str(id_or_dir), allow_patterns=wanted))
+    except errors.GatedRepoError:
+        reason = (f"is gated: accept its terms on https://huggingface.co/{id_or_dir}, then set "
+                  "HF_TOKEN or run 'hf auth login'")
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        reason = ("is neither a directory nor a model on huggingface.co: check the spelling, and "
+                  "set HF_TOKEN if it is private")
+    except (errors.HfHubHTTPError, OSError) as error:
+        reason = (f"is not a directory, nor cached, and the hub is out of reach "
+                  f"({type(error).__name__}): run 'hf download {id_or_dir}' where it is not")
+    raise ValueError(f"{id_or_dir}: {reason}")

@@ -1,0 +1,328 @@
+"""What a run is made of, checked before a model is loaded: flags, model, tokenizer, data, --out.
+
+Every problem is collected, so that one ValueError shows them together, a line each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import glob
+import json
+import math
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import data
+import evaluate
+import model as hf
+import tasks
+import templates
+import tokenizer
+
+TINY = {  # a llama of 0.9M parameters; the vocabulary is the byte tokenizer's
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 344,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    # 1/sqrt(128). With the usual 0.02 the residual stream starts so small that the first Adam step
+    # of a block that LISA admits, ±lr on every weight, can swamp it.
+    "initializer_range": 0.088,
+    "rope_theta": 10000.0,
+}
+# Flags that do not change what a run computes.
+HARMLESS = {"out", "timeout", "save_every", "keep", "resume", "activation_checkpointing"}
+HARMLESS |= {"plan", "gpus", "gpu_memory", "json", "skip_nonfinite"}
+HARMLESS |= {"train", "val", "test"}  # paths: the records themselves are compared
+
+
+@dataclass
+class Inputs:
+    """Everything a run is made of, checked."""
+
+    config: hf.ModelConfig
+    checkpoint: Path | None  # None: random weights
+    tokenizer: tokenizer.Tokenizer
+    sources: dict[str, data.Dataset]
+    val: data.Dataset
+    test: data.Dataset | None
+    notes: list[str]  # warnings that do not stop the run
+
+    @property
+    def all(self) -> dict[str, data.Dataset]:
+        named = {f"train {name}": source for name, source in self.sources.items()}
+        return named | {"val": self.val} | ({"test": self.test} if self.test else {})
+
+
+def prepare(args: argparse.Namespace, world: int) -> Inputs:
+    """Check flags, model and data. Raises one ValueError with a line for each problem."""
+    problems = check_flags(args, world) + check_out(args)
+    config, checkpoint, tok = None, None, None
+    try:
+        config, checkpoint, tok = open_model(args)
+        problems += check_fit(args, config, tok)
+    except ValueError as error:
+        problems += str(error).splitlines()
+    try:  # where something is wrong already, records are only checked, not tokenised
+        named = open_data(args, None if problems else tok)
+    except ValueError as error:
+        problems += str(error).splitlines()
+    if problems:
+        raise ValueError("\n".join(problems))
+    sources = {k.removeprefix("train "): v for k, v in named.items() if k.startswith("train ")}
+    inputs = Inputs(config, checkpoint, tok, sources, named["val"], named.get("test"), [])
+    describe(args, inputs)
+    problems = [
+        f"{name}: no record is left" + (" after --drop-overlap" if args.drop_overlap else "")
+        for name, dataset in inputs.all.items()
+        if not len(dataset)
+    ]
+    if problems := problems + changed_data(args, inputs):
+        raise ValueError("\n".join(problems))
+    return inputs
+
+
+def check_flags(args: argparse.Namespace, world: int) -> list[str]:
+    problems = []
+
+    def need(ok: bool, flag: str, permitted: str) -> None:
+        if not ok:
+            value = getattr(args, flag.replace("-", "_"))
+            problems.append(f"--{flag} {value}: permitted is {permitted}")
+
+    for flag in ("batch-size", "val-batch-size"):
+        value = getattr(args, flag.replace("-", "_"))
+        need(value > 0, flag, "a whole number above 0")
+        if value > 0 and value % world:
+            below, above = value // world * world, -(-value // world) * world
+            near = " or ".join(str(v) for v in (below, above) if v)
+            problems.append(f"--{flag} {value} is not divisible by {world} ranks: take {near}")
+    for flag in ("micro-batch-size", "outer-rounds", "lisa-interval", "max-length"):
+        need(getattr(args, flag.replace("-", "_")) > 0, flag, "a whole number above 0")
+    for flag in ("alpha", "tau", "epochs", "timeout"):
+        need(0 < getattr(args, flag) < 1e9, flag, "a number above 0 and below 1e9")
+    if args.alpha > 0 and args.tau > 0:
+        last = math.log(args.alpha) + (args.outer_rounds - 1) * math.log(args.tau)  # ln alpha
+        need(last < math.log(1e9), "tau", "what leaves alpha below 1e9 in the last outer round")
+    for flag in ("lr-w", "lr-u", "lr-lambda", "weight-decay", "clip"):
+        value = getattr(args, flag.replace("-", "_"))
+        need(0 <= value < math.inf, flag, "a number of at least 0")
+    need(args.seed >= 0, "seed", "a whole number of at least 0")
+    need(args.steps is None or args.steps > 0, "steps", "a whole number above 0")
+    need(0 <= args.warmup < 1, "warmup", "a share from 0 to below 1")
+    need(args.save_every >= 0, "save-every", "a number of steps, or 0")
+    need(args.keep > 0, "keep", "a whole number above 0")
+    need(args.lisa_layers >= 0, "lisa-layers", "0 (all) or a number of blocks")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.is_available() and local > torch.cuda.device_count():
+        problems.append(f"{local} ranks on a machine of {torch.cuda.device_count()} GPUs: take as "
+                        "many as there are GPUs, or hide them with CUDA_VISIBLE_DEVICES=")
+    if args.train and not args.val:
+        problems.append("--val is missing: --train needs validation records beside it")
+    if not args.train and (args.val or args.test):
+        problems.append("--train is missing: --val and --test do not go with a built-in task")
+    return problems
+
+
+def open_model(args: argparse.Namespace) -> tuple[hf.ModelConfig, Path | None, tokenizer.Tokenizer]:
+    """Configuration, checkpoint directory and tokenizer; reads headers, no weights."""
+    if args.model == "tiny":
+        tok = tokenizer.byte_tokenizer()
+        ends = {"bos_token_id": tok.bos_id, "eos_token_id": tok.eos_id}
+        return hf.ModelConfig.from_hf(TINY | ends | {"vocab_size": tok.n_vocab}), None, tok
+    checkpoint = hf.find_checkpoint(args.model)
+    config = hf.load_config(checkpoint)
+    problems = hf.check_checkpoint(checkpoint, config)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return config, checkpoint, tokenizer.load_tokenizer(checkpoint)
+
+
+def read_config(name: str) -> hf.ModelConfig:
+    """Of the built-in model, a config.json, a directory that has one, or a hub id."""
+    if name == "tiny":
+        return hf.ModelConfig.from_hf(TINY | {"vocab_size": tokenizer.byte_tokenizer().n_vocab})
+    file = Path(name)
+    if file.is_file():
+        return hf.load_config(file.parent, file.name)
+    return hf.load_config(hf.find_checkpoint(name, weights=False))
+
+
+def check_fit(args: argparse.Namespace, config: hf.ModelConfig, tok) -> list[str]:
+    """Flags and tokenizer against the model."""
+    problems = []
+    if args.max_length > config.max_positions:
+        problems.append(
+            f"--max-length {args.max_length}: the model has {config.max_positions} positions"
+        )
+    if args.lisa_layers > config.n_layers:
+        problems.append(f"--lisa-layers {args.lisa_layers}: the model has {config.n_layers} blocks")
+    if tok.n_vocab > config.vocab:
+        problems.append(
+            f"--model {args.model}: the tokenizer has {tok.n_vocab} ids, "
+            f"the embedding only {config.vocab} rows"
+        )
+    try:
+        templates.stop_ids(tok, args.template)
+    except ValueError as error:
+        problems.append(f"--template {args.template}: {error}")
+    return problems
+
+
+def source_paths(train: list[str]) -> dict[str, Path]:
+    """{name: path} from NAME=PATH ..., or from one directory or glob of train_*.json(l)."""
+    problems, pairs = [], [item.partition("=")[::2] for item in train]
+    if len(train) == 1 and "=" not in train[0]:
+        folder = Path(train[0]).is_dir()
+        pattern = f"{glob.escape(train[0])}/train_*.json*" if folder else train[0]
+        found = sorted(glob.glob(pattern))
+        pairs = [(Path(p).name.split(".json")[0].removeprefix("train_"), p) for p in found]
+        problems += [] if pairs else [f"--train {train[0]}: no file matches {pattern}"]
+    paths = {}
+    for name, path in pairs:
+        if not (name and path):
+            problems.append(f"--train {name}: expected NAME=PATH")
+        elif name in paths:
+            problems.append(f"--train {path}: the name {name} is used twice")
+        paths[name] = Path(path)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return paths
+
+
+def open_data(
+    args: argparse.Namespace, tok: tokenizer.Tokenizer | None
+) -> dict[str, data.Dataset]:
+    """{"train NAME" | "val" | "test": dataset}; with no tokenizer records are checked, no more."""
+    if not args.train:
+        if tok is None:
+            return {}
+        sources, val, test = tasks.task(args.task, args.seed)
+        groups = {f"train {name}": records for name, records in sources.items()}
+        return {
+            name: data.Dataset.from_records(records, tok, args.template, args.max_length)
+            for name, records in (groups | {"val": val, "test": test}).items()
+        }
+    problems, datasets = [], {}
+    try:
+        paths = {f"train {name}": path for name, path in source_paths(args.train).items()}
+    except ValueError as error:
+        problems, paths = str(error).splitlines(), {}
+    paths |= {k: Path(v) for k, v in (("val", args.val), ("test", args.test)) if v}
+    for held in {"val", "test"} & paths.keys():
+        problems += [
+            f"--{held} {paths[held]} is the same file as --train {name.removeprefix('train ')}"
+            for name, path in paths.items()
+            if name.startswith("train ") and same_contents(path, paths[held])
+        ]
+    for name, path in paths.items():
+        try:
+            if tok is None:
+                data.read_records(path)
+            else:
+                datasets[name] = data.load_dataset(
+                    path, tok, args.template, args.max_length, evaluate.cache_dir()
+                )
+        except ValueError as error:
+            problems += str(error).splitlines()
+    if problems:
+        raise ValueError("\n".join(problems))
+    return datasets
+
+
+def same_contents(a: Path, b: Path) -> bool:
+    return a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False)
+
+
+def describe(args: argparse.Namespace, inputs: Inputs) -> None:
+    """Collect the notes on the inputs, and apply --drop-overlap."""
+    notes = inputs.notes
+    if inputs.config.ignored_dropout:
+        fields = ", ".join(inputs.config.ignored_dropout)
+        notes.append(f"the checkpoint's dropout is ignored ({fields}): training uses none")
+    for name, dataset in inputs.all.items():
+        for reason, count in dataset.dropped.items():
+            if count:
+                notes.append(f"{name}: {count} records dropped: {reason}")
+        if dataset.duplicates:
+            notes.append(f"{name}: {dataset.duplicates} records are repetitions")
+    for held in ("val", "test") if inputs.test else ("val",):
+        for name, source in inputs.sources.items():
+            shared = data.overlap(source, inputs.all[held])
+            if not shared.any():
+                continue
+            lines = ", ".join(map(str, source.lines[shared][:5]))
+            lines += ", …" if shared.sum() > 5 else ""
+            notes.append(f"{shared.sum()} records of {name} are {held} records too (lines {lines})")
+            if args.drop_overlap:
+                inputs.sources[name] = source.select(~shared)
+                notes[-1] += ": dropped from training"
+
+
+def plain(args: argparse.Namespace) -> dict:
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+
+def record(args: argparse.Namespace, inputs: Inputs) -> dict:
+    """config.json: everything that decides what the run computes, and where it ran."""
+    files = {
+        name: {"path": str(d.path), "samples": len(d), "sha256": d.sha256}
+        for name, d in inputs.all.items()
+    }
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    return {"flags": plain(args), "data": files, "versions": versions, "world_size": world}
+
+
+def held_run(out: Path) -> dict | None:
+    """The record of the run that a directory holds, None if it holds none."""
+    try:
+        record = json.loads((out / "config.json").read_text())
+        return record if {"flags", "data"} <= record.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def check_out(args: argparse.Namespace) -> list[str]:
+    """Refuse an --out that cannot be written, or holds something else or a run of other flags."""
+    parent = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        return [f"--out {args.out}: {parent} is not a directory that can be written to"]
+    old = held_run(args.out)
+    if old is None:
+        foreign = args.out.exists() and any(args.out.iterdir())
+        return [f"--out {args.out}: holds files, but no run to go on with"] if foreign else []
+    old, new = old["flags"], json.loads(json.dumps(plain(args)))
+    return [
+        f"--out {args.out} holds another run: --{flag.replace('_', '-')} was {old.get(flag)}, "
+        f"now {new.get(flag)}"
+        for flag in sorted((old.keys() | new.keys()) - HARMLESS)
+        if old.get(flag) != new.get(flag)
+    ]
+
+
+def changed_data(args: argparse.Namespace, inputs: Inputs) -> list[str]:
+    """The records that differ from those of the run that --out holds."""
+    held = held_run(args.out)
+    if held is None:
+        return []
+    old = {name: entry["sha256"] for name, entry in held["data"].items()}
+    new = {name: dataset.sha256 for name, dataset in inputs.all.items()}
+    return [
+        f"--out {args.out} holds another run: the records of {name} "
+        + ("are not the same" if name in old and name in new else
+           "were not there" if name in new else "are missing now")
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]

@@ -1,0 +1,695 @@
+"""A transformer by hand, for every family ScaleBiO was run on, with its checkpoints and generation.
+
+GPT-2, Llama (2, 3, 3.1, Yi), Mistral, Qwen2, Qwen3, Gemma-2 and GPT-NeoX are one `Transformer`:
+what sets a family apart is a field of `ModelConfig`, read from Hugging Face's config.json. The
+reference is `transformers`, whose logits, losses and gradients tests/test_model.py compares.
+Checkpoints are streams of (name, full CPU tensor) in both directions, so that a sharded model is
+filled and saved by the same functions, one tensor at a time.
+
+    model = from_pretrained("gpt2")                     # a hub id or a directory
+    losses = model(tokens, labels)                      # (B,), the mean over each sample's response
+    replies = generate(model, prompts, max_new_tokens=64, eos_id=model.config.eos_ids)
+
+B batch, T time, D width, N heads, K key/value heads, H head size, R rotated part of a head,
+V vocabulary, M response positions, L slots of the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import takewhile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from families import (
+    CONFIG,
+    INDEX,
+    KEYS,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    Key,
+    ModelConfig,
+    find_checkpoint,
+    load_config,
+)
+
+# --------------------------------------------------------------------------------------------------
+# The model
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What losses, norms and RoPE tables are computed in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class RMSNormPlusOne(nn.RMSNorm):
+    """Gemma's RMSNorm multiplies by 1 + weight, in fp32: near 1, bf16 has steps of 1/128."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = 1 + self.weight.to(wide(x.dtype))
+        return F.rms_norm(x.to(weight.dtype), self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "rms+1": RMSNormPlusOne}
+
+
+class Embed(nn.Module):
+    """Token embedding, with learned positions where the family has them."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.scale = c.embed_scale
+        self.weight = nn.Parameter(torch.empty(c.vocab, c.width))
+        self.positions = nn.Embedding(c.max_positions, c.width) if c.learned_positions else None
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = F.embedding(tokens, self.weight)  # (B, T, D)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        if self.scale != 1:
+            # Rounded to the weights' dtype first, as in Gemma's training: in bf16, 59.867 is 59.75.
+            x = x * torch.full((), self.scale, dtype=x.dtype, device=x.device)
+        return x
+
+
+def rope_tables(c: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotation of each pair of features at `positions`, (B or 1, T, 1, R/2).
+
+    Llama 3.1 divides a low frequency by `factor`, keeps a high one, and goes from one to the other
+    by how often the frequency turns within the `length` that the model was first trained on.
+    """
+    pairs = torch.arange(0, c.rotary, 2, device=positions.device, dtype=dtype)
+    frequency = 1 / c.rope_theta ** (pairs / c.rotary)  # (R/2,)
+    if c.rope_llama3:
+        factor, low, high, length = c.rope_llama3
+        turns = length * frequency / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (keep + (1 - keep) / factor)
+    angle = positions[..., None, None].to(dtype) * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[i], x[i + R/2]) of the first R features of each head, in the tables' dtype.
+
+    x (B, T, N or K, H).
+    """
+    half = cos.shape[-1]
+    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def causal_mask(positions: Tensor, slots: int, window: int | None) -> Tensor:
+    """True where the query at a position (B or 1, T) may look at a slot: (B or 1, 1, T, slots)."""
+    query = positions[:, None, :, None]
+    key = torch.arange(slots, device=positions.device)
+    mask = key <= query
+    return mask & (key > query - window) if window else mask
+
+
+class Attention(nn.Module):
+    """Causal attention of N query heads over K key/value heads."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        H = c.head_size
+        self.q = nn.Linear(c.width, c.n_heads * H, bias=c.qkv_bias)
+        self.k = nn.Linear(c.width, c.n_kv_heads * H, bias=c.qkv_bias)
+        self.v = nn.Linear(c.width, c.n_kv_heads * H, bias=c.qkv_bias)
+        self.o = nn.Linear(c.n_heads * H, c.width, bias=c.out_bias)
+        self.q_norm = NORMS[c.norm](H, eps=c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = NORMS[c.norm](H, eps=c.norm_eps) if c.qk_norm else nn.Identity()
+        self.head_size, self.groups = H, c.n_heads // c.n_kv_heads
+        self.scale, self.cap = c.score_scale, c.score_cap
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, T, D); cos, sin from rope_tables; mask from causal_mask, or None: causal; cache
+        (2, B, L, K, H) to be written at `positions` (B, T) and attended to."""
+        B, T, _ = x.shape
+        q = self.q_norm(self.q(x).view(B, T, -1, self.head_size))  # (B, T, N, H)
+        k = self.k_norm(self.k(x).view(B, T, -1, self.head_size))  # (B, T, K, H)
+        v = self.v(x).view(B, T, -1, self.head_size)
+        if cos is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            rows = torch.arange(B, device=x.device)[:, None]
+            cache[0, rows, positions], cache[1, rows, positions] = k, v
+            k, v = cache  # (B, L, K, H)
+        y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q (B, N, T, H), k and v (B, K, T or L, H) -> (B, N, T, H)."""
+        # Only the flash kernel lets heads share k and v, and it takes neither masks nor fp32.
+        flash = mask is None and q.dtype in (torch.bfloat16, torch.float16)
+        if self.groups > 1 and not flash:
+            k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))  # (B, N, T or L, H)
+        if self.cap is None:
+            causal, share = mask is None, flash and self.groups > 1
+            return F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=share
+            )
+        scores = self.cap * torch.tanh(q @ k.transpose(2, 3) * (self.scale / self.cap))
+        scores = scores.masked_fill(~mask, -math.inf)  # (B, N, T, T or L)
+        return torch.softmax(scores, dim=-1, dtype=wide(q.dtype)).to(q.dtype) @ v
+
+
+class MLP(nn.Module):
+    """Two layers, the inner one gated (SwiGLU, GeGLU) in the families after GPT-NeoX."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate = nn.Linear(c.width, c.hidden, bias=c.mlp_bias) if c.gated else None
+        self.up = nn.Linear(c.width, c.hidden, bias=c.mlp_bias)
+        self.down = nn.Linear(c.hidden, c.width, bias=c.mlp_bias)
+        self.activation = c.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.up(x) if self.gate is None else self.gate(x)  # (B, T, hidden)
+        if self.activation == "silu":
+            inner = F.silu(inner)
+        else:  # every other spelling than "gelu" names the tanh approximation
+            inner = F.gelu(inner, approximate="none" if self.activation == "gelu" else "tanh")
+        return self.down(inner if self.gate is None else inner * self.up(x))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream.
+
+        x ─┬─ attn_norm ─ attn ─ [attn_post_norm] ─ + ─┬─ mlp_norm ─ mlp ─ [mlp_post_norm] ─ + ─▶
+           └────────────────────────────────────────┘  └─────────────────────────────────────┘
+
+    parallel (GPT-NeoX):  x + attn(attn_norm(x)) + mlp(mlp_norm(x))
+    The norms in brackets are Gemma-2's; elsewhere they pass x on.
+    """
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+
+        def norm(wanted: bool = True) -> nn.Module:
+            return NORMS[c.norm](c.width, eps=c.norm_eps) if wanted else nn.Identity()
+
+        self.attn_norm, self.attn, self.attn_post_norm = norm(), Attention(c), norm(c.post_norms)
+        self.mlp_norm, self.mlp, self.mlp_post_norm = norm(), MLP(c), norm(c.post_norms)
+        self.parallel = c.parallel
+
+    def forward(self, x: Tensor, *context: Tensor | None) -> Tensor:
+        """x (B, T, D); context: what else Attention.forward takes."""
+        a = self.attn(self.attn_norm(x), *context)
+        if self.parallel:
+            return x + a + self.mlp(self.mlp_norm(x))
+        x = x + self.attn_post_norm(a)
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+
+
+class Head(nn.Module):
+    """Logits, or the loss of each sample, computed at the response positions alone."""
+
+    logits_bytes = 512e6  # if a micro-batch's fp32 logits would exceed this, they are recomputed
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(c.vocab, c.width))
+        self.cap = c.logit_cap
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> logits (B, T, V), or with labels (B, T) losses (B,)."""
+        if labels is None:
+            return self.logits(x)
+        B, T, D = x.shape
+        # Sizes that depend on the data are found where the labels are: on the CPU, without waiting
+        # for the GPU.
+        answered = labels[:, 1:] != -100  # (B, T - 1), by the position that predicts
+        rows, times = answered.nonzero(as_tuple=True)  # (M,)
+        indices = torch.stack((rows * T + times, labels[rows, times + 1]))
+        where, targets = indices.to(x.device, non_blocking=True)
+        counts = answered.sum(1).clamp(min=1).to(x.device, non_blocking=True)  # (B,)
+        hidden = x.reshape(B * T, D).index_select(0, where)  # (M, D)
+        losses = self.token_losses(hidden, targets)  # (M,)
+        # Back in their places: unlike atomic additions, a sum over T is the same bits every time.
+        table = losses.new_zeros(B * T).index_copy(0, where, losses).view(B, T)
+        return table.sum(1) / counts  # (B,)
+
+    def logits(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight).to(wide(x.dtype))
+        return y if self.cap is None else self.cap * torch.tanh(y / self.cap)
+
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy at each of M positions, in chunks that are recomputed if M is large."""
+
+        def losses(h: Tensor, t: Tensor) -> Tensor:
+            return F.cross_entropy(self.logits(h), t, reduction="none")
+
+        n_bytes = 4 * hidden.shape[0] * self.weight.shape[0]
+        if n_bytes <= self.logits_bytes:
+            return losses(hidden, targets)
+        # Backward holds 4 to 6 buffers of a chunk's size: together no more than logits_bytes.
+        n = min(math.ceil(6 * n_bytes / self.logits_bytes), hidden.shape[0])
+        chunks = zip(hidden.tensor_split(n), targets.tensor_split(n), strict=True)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return torch.cat([checkpoint(losses, h, t, **options) for h, t in chunks])
+
+
+class Transformer(nn.Module):
+    """embed -> blocks -> norm -> head. Has no buffers, so that `to_empty` leaves none undefined."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = Embed(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = NORMS[config.norm](config.width, eps=config.norm_eps)
+        self.head = Head(config)
+        self.recompute = False  # activation checkpointing: keep the blocks' inputs alone
+        self.tie()
+
+    def tie(self) -> None:
+        """Make a tied head's weight the embedding's, which `to_empty` from meta undoes."""
+        if self.config.tied:
+            self.head.weight = self.embed.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        cache: Cache | None = None,
+        last: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V), or with labels the mean response loss of each sample (B,). Both are
+        fp32 (float64 for float64 parameters).
+
+        tokens (B, T)   padded on the right
+        labels (B, T)   -100: no loss; labels[t] is predicted from tokens up to t-1. A sample
+                        without labels has loss 0. They may stay on the CPU
+        cache           tokens continue what it holds
+        last (B,)       compute logits at this index of each row alone: (B, 1, V)
+        """
+        c, (B, T) = self.config, tokens.shape
+        if c.learned_positions and c.max_positions < T:
+            raise ValueError(f"{T} tokens: the model has {c.max_positions} positions")
+        positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
+        if cache is not None:
+            positions = positions + cache.lengths[:, None]  # (B, T)
+        x = self.embed(tokens, positions)  # (B, T, D)
+        tables = rope_tables(c, positions, wide(x.dtype)) if c.rotary else (None, None)
+        masks = {}
+        for window in set(c.windows):
+            free = cache is None and c.score_cap is None and (window is None or window >= T)
+            slots = T if cache is None else cache.slots
+            masks[window] = None if free else causal_mask(positions, slots, window)
+        for i, block in enumerate(self.blocks):
+            mine = None if cache is None else cache.of_block(i, x, c)
+            inputs = x, *tables, masks[c.windows[i]], mine, positions
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x = block(*inputs)
+        if last is not None:
+            x = x[torch.arange(B, device=x.device), last][:, None]  # (B, 1, D)
+        return self.head(self.norm(x), labels)
+
+
+# --------------------------------------------------------------------------------------------------
+# Generation
+
+
+class Cache:
+    """Keys and values of the tokens so far. Slot t of a row holds position t, so rows of different
+    lengths stand side by side; a slot past a row's end is masked until its token overwrites it."""
+
+    def __init__(self, lengths: Tensor, slots: int):
+        self.lengths, self.slots = lengths, slots  # (B,): positions held; L
+        self.blocks: list[Tensor] = []
+
+    def of_block(self, i: int, x: Tensor, c: ModelConfig) -> Tensor:
+        """Block i's keys and values (2, B, L, K, H), made on first use."""
+        if i == len(self.blocks):
+            self.blocks.append(x.new_zeros(2, len(x), self.slots, c.n_kv_heads, c.head_size))
+        return self.blocks[i]
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator) -> Tensor:
+    """One token for each row of logits (B, V): the likeliest at temperature 0."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = torch.softmax(logits / temperature, dim=-1)
+    if top_p < 1:
+        ordered, order = probs.sort(descending=True)
+        before = ordered.cumsum(-1) - ordered  # the mass of likelier tokens
+        probs = probs.scatter(-1, order, ordered.where(before < top_p, 0))
+    return torch.multinomial(probs, 1, generator=rng).squeeze(1)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    eos_id: int | Iterable[int] | None = None,
+    seed: int = 0,
+    use_cache: bool = True,
+    stop_when: Callable[[bool], bool] = bool,
+    device: torch.device | str | None = None,
+) -> list[list[int]]:
+    """Continue each prompt until EOS or `max_new_tokens`. Returns the new tokens, without EOS.
+
+    eos_id      one id or several
+    stop_when   told after each token whether all rows are finished; returns whether to stop. Under
+                FSDP every rank must make the same number of forwards: all-reduce it there
+    device      where the model computes, if its parameters lie elsewhere
+    Raises ValueError for an empty prompt, or one that leaves too few positions.
+    """
+    limit = model.config.max_positions
+    bad = [i for i, p in enumerate(prompts) if not 0 < len(p) <= limit - max_new_tokens]
+    if bad or not prompts:
+        raise ValueError(f"prompts {bad}: each needs 1 to {limit - max_new_tokens} tokens, so that "
+                         f"{max_new_tokens} more fit into {limit} positions")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature}, top_p {top_p}: must be >= 0, and in (0, 1]")
+    device = device or next(model.parameters()).device
+    ends = torch.tensor([] if eos_id is None else eos_id, dtype=torch.long, device=device).view(-1)
+    rng = torch.Generator(device).manual_seed(seed)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)  # (B,)
+    rows, longest = torch.arange(len(prompts), device=device), max(map(len, prompts))
+    padded = [p + [0] * (longest + max_new_tokens - len(p)) for p in prompts]
+    tokens = torch.tensor(padded, device=device)  # (B, L)
+    cache = Cache(torch.zeros_like(lengths), tokens.shape[1]) if use_cache else None
+    finished = torch.zeros_like(lengths, dtype=torch.bool)
+    for step in range(max_new_tokens):
+        if cache is not None and step > 0:
+            cache.lengths = lengths - 1
+            fed, last = tokens[rows, lengths - 1][:, None], torch.zeros_like(lengths)
+        else:
+            fed, last = tokens[:, : longest + step], lengths - 1
+        logits = model(fed, cache=cache, last=last)[:, 0]  # (B, V)
+        new = sample(logits, temperature, top_p, rng)
+        tokens[rows, lengths] = new
+        lengths = lengths + 1
+        finished |= torch.isin(new, ends)
+        if stop_when(bool(finished.all())):
+            break
+    stops, n_new = set(ends.tolist()), int(lengths[0]) - len(prompts[0])
+    rows_and_prompts = zip(tokens.tolist(), prompts, strict=True)
+    replies = [row[len(p) : len(p) + n_new] for row, p in rows_and_prompts]
+    return [list(takewhile(lambda token: token not in stops, reply)) for reply in replies]
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+# Buffers that old checkpoints carry along.
+EXTRA_KEYS = re.compile(r"\b(attn|attention)\.(masked_)?bias$|\brotary_emb\.inv_freq$")
+FLOATS = "F64", "F32", "F16", "BF16"
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter's name and shape, in the model's own order. A tied head is not among them."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def hf_order(config: ModelConfig) -> list[str]:
+    """The order in which `write_weights` needs the parameters: q, k and v of a block together."""
+    return list(parameter_shapes(config))
+
+
+def hf_key(config: ModelConfig, name: str) -> Key:
+    """Where the parameter `name` is in the files of its family."""
+    module, kind = name.rsplit(".", 1)
+    number = re.search(r"\d+", module)
+    template = re.sub(r"\d+", "{}", module)
+    key = KEYS[config.family][template]
+    path = key.name.format(number[0] if number else "")
+    return Key(f"{path}.{kind}", key.part, key.transposed and kind == "weight")
+
+
+def split(fused: Tensor, part: int, config: ModelConfig) -> Tensor:
+    """q, k or v (rows, ...) out of a fused tensor (3 rows, ...): GPT-2 stores all of q, then all of
+    k, then all of v; GPT-NeoX does so for each head."""
+    groups = config.n_heads if config.family == "gpt_neox" else 1
+    return fused.reshape(groups, 3, -1, *fused.shape[1:])[:, part].flatten(0, 1)
+
+
+def fuse(parts: list[Tensor], config: ModelConfig) -> Tensor:
+    """The inverse of `split`."""
+    groups = config.n_heads if config.family == "gpt_neox" else 1
+    return torch.stack([p.view(groups, -1, *p.shape[1:]) for p in parts], 1).flatten(0, 2)
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, as its header describes it."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, Stored], list[str]]:
+    """The tensors of a directory by key, read from the headers alone, and the files' problems."""
+    stored, problems, index = {}, [], {}
+    if (directory / WEIGHTS).exists():
+        files = [directory / WEIGHTS]
+    elif (directory / INDEX).exists():
+        try:
+            index = json.loads((directory / INDEX).read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            return {}, [f"{directory / INDEX}: not an index of safetensors files ({error!r})"]
+        files = sorted({directory / name for name in index.values()})
+    elif next(directory.glob("*.bin"), None):
+        return {}, [f"{directory}: has its weights in *.bin only, and opening a pickle can run any "
+                    "code; ask for, or convert to, safetensors"]
+    else:
+        return {}, [f"{directory}: has neither {WEIGHTS} nor {INDEX}"]
+    for file in files:
+        try:
+            with safe_open(file, "pt") as handle:
+                for key in handle.keys():  # noqa: SIM118 (not a dict)
+                    part = handle.get_slice(key)
+                    if index.get(key, file.name) == file.name:
+                        entry = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
+                        stored[full_key(key, config)] = entry
+        except FileNotFoundError:
+            problems.append(f"{file}: missing, but {INDEX} names it")
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{file}: truncated or damaged ({error})")
+    return stored, problems
+
+
+def full_key(key: str, config: ModelConfig) -> str:
+    """GPT-2's own files leave out the prefix of all keys but the head's."""
+    bare = config.family == "gpt2" and not key.startswith(("transformer.", "lm_head."))
+    return f"transformer.{key}" if bare else key
+
+
+def check_checkpoint(directory: str | Path, config: ModelConfig) -> list[str]:
+    """What keeps a checkpoint from being loaded, a line each; reads the files' headers alone."""
+    directory = Path(directory)
+    stored, problems = scan(directory, config)
+    if problems:
+        return problems
+    shapes = {}
+    for name, shape in parameter_shapes(config).items():
+        key = hf_key(config, name)
+        shape = shape if key.part is None else (3 * shape[0], *shape[1:])
+        shapes[key.name] = shape[::-1] if key.transposed else shape
+    source = directory / (WEIGHTS if (directory / WEIGHTS).exists() else INDEX)
+    problems = [f"{source}: {key} is missing" for key in shapes if key not in stored]
+    head = KEYS[config.family]["head"].name + ".weight"
+    if config.tied and head in stored:
+        shapes[head] = config.vocab, config.width
+    for key, (file, _, shape, dtype) in stored.items():
+        if key not in shapes:
+            if not EXTRA_KEYS.search(key):
+                problems.append(f"{file}: {key} is not a tensor of this model")
+        elif shape != shapes[key]:
+            problems.append(f"{file}: {key} has shape {shape}, config.json says {shapes[key]}")
+        elif dtype not in FLOATS:
+            problems.append(f"{file}: {key} is {dtype}; supported are {', '.join(FLOATS)}")
+    return problems
+
+
+def read_weights(directory: str | Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """(name, full CPU tensor) of each parameter in the model's order, in the files' dtype.
+
+    The tensors lie in memory-mapped files: copy what is to be kept. Call check_checkpoint first.
+    """
+    stored, _ = scan(Path(directory), config)
+    with ExitStack() as stack:
+        files = {entry.file for entry in stored.values()}
+        opened = {file: stack.enter_context(safe_open(file, "pt")) for file in files}
+        for name in parameter_shapes(config):
+            key = hf_key(config, name)
+            entry = stored[key.name]
+            tensor = opened[entry.file].get_tensor(entry.key)
+            tensor = tensor.T if key.transposed else tensor
+            yield name, tensor if key.part is None else split(tensor, key.part, config)
+
+
+def to_hf(
+    config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) under our names -> under Hugging Face's, fused and transposed as they are."""
+    waiting: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors:
+        key = hf_key(config, name)
+        if key.part is not None:
+            parts = waiting.setdefault(key.name, [])
+            assert len(parts) == key.part, "q, k, v come in the order of hf_order"
+            parts.append(tensor)
+            if len(parts) < 3:
+                continue
+            tensor = fuse(waiting.pop(key.name), config)
+        yield key.name, (tensor.T if key.transposed else tensor).contiguous()
+
+
+def write_weights(
+    directory: str | Path | None,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    max_bytes: float = 5e9,
+) -> None:
+    """Write (name, full CPU tensor) pairs, given in `hf_order`, as safetensors files of at most
+    `max_bytes` (or one tensor), with index and config.json. Holds one file's tensors at a time.
+
+    directory   None: take all pairs and write none, on a rank that gathers along with the others
+    """
+    if directory is None:
+        for _ in tensors:
+            pass
+        return
+    directory, files, total = Path(directory), [], 0
+    for batch in batches(to_hf(config, tensors), max_bytes):
+        save_file(batch, directory / f"{len(files)}.part", metadata={"format": "pt"})
+        files.append(list(batch))
+        total += sum(tensor.nbytes for tensor in batch.values())
+        dtype = next(iter(batch.values())).dtype
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    if len(files) == 1:
+        names = [WEIGHTS]
+    else:
+        weight_map = {key: name for name, keys in zip(names, files, strict=True) for key in keys}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for i, name in enumerate(names):
+        (directory / f"{i}.part").rename(directory / name)
+    dtype_key = "dtype" if "dtype" in config.hf else "torch_dtype"
+    raw = config.hf | {dtype_key: str(dtype).removeprefix("torch.")}
+    (directory / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def batches(
+    tensors: Iterable[tuple[str, Tensor]], max_bytes: float
+) -> Iterator[dict[str, Tensor]]:
+    """Cut a stream of tensors into dicts of at most `max_bytes`, or of one tensor."""
+    batch: dict[str, Tensor] = {}
+    for key, tensor in tensors:
+        if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > max_bytes:
+            yield batch
+            batch.clear()  # in place: the caller holds it too
+        batch[key] = tensor
+    yield batch
+
+
+def random_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """GPT-2's initialisation, float32: N(0, initializer_range), by default 0.02, and less by
+    1/sqrt(2 layers) where a block writes to the residual stream.
+
+    A tensor depends on (seed, its place in the model) alone.
+    """
+    for i, (name, shape) in enumerate(parameter_shapes(config).items()):
+        if name.endswith("bias"):
+            yield name, torch.zeros(shape)
+        elif "norm" in name:
+            yield name, torch.zeros(shape) if config.norm == "rms+1" else torch.ones(shape)
+        else:
+            rng = torch.Generator().manual_seed(seed * 1_000_000 + i)
+            residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
+            std = config.hf.get("initializer_range", 0.02)
+            std /= math.sqrt(2 * config.n_layers) if residual else 1
+            yield name, torch.normal(0.0, std, shape, generator=rng)
+
+
+def build(
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Transformer:
+    """A model in one process, filled from (name, tensor) pairs."""
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    model.to_empty(device=device)
+    model.tie()
+    missing = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors:
+            missing.pop(name).copy_(tensor)
+    assert not missing, f"no tensor for {list(missing)}"
+    return model
+
+
+def from_pretrained(
+    id_or_dir: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Transformer:
+    """Load a hub id or a local directory, unsharded. Raises one ValueError with all problems."""
+    directory = find_checkpoint(id_or_dir)
+    config = load_config(directory)
+    if problems := check_checkpoint(directory, config):
+        raise ValueError("\n".join(problems))
+    return build(config, read_weights(directory, config), dtype, device)
+
+
+@contextmanager
+def written_whole(directory: str | Path) -> Iterator[Path]:
+    """A temporary directory beside `directory`, renamed to it once the block is through. Replaces
+    an earlier model; raises ValueError for a directory that holds something else."""
+    final = Path(directory)
+    if final.exists() and any(final.iterdir()) and not (final / CONFIG).exists():
+        raise ValueError(f"{final}: exists, and holds no model to replace")
+    temporary, old = (final.with_name(f".{final.name}.{end}") for end in ("new", "old"))
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    if final.exists():
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_pretrained(
+    model: Transformer, directory: str | Path, tokenizer_dir: str | Path | None = None
+) -> None:
+    """Write an unsharded model in Hugging Face's format, with the tokenizer of `tokenizer_dir`."""
+    with written_whole(directory) as temporary:
+        parameters = ((name, p.detach().cpu()) for name, p in model.named_parameters())
+        write_weights(temporary, model.config, parameters)
+        for pattern in TOKENIZER_FILES if tokenizer_dir else ():
+            for file in Path(tokenizer_dir).glob(pattern):
+                shutil.copy(file, temporary)

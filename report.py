@@ -1,0 +1,257 @@
+"""The record of a run: metrics.jsonl and weights.json while it goes on, and the printed report,
+which is made from those files alone.
+
+Row t of metrics.jsonl holds the losses at the point from which step t starts, and the weights that
+it ends with. The first row has the `test_loss` of the model as loaded, the last one that of the
+model as saved.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bilevel import StepStats
+
+BATCHES = 10  # batch means, for standard errors of series that are autocorrelated
+SETTLED = 0.1  # largest drift of a logit over the last fifth of a run that has settled
+MIXTURE = 10_000  # samples in the mixture that the report proposes
+
+
+class Log:
+    """Writes a run's files as it goes on and draws the progress bar. Only rank 0 does either."""
+
+    def __init__(self, out: Path, about: dict, start: int, total: int, main: bool):
+        """about: what weights.json says besides the results; start: steps already done, whose rows
+        are kept, and those after them dropped."""
+        self.out, self.about, self.total, self.main = out, about, total, main
+        self.rows: list[dict] = []
+        if main:
+            file = out / "metrics.jsonl"
+            lines = file.read_text().splitlines()[:start] if start and file.exists() else []
+            self.rows = [json.loads(line) for line in lines]
+            replace(file, "".join(line + "\n" for line in lines))
+        interval = 0.5 if sys.stderr.isatty() else 20
+        self.bar = tqdm(
+            total=total, initial=start, disable=not main, mininterval=interval, maxinterval=interval
+        )
+
+    def write(self, row: dict) -> None:
+        """Add one row of metrics.jsonl; bring weights.json up to date every tenth step."""
+        if not self.main:
+            return
+        self.rows.append(row)
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        last = row["step"] == self.total - 1
+        if last or row["step"] % 10 == 0:
+            self.write_weights()
+        leading = sorted(row["weights"].items(), key=lambda item: -item[1])[:3]
+        weights = " ".join(f"{name} {p:.2f}" for name, p in leading)
+        val = math.nan if row["val_loss"] is None else row["val_loss"]
+        self.bar.set_postfix_str(f"val {val:.3f} | {weights}", refresh=False)
+        self.bar.update()
+        if last:
+            self.bar.close()
+
+    def write_weights(self) -> None:
+        if self.rows and self.main:
+            write_json(self.out / "weights.json", self.about | summarise(self.rows))
+
+
+def row(step: int, stats: StepStats, names: list[str], probs: Tensor) -> dict:
+    """A row of metrics.jsonl; null where a source is absent from the batch, or not finite."""
+
+    def by_name(values: Tensor) -> dict:
+        return dict(zip(names, map(finite, values.tolist()), strict=True))
+
+    return {
+        "step": step,
+        "val_loss": finite(stats.val_loss),
+        "source_loss_w": by_name(stats.source_loss_w),
+        "source_loss_u": by_name(stats.source_loss_u),
+        "weights": by_name(probs),
+        "grad_norm_w": finite(stats.grad_norm_w),
+        "grad_norm_u": finite(stats.grad_norm_u),
+        "finite": stats.finite,
+        "peak_memory": peak_memory(),
+    }
+
+
+def finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None
+
+
+def peak_memory() -> int:
+    """Bytes: allocated on this rank's GPU, or else resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def blame(row: dict, counts: Tensor, out: Path) -> str:
+    """Why a step was not finite, and what is left of the run."""
+    present = dict(zip(row["weights"], counts.tolist(), strict=False))
+    bad = [
+        f"the loss of source {name} under {copy}"
+        for copy in "wu"
+        for name, loss in row[f"source_loss_{copy}"].items()
+        if present[name] and loss is None
+    ]
+    bad += ["the validation loss"] * (row["val_loss"] is None)
+    return (
+        f"step {row['step']}: not finite: {', '.join(bad) or 'a gradient'}. This step changed "
+        f"nothing; metrics.jsonl and weights.json in {out} hold the {row['step']} steps before it. "
+        "The same command with --skip-nonfinite passes over such steps; lower --lr-w and --lr-u, "
+        "or --clip, need another --out."
+    )
+
+
+def write_json(path: Path, content: dict) -> None:
+    replace(path, json.dumps(content, indent=1) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file in one step: a reader sees the old one or the new one, each whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def summarise(rows: list[dict]) -> dict:
+    """What weights.json says of the results: final weights, and over the last fifth of the steps
+    their mean, the mean gap ℓ_i(w) − ℓ_i(u) with its standard error, and whether they settled.
+
+    A weight has settled if its centred logit drifts by less than SETTLED over the last fifth, and
+    by less than two standard errors of the drift.
+    """
+    tail = rows[-max(1, len(rows) // 5) :]
+    names = list(rows[-1]["weights"])
+    p = np.array([[row["weights"][name] for name in names] for row in tail])
+    logits = np.log(np.maximum(p, 1e-300))
+    logits -= logits.mean(1, keepdims=True)
+    drift, drift_se = zip(*(slope(column) for column in logits.T), strict=True)
+    gaps = [
+        [
+            row["source_loss_w"][name] - row["source_loss_u"][name]
+            for row in tail
+            if None not in (row["source_loss_w"][name], row["source_loss_u"][name])
+        ]
+        for name in names
+    ]
+    settled = [abs(d) < SETTLED and abs(d) < 2 * se for d, se in zip(drift, drift_se, strict=True)]
+    columns = {
+        "weights": p[-1].tolist(),
+        "mean_last_20pct": p.mean(0).tolist(),
+        "gap": [float(np.mean(g)) if g else None for g in gaps],
+        "gap_se": [standard_error(g) for g in gaps],
+        "settled": settled,
+    }
+    by_name = {key: dict(zip(names, values, strict=True)) for key, values in columns.items()}
+    return by_name | {
+        "step": rows[-1]["step"] + 1,
+        "skipped": sum(not row["finite"] for row in rows),
+        "alpha": rows[-1]["alpha"],
+        "test_loss": [rows[0].get("test_loss") if len(rows) > 1 else None,
+                      rows[-1].get("test_loss")],
+    }
+
+
+def standard_error(series: list[float]) -> float | None:
+    """Of the mean, by batch means; None for a series too short to tell."""
+    if len(series) < 2 * BATCHES:
+        return None
+    means = [part.mean() for part in np.array_split(np.array(series), BATCHES)]
+    return float(np.std(means, ddof=1) / math.sqrt(BATCHES))
+
+
+def slope(series: np.ndarray) -> tuple[float, float]:
+    """Drift of a series over its length by least squares on batch means, and its standard error.
+
+    A series too short to tell has an infinite drift.
+    """
+    if len(series) < 2 * BATCHES:
+        return math.inf, 0.0
+    means = np.array([part.mean() for part in np.array_split(series, BATCHES)])
+    t = np.linspace(-0.5, 0.5, BATCHES)
+    drift = float(t @ means / (t @ t))
+    residual = means - means.mean() - drift * t
+    return drift, math.sqrt(residual @ residual / (BATCHES - 2) / (t @ t))
+
+
+def apportion(weights: dict[str, float], total: int) -> dict[str, int]:
+    """`total` in whole parts proportional to the weights, by largest remainder."""
+    scale = total / sum(weights.values())
+    parts = {name: math.floor(p * scale) for name, p in weights.items()}
+    by_remainder = sorted(weights, key=lambda name: parts[name] - weights[name] * scale)
+    for name in by_remainder[: total - sum(parts.values())]:
+        parts[name] += 1
+    return parts
+
+
+def plot(out: Path) -> None:
+    """weights.png: weights and losses over the steps, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps, names = [row["step"] for row in rows], list(rows[0]["weights"])
+    figure = Figure(figsize=(11, 4 + 0.15 * max(0, len(names) - 12)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, name in enumerate(names):
+        style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3], "label": name}
+        left.plot(steps, [row["weights"][name] for row in rows], **style)
+        losses = [row["source_loss_w"][name] for row in rows]
+        right.plot(steps, [math.nan if x is None else x for x in losses], linewidth=0.8, **style)
+    val = [math.nan if row["val_loss"] is None else row["val_loss"] for row in rows]
+    right.plot(steps, val, color="black", label="validation")
+    left.set(xlabel="step", ylabel="source weight p", ylim=(0, 1))
+    right.set(xlabel="step", ylabel="loss under w (nats)", ylim=(0, None))
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.savefig(out / "weights.png", dpi=120)
+
+
+def render(out: Path) -> str:
+    """The report of a finished run, from its files."""
+    result = json.loads((out / "weights.json").read_text())
+    weights = result["weights"]
+    width = max(len("source"), *map(len, weights))
+    lines = [f"{'source':{width}}  weight  {'':30}  samples  gap l(w) - l(u)     settled"]
+    for name, p in weights.items():
+        gap, se = result["gap"][name], result["gap_se"][name]
+        gap = f"{gap:+.4f}" if gap is not None else "-"
+        se = f" ± {se:.4f}" if se is not None else ""
+        bar = "█" * round(30 * p) or "▏"
+        lines.append(
+            f"{name:{width}}  {p:6.4f}  {bar:30}  {result['sources'][name]['samples']:7}  "
+            f"{gap + se:18}  {'yes' if result['settled'][name] else 'drifts'}"
+        )
+    if None not in result["test_loss"]:
+        before, after = result["test_loss"]
+        lines += ["", f"held-out test loss: {before:.4f} before, {after:.4f} after"]
+    if result["skipped"]:
+        lines += ["", f"steps passed over because something was not finite: {result['skipped']}"]
+    parts = apportion(weights, MIXTURE)  # so that the printed probabilities sum to one
+    probs = ",".join(f"{n / MIXTURE:.4f}" for n in parts.values())
+    mixer = json.dumps(parts)
+    lines += [
+        "",
+        "The same mixture elsewhere:",
+        f"  LLaMA-Factory   dataset: {','.join(weights)}",
+        "                  mix_strategy: interleave_under",
+        f"                  interleave_probs: {probs}",
+        f"  open-instruct   dataset_mixer: {mixer}",
+        "",
+        f"Files in {out}: {', '.join(sorted(p.name for p in out.iterdir()))}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,268 @@
+"""Sharding with FSDP2: the process group, a model cut over the ranks, and its way to and from
+files. The same code runs on CPU with gloo and on CUDA with nccl, on one process or many.
+
+`fully_shard` cuts each parameter along its first dimension: of D ranks, rank r holds the rows
+[r ⌈n/D⌉, (r+1) ⌈n/D⌉). A model is built on the meta device, cut, and filled tensor by tensor, so
+that no rank ever holds more than one full tensor beside its shards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+import model as hf
+from families import ModelConfig
+from model import Transformer
+
+# A model of at most this many bytes stays gathered on every rank between the micro-batches of a
+# pass, so that parameters are gathered once and gradients reduced once. A larger one is gathered
+# block by block, each time it is used.
+GATHER_ONCE_BYTES = 1_000_000_000
+
+
+def start(timeout: float) -> torch.device:
+    """Join torchrun's process group, or make one of a single process. Returns this rank's device.
+
+    timeout: seconds after which a collective that does not complete ends the run.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        store, rank, world = next(dist.rendezvous("env://"))
+        # After a restart the store may still hold the addresses of ranks that are gone.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+    else:
+        store, rank, world = dist.HashStore(), 0, 1
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        timeout=timedelta(seconds=timeout),
+        store=store,
+        rank=rank,
+        world_size=world,
+    )
+    return torch.device(device)
+
+
+def leave(code: int) -> None:
+    """End the process without the interpreter's teardown, in which threads of torch that are still
+    alive now and then abort it ("terminate called without an active exception")."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def shard(model: Transformer, mesh: DeviceMesh, mixed: MixedPrecisionPolicy, whole: bool) -> None:
+    """Cut `model` over `mesh`, in place: each block is gathered on its own when it is used.
+
+    whole: keep what was gathered until the end of backward (see `once_per_pass`).
+    """
+    rules = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": not whole}
+    for block in model.blocks:
+        fully_shard(block, **rules)
+    # The head is the first to be needed again in backward, so it is not cut in between.
+    if model.config.tied:
+        fully_shard([model.embed, model.norm, model.head], **rules)
+    else:
+        fully_shard(model.embed, **rules)
+        fully_shard([model.norm, model.head], **{**rules, "reshard_after_forward": False})
+    fully_shard(model, **rules)
+
+
+def build(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Transformer:
+    """A sharded model, not filled yet. Collective: every rank calls it."""
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    low = torch.finfo(dtype).bits < 32
+    # The inputs of a block are left as they are: its RoPE tables stay fp32.
+    mixed = MixedPrecisionPolicy(
+        param_dtype=dtype if low else None,
+        reduce_dtype=torch.float32 if low else None,
+        cast_forward_inputs=False,
+    )
+    n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    model.gather_once = n_bytes <= GATHER_ONCE_BYTES
+    shard(model, mesh, mixed, whole=model.gather_once)
+    model.to_empty(device=device)
+    # FSDP notes in which dtype gradients are reduced when it is first used, and only for parameters
+    # that train then. Let it do so now, before LISA freezes any. (A forward would do it through the
+    # public interface, but gather more than one tensor.)
+    model._get_fsdp_state()._lazy_init()
+    return model
+
+
+@torch.no_grad()
+def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy this rank's rows of each full tensor into its shard."""
+    missing = dict(model.named_parameters())
+    for name, full in tensors:
+        p = missing.pop(name)
+        if isinstance(p, DTensor):
+            rows = -(-full.shape[0] // p.device_mesh.size())
+            first = rows * p.device_mesh.get_local_rank()
+            p.to_local().copy_(full[first : first + rows])
+        else:
+            p.copy_(full)
+    assert not missing, f"no tensor for {sorted(missing)}"
+
+
+@torch.no_grad()
+def copy_shards(target: nn.Module, source: nn.Module) -> None:
+    """Make `target` equal to `source`, shard by shard, without communication."""
+    for a, b in zip(target.parameters(), source.parameters(), strict=True):
+        a.to_local().copy_(b.to_local())
+
+
+def once_per_pass(model: FSDPModule, last: bool) -> None:
+    """For PenaltyStep.on_micro: gather parameters with the first micro-batch of a pass, reduce
+    gradients and let go of the gathered copies with the last, where the model is small enough."""
+    if model.gather_once:
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
+
+
+def release(model: nn.Module) -> None:
+    """Drop gathered copies, which after a forward without backward would stay and go stale."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, full tensor on the CPU), one at a time, in the order that files are written in.
+
+    Collective: every rank calls it and takes all of it.
+    """
+    parameters = dict(model.named_parameters())
+    for name in hf.hf_order(model.config):
+        p = parameters[name].detach()
+        yield name, (p.full_tensor() if isinstance(p, DTensor) else p).cpu()
+
+
+def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None:
+    """Write `model` in Hugging Face format to the directory `target`, whole or not at all.
+
+    finish: rank 0 calls it with the directory before it has its name, to add the tokenizer.
+    Collective: every rank calls it.
+    """
+    release(model)
+    if dist.get_rank() == 0:
+        with hf.written_whole(target) as directory:
+            hf.write_weights(directory, model.config, full_tensors(model))
+            finish(directory)
+    else:
+        hf.write_weights(None, model.config, full_tensors(model))
+    dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints of a run: a directory step-N, which has its name only once it is whole
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], run: dict, keep: int):
+    """Write `folder`/step-N, and drop all but the `keep` newest. Collective.
+
+    tensors: DTensors and replicated tensors; run: small things that are the same on all ranks.
+    """
+    temporary = folder / f".step-{step}"
+    if dist.get_rank() == 0:
+        for leftover in folder.glob(".step-*"):  # of a save that was cut off
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(tensors, checkpoint_id=temporary)
+    if dist.get_rank() == 0:
+        torch.save(run, temporary / "run.pt")
+    dist.barrier()
+    files = sorted(p for p in temporary.iterdir())
+    own = files[dist.get_rank() :: dist.get_world_size()]
+    sums = gathered({p.name: crc32(p) for p in own})
+    if dist.get_rank() == 0:
+        (temporary / "checksums.json").write_text(json.dumps(sums))
+        for name in ("run.pt", "checksums.json", "."):
+            sync(temporary / name)
+        target = folder / f"step-{step}"
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        sync(folder)
+        for old in whole_checkpoints(folder)[keep:]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Those that got their name, the newest first; whether they are damaged is not looked at."""
+    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda p: -int(p.name.removeprefix("step-")))
+
+
+def damaged_files(checkpoint: Path) -> list[str]:
+    """Names of the files that are not what was written. Collective: the ranks share the reading."""
+    try:
+        sums = json.loads((checkpoint / "checksums.json").read_text())
+        own = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
+        bad = {name: 1 for name in own if crc32(checkpoint / name) != sums[name]}
+    except (OSError, ValueError) as error:
+        bad = {getattr(error, "filename", None) or "checksums.json": 1}
+    return sorted(gathered(bad))
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest that is not damaged, and a line on each that is. Collective."""
+    complaints = []
+    for checkpoint in whole_checkpoints(folder):
+        bad = damaged_files(checkpoint)
+        if not bad:
+            return checkpoint, complaints
+        complaints.append(f"{checkpoint} is damaged ({', '.join(bad)}): trying the one before")
+    return None, complaints
+
+
+def read_run(checkpoint: Path) -> dict:
+    """The small things of a checkpoint."""
+    return torch.load(checkpoint / "run.pt", weights_only=True)
+
+
+def load_checkpoint(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    """Read into `tensors` in place, however their shards are cut. Collective."""
+    dcp.load(tensors, checkpoint_id=checkpoint)
+
+
+def gathered(own: dict) -> dict:
+    """The union of all ranks' dicts. Collective."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def crc32(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def sync(path: Path) -> None:
+    """Make a file, or a name given in a directory, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

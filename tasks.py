@@ -1,0 +1,92 @@
+"""Built-in tasks: small data that a tiny model learns in seconds, made from a seed.
+
+All are about invented facts: each of some names has a value for each of some attributes, asked for
+in many forms ("please, what is kalo mub" -> "tezi"). The attribute alone leaves three answers, the
+name decides. Records are turns (see tokenizer.Turns) of at most 36 bytes, and every source has so
+many that a short run sees few of them twice: noise cannot be learned by heart.
+"""
+
+from __future__ import annotations
+
+import random
+
+from tokenizer import Turns
+
+Task = tuple[dict[str, list[Turns]], list[Turns], list[Turns]]  # sources, validation, test
+
+OPENINGS = ("", "hi, ", "so ", "now ", "well, ", "please, ", "hey! ", "ok, ")
+FORMS = (
+    "{x} {a}", "{x}, {a}", "{x}: {a}", "what is {x} {a}", "say {x} {a}", "give {x} {a}",
+    "ask {x} {a}", "find {x} {a}", "get {x} {a}", "show {x} {a}", "tell {x} {a}", "name {x} {a}",
+)  # fmt: skip
+CONSONANTS = "bdfgklmnprstvz"
+JUNK = "chjqwxy"  # consonants of words without meaning
+
+
+def task(name: str, seed: int) -> Task:
+    """(sources, validation, test) of a built-in task; the records of a seed are always the same."""
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}: expected one of {', '.join(TASKS)}")
+    return TASKS[name](random.Random(f"{name} {seed}"))
+
+
+def words(rng: random.Random, n: int, syllables: int, consonants: str) -> list[str]:
+    """Distinct invented words."""
+    made = {}
+    while len(made) < n:
+        made["".join(rng.choice(consonants) + rng.choice("aeiou") for _ in range(syllables))] = None
+    return list(made)
+
+
+def facts(rng: random.Random, consonants: str = CONSONANTS, n_attributes: int = 8) -> tuple:
+    """Questions and answers about 12 names: (train, validation, test), 88 : 4 : 4 of each fact.
+
+    Every fact and every form occurs in training, but no question of validation or test does.
+    """
+    names = words(rng, 12, 2, consonants)
+    forms = [opening + form for opening in OPENINGS for form in FORMS]
+    parts = [], [], []
+    for end in rng.sample(consonants, n_attributes):
+        attribute = rng.choice(consonants) + rng.choice("aeiou") + end
+        values = words(rng, 3, 2, consonants)
+        for name in names:
+            answer = ("assistant", rng.choice(values))
+            for n, form in enumerate(rng.sample(forms, len(forms))):
+                question = ("user", form.format(x=name, a=attribute))
+                parts[(n >= 88) + (n >= 92)].append([question, answer])
+    return parts
+
+
+def denoising(rng: random.Random) -> Task:
+    """Right answers, the same questions with each other's answers, and unrelated words."""
+    clean, val, test = facts(rng)
+    answers = rng.sample([answer for _, answer in clean], len(clean))
+    shuffled = [[question, answer] for (question, _), answer in zip(clean, answers, strict=True)]
+    questions = [" ".join(words(rng, 3, 3, JUNK)) for _ in clean]
+    junk = [[("user", q), ("assistant", words(rng, 1, 2, JUNK)[0])] for q in questions]
+    return {"clean": clean, "shuffled": shuffled, "junk": junk}, val, test
+
+
+def multilingual(rng: random.Random) -> Task:
+    """Four languages of different sounds; validation is 70% the first, 30% the second."""
+    sounds = {"aru": "bdgr", "eli": "fslv", "oko": "ktpm", "unu": "nzhj"}
+    languages = {name: facts(rng, consonants, 4) for name, consonants in sounds.items()}
+
+    def mixture(part: int) -> list[Turns]:
+        return rng.sample(languages["aru"][part], 140) + rng.sample(languages["eli"][part], 60)
+
+    return {name: parts[0] for name, parts in languages.items()}, mixture(1), mixture(2)
+
+
+def instruction(rng: random.Random) -> Task:
+    """The same questions, answered to the point, or evasively and half the time at random."""
+    good, val, test = facts(rng)
+    answers = [answer for _, (_, answer) in good]
+    poor = []
+    for question, (_, right) in good:
+        said = right if rng.random() < 0.5 else rng.choice(answers)
+        poor.append([question, ("assistant", f"hm, {said}")])
+    return {"good": good, "poor": poor}, val, test
+
+
+TASKS = {"denoising": denoising, "multilingual": multilingual, "instruction": instruction}

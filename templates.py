@@ -1,0 +1,226 @@
+"""Conversations to token ids and loss masks, by a template that the saved model takes along.
+
+    turns = [("user", "Name a colour."), ("assistant", "Green.")]
+    ids, has_loss = encode_conversation(tokenizer, "alpaca", turns, max_length=512)
+
+Only answers and the token that ends them carry loss. Control tokens are put in by id.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from tokenizer import EOS, Segment, Settings, Tokenizer, Turns
+
+CONTROL = re.compile(r"(<\|?\w+\|?>)")  # a control token within a template's own strings
+
+PREAMBLE = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)
+PREAMBLE_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request."
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A conversation is its turns, each `before[role]`, text, `end`, joined by `between`."""
+
+    before: dict[str, str]
+    between: str
+    end: str  # a control token; EOS ends answers only, any other every turn
+    preamble: bool = False  # opens with Alpaca's preamble unless there is a system turn
+    merge_system: bool = False  # the model has no system role: its text opens the user's turn
+
+    @property
+    def control(self) -> set[str]:
+        """Names of the control tokens in use."""
+        return {*CONTROL.findall(" ".join([*self.before.values(), self.end]))}
+
+
+TEMPLATES = {
+    # Stanford Alpaca; with a newline after "Response:", as in alpaca-lora
+    "alpaca": Template(
+        {"system": "", "user": "### Instruction:\n", "input": "### Input:\n",
+         "assistant": "### Response:\n"}, "\n\n", EOS, preamble=True,
+    ),
+    "plain": Template({"system": "", "user": "", "assistant": ""}, "\n", EOS),
+    "chatml": Template(
+        {role: f"<|im_start|>{role}\n" for role in ("system", "user", "assistant")},
+        "\n", "<|im_end|>",
+    ),
+    "llama3": Template(
+        {role: f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+         for role in ("system", "user", "assistant")}, "", "<|eot_id|>",
+    ),
+    "gemma": Template(
+        {"system": "<start_of_turn>user\n", "user": "<start_of_turn>user\n",
+         "assistant": "<start_of_turn>model\n"}, "\n", "<end_of_turn>", merge_system=True,
+    ),
+}
+
+
+def render(
+    tokenizer: Tokenizer, template: str, turns: Turns, prompt: bool = False
+) -> list[Segment]:
+    """Segments (text or control token's id, has_loss); `prompt` opens one more answer.
+
+    Answers and their end tokens have loss. A single ("text", …) turn is a document, all of it with
+    loss, whatever the template. ValueError if the vocabulary lacks a token of the template.
+    """
+    style = TEMPLATES[template]
+    segments = [(tokenizer.bos_id, False)] if tokenizer.add_bos else []
+    if turns[0][0] == "text":
+        return [*segments, (turns[0][1], True), (tokenizer.control(EOS), True)]
+
+    def add(text: str) -> None:
+        for n, piece in enumerate(CONTROL.split(text)):
+            segments.append((tokenizer.control(piece) if n % 2 else piece, False))
+
+    for n, (role, text) in enumerate(_fit(style, turns)):
+        add(style.between * (n > 0) + style.before[role])
+        answer = role == "assistant"
+        segments.append((text, answer))
+        if answer or style.end != EOS:
+            segments.append((tokenizer.control(style.end), answer))
+    if prompt:
+        add(style.between + style.before["assistant"])
+    return segments
+
+
+def _fit(style: Template, turns: Turns) -> Turns:
+    """The same conversation in roles that the template has."""
+    if style.preamble and turns[0][0] != "system":
+        with_input = any(role == "input" for role, _ in turns)
+        turns = [("system", PREAMBLE_WITH_INPUT if with_input else PREAMBLE), *turns]
+    out = []
+    for role, text in turns:
+        if role == "input" and "input" not in style.before:
+            out[-1] = ("user", f"{out[-1][1]}\n{text}")
+        elif role == "user" and out and out[-1][0] == "system" and style.merge_system:
+            out[-1] = ("user", f"{out[-1][1]}\n\n{text}")
+        else:
+            out.append((role, text))
+    return out
+
+
+def encode_conversations(
+    tokenizer: Tokenizer, template: str, conversations: list[Turns], max_length: int
+) -> list[tuple[list[int], list[bool]]]:
+    """`encode_conversation` of each, in parallel threads."""
+    return _encode([render(tokenizer, template, t) for t in conversations], tokenizer, max_length)
+
+
+def encode_conversation(
+    tokenizer: Tokenizer, template: str, turns: Turns, max_length: int
+) -> tuple[list[int], list[bool]]:
+    """(ids, has_loss), cut to `max_length`, so that a truncated answer has no end token.
+
+    The first id has no loss: nothing precedes it to predict it from.
+    """
+    return encode_conversations(tokenizer, template, [turns], max_length)[0]
+
+
+def render_prompt(tokenizer: Tokenizer, template: str, turns: Turns) -> list[int]:
+    """Ids that end where the model is to answer."""
+    segments = render(tokenizer, template, turns, prompt=True)
+    return _encode([segments], tokenizer, max_length=None)[0][0]
+
+
+def _encode(samples: list[list[Segment]], tokenizer: Tokenizer, max_length: int | None) -> list:
+    """(ids, has_loss) of rendered conversations, all of their texts encoded in one batch."""
+    samples = [
+        [(is_text, list(run)) for is_text, run in groupby(sample, lambda s: isinstance(s[0], str))]
+        for sample in samples
+    ]
+    runs = [
+        (run, n == 0) for sample in samples for n, (is_text, run) in enumerate(sample) if is_text
+    ]
+    encoded = iter(tokenizer.codec.encode_runs(runs))
+    out = []
+    for sample in samples:
+        pairs = [pair for is_text, run in sample for pair in (next(encoded) if is_text else run)]
+        ids, has_loss = map(list, zip(*pairs[:max_length], strict=True))
+        out.append((ids, [False, *has_loss[1:]]))
+    return out
+
+
+def stop_ids(tokenizer: Tokenizer, template: str) -> list[int]:
+    """Ids that end an answer in generation. ValueError if the vocabulary lacks the template's."""
+    style = TEMPLATES[template]
+    for name in style.control:
+        tokenizer.control(name)
+    return list(dict.fromkeys([tokenizer.control(style.end), *tokenizer.eos_ids]))
+
+
+def chat_template(template: str, add_bos: bool = False) -> str:
+    """Jinja source that renders messages as `render` does, for tokenizer_config.json."""
+    style = TEMPLATES[template]
+    between, before = json.dumps(style.between), json.dumps(style.before)
+    source = "{{ bos_token }}" if add_bos else ""
+    if style.preamble:
+        preambles = json.dumps([PREAMBLE, PREAMBLE_WITH_INPUT])
+        source += (
+            "{% if messages[0].role != 'system' %}"
+            "{% set inputs = messages | selectattr('role', 'equalto', 'input') | list %}"
+            f"{{% set preamble = {preambles}[1 if inputs else 0] %}}"
+            "{% set messages = [{'role': 'system', 'content': preamble}] + messages %}{% endif %}"
+        )
+    if style.merge_system:
+        source += (
+            "{% if messages[0].role == 'system' and messages[1:2] and messages[1].role == 'user' %}"
+            "{% set text = messages[0].content + '\\n\\n' + messages[1].content %}"
+            "{% set messages = [{'role': 'user', 'content': text}] + messages[2:] %}{% endif %}"
+        )
+    end = f"{{{{ {json.dumps(style.end)} }}}}"
+    if style.end == EOS:
+        end = "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    return source + (
+        f"{{% set before = {before} %}}{{% for message in messages %}}"
+        f"{{% if not loop.first %}}{{{{ {between} }}}}{{% endif %}}"
+        f"{{{{ before[message.role] + message.content }}}}{end}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {between} + before['assistant'] }}}}{{% endif %}}"
+    )
+
+
+def trained_with(directory: Path) -> str:
+    """The template of a model that `save_tokenizer` has seen; "alpaca" of any other."""
+    try:
+        name = json.loads((directory / "tokenizer_config.json").read_text())["scalebio_template"]
+    except (OSError, ValueError, KeyError):
+        return "alpaca"
+    return name if name in TEMPLATES else "alpaca"
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike, template: str) -> None:
+    """Copy the tokenizer's files and write tokenizer_config.json with the template trained with."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {}
+    if tokenizer.path is None:
+        (directory / "tokenizer.json").write_text(json.dumps(tokenizer.spec), encoding="utf-8")
+    else:
+        config = Settings.read(tokenizer.path).names
+        renamed = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}  # for transformers
+        for name in ("tokenizer.json", "vocab.json", "merges.txt", *renamed, "tokenizer.model",
+                     "special_tokens_map.json"):
+            if (tokenizer.path / name).is_file():
+                shutil.copyfile(tokenizer.path / name, directory / renamed.get(name, name))
+    names = {i: name for name, i in tokenizer.special.items()}
+    for key, i in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
+        if i in names:
+            config.setdefault(key, names[i])
+    has_json = (directory / "tokenizer.json").is_file()
+    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast" if has_json else "GPT2Tokenizer")
+    config["chat_template"] = chat_template(template, tokenizer.add_bos)
+    config["scalebio_template"] = template  # what evaluate.py takes where it is told nothing else
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")

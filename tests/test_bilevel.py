@@ -1,0 +1,244 @@
+"""The penalty step against autograd, and its batching against the definition of a source loss."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bilevel import PenaltyStep, SourceWeights
+from model import ModelConfig, build, random_weights
+
+S, ALPHA = 3, 7.0
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+}
+
+
+class Recorder:
+    """An optimiser that keeps the gradients it is given and changes nothing."""
+
+    def __init__(self, model):
+        self.param_groups = [{"params": list(model.parameters())}]
+
+    def step(self):
+        self.grads = [p.grad.clone() for p in self.param_groups[0]["params"]]
+
+    def zero_grad(self):
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+
+class RecordedWeights(SourceWeights):
+    def update(self, gap):
+        super().update(gap)
+        self.grad = self.lam.grad.clone()
+
+
+def micro_batch(n, group, seed, length=12):
+    """n random samples; the prompt is a third of each, and some end in padding."""
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 31, (n, length), generator=g)
+    labels = tokens.clone()
+    labels[:, : length // 3] = -100
+    for i in range(n):
+        labels[i, length - i % 4 :] = -100
+    return SimpleNamespace(tokens=tokens, labels=labels, group=torch.as_tensor(group))
+
+
+def two_models(dtype=torch.float64):
+    """w and u that differ, as they do in the middle of a run."""
+    config = ModelConfig.from_hf(LLAMA)
+    return [build(config, random_weights(config, seed), dtype) for seed in range(2)]
+
+
+def sample_loss(model, tokens, labels):
+    """Mean cross-entropy over the response tokens of one sample, from full logits."""
+    logits = model(tokens[None])[0, :-1]
+    return F.cross_entropy(logits, labels[1:], ignore_index=-100)
+
+
+def mean_over(model, batches, group):
+    losses = [
+        sample_loss(model, t, y)
+        for b in batches
+        for t, y, g in zip(b.tokens, b.labels, b.group, strict=True)
+        if g == group
+    ]
+    return torch.stack(losses).mean()
+
+
+def relative_error(a, b):
+    a, b = (torch.cat([t.flatten() for t in x]) for x in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_gradients_match_autograd_of_the_penalty():
+    w, u = two_models()
+    train = [micro_batch(4, [0, 1, 2, 0], 1), micro_batch(3, [0, 2, 0], 2, length=15)]
+    val = [micro_batch(3, [S] * 3, 3), micro_batch(2, [S] * 2, 4)]
+    counts = torch.tensor([4, 1, 2, 5])
+    lam = torch.tensor([0.3, -0.8, 0.1], dtype=torch.float64, requires_grad=True)
+
+    def weighted(model):  # L2
+        return sum(p * mean_over(model, train, i) for i, p in enumerate(lam.softmax(0)))
+
+    penalty = mean_over(w, val, S) + ALPHA * (weighted(w) - weighted(u))
+    g_lam, *g_w = torch.autograd.grad(penalty, [lam, *w.parameters()])
+    g_u = torch.autograd.grad(ALPHA * weighted(u), list(u.parameters()))
+
+    sources = RecordedWeights(S, torch.float64)
+    sources.lam.data.copy_(lam.detach())
+    opt_w, opt_u = Recorder(w), Recorder(u)
+    stats = PenaltyStep(w, u, opt_w, opt_u, sources, ALPHA).step(train, val, counts)
+
+    assert relative_error([ALPHA * g for g in opt_w.grads], g_w) <= 1e-10
+    assert relative_error([ALPHA * g for g in opt_u.grads], g_u) <= 1e-10
+    assert relative_error([sources.grad], [g_lam]) <= 1e-10
+    for i in range(S):
+        assert stats.source_loss_w[i].item() == pytest.approx(mean_over(w, train, i).item(), 1e-12)
+        assert stats.source_loss_u[i].item() == pytest.approx(mean_over(u, train, i).item(), 1e-12)
+    assert stats.val_loss == pytest.approx(mean_over(w, val, S).item(), 1e-12)
+    norm = torch.cat([g.flatten() for g in g_w]).norm().item() / ALPHA
+    assert stats.grad_norm_w == pytest.approx(norm, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_copies_have_no_gap_and_lambda_stays(dtype):
+    w, _ = two_models(dtype)
+    u = copy.deepcopy(w)
+    sources = SourceWeights(S)
+    train = [micro_batch(3, [0, 1, 2], 1), micro_batch(3, [0, 1, 2], 2)]
+    step = PenaltyStep(w, u, Recorder(w), Recorder(u), sources, ALPHA)
+    stats = step.step(train, [micro_batch(5, [S] * 5, 3)], torch.tensor([2, 2, 2, 5]))
+    assert torch.equal(stats.source_loss_w, stats.source_loss_u)
+    assert torch.equal(sources.lam.detach(), torch.zeros(S))
+
+
+class PerSource(nn.Module):
+    """The loss of a sample is x[its source], so the gradient is the effective source weight."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.x = nn.Parameter(torch.ones(n + 1, dtype=torch.float64))
+
+
+def per_source_step(n_sources, **kwargs):
+    w, u = PerSource(n_sources), PerSource(n_sources)
+    sources = RecordedWeights(n_sources, torch.float64)
+    return PenaltyStep(
+        w, u, Recorder(w), Recorder(u), sources, ALPHA,
+        losses=lambda model, batch: model.x[batch.group], **kwargs,
+    )  # fmt: skip
+
+
+def group_batches(groups, micro):
+    return [SimpleNamespace(group=g) for g in torch.as_tensor(groups).split(micro)]
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3, 10])
+def test_imbalanced_sources_keep_their_weights_whatever_the_micro_batch(micro):
+    step = per_source_step(2)
+    train = group_batches([0] * 9 + [1], micro)
+    step.step(train, group_batches([2] * 4, micro), torch.tensor([9, 1, 4]))
+    expected = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(step.opt_u.grads[0], expected, rtol=0, atol=1e-15)
+    expected[2] = 1 / ALPHA
+    torch.testing.assert_close(step.opt_w.grads[0], expected, rtol=0, atol=1e-15)
+
+
+def test_absent_sources_are_made_up_for_by_coverage():
+    """Two samples a step from three sources: over a full rotation the weights are p again."""
+    step = per_source_step(3)
+    step.w.x.data[:] += 0.5  # a gap of 0.5 for each source
+    total, gaps = torch.zeros(4, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for present in [(0, 1), (2, 0), (1, 2)]:
+        counts = torch.zeros(4, dtype=torch.long)
+        counts[list(present)], counts[3] = 1, 1
+        step.sources.lam.data.copy_(torch.tensor([0.2, -0.4, 0.0]))
+        probs = step.sources.probs().detach()
+        stats = step.step(group_batches(present, 2), group_batches([3], 1), counts)
+        absent = ({0, 1, 2} - set(present)).pop()
+        assert stats.source_loss_w.isnan().tolist() == [i == absent for i in range(3)]
+        total += step.opt_u.grads[0]
+        gap = torch.zeros(3, dtype=torch.float64)
+        gap[list(present)] = 0.5 * 3 / 2  # divided by c = 2/3
+        jacobian = torch.diag(probs) - probs[:, None] * probs
+        torch.testing.assert_close(step.sources.grad, ALPHA * jacobian @ gap)
+        gaps += gap
+    torch.testing.assert_close(total[:3] / 3, probs)
+    torch.testing.assert_close(gaps / 3, torch.full((3,), 0.5, dtype=torch.float64))
+
+
+def test_nonfinite_step_touches_nothing():
+    w, u = two_models()
+    sources = SourceWeights(S, torch.float64)
+    opts = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (w, u)]
+    step = PenaltyStep(w, u, *opts, sources, ALPHA)
+    train, val = [micro_batch(3, [0, 1, 2], 1)], [micro_batch(2, [S] * 2, 2)]
+    counts = torch.tensor([1, 1, 1, 2])
+    assert step.step(train, val, counts).finite
+    bad = copy.deepcopy(step)
+    bad.losses = lambda model, batch: model(batch.tokens, batch.labels) * (
+        torch.where(batch.group == 1, torch.nan, 1.0) if model is bad.w else 1.0
+    )
+    stats = bad.step(train, val, counts)
+    assert not stats.finite
+    assert stats.source_loss_w.isnan().tolist() == [False, True, False]
+    for a, b in zip([*bad.w.parameters(), *bad.u.parameters(), bad.sources.lam],
+                    [*w.parameters(), *u.parameters(), sources.lam], strict=True):  # fmt: skip
+        assert torch.equal(a, b)
+    assert bad.opt_w.state_dict()["state"][0]["step"] == 1
+
+
+def test_clip_scales_to_the_norm():
+    step = per_source_step(2, clip=0.01)
+    stats = step.step(group_batches([0, 1], 1), group_batches([2], 1), torch.tensor([1, 1, 1]))
+    assert stats.grad_norm_u == pytest.approx(0.5**0.5)
+    assert step.opt_u.grads[0].norm().item() == pytest.approx(0.01)
+    assert step.opt_w.grads[0].norm().item() == pytest.approx(0.01)
+
+
+def test_alpha_leaves_the_gradients_of_the_lower_level_alone():
+    """What AdamW sees is g / alpha, so that another alpha does not rescale its moments."""
+    grads = []
+    for alpha in (1.0, 100.0):
+        step = per_source_step(2)
+        step.alpha = alpha
+        step.step(group_batches([0, 1], 2), group_batches([2], 1), torch.tensor([1, 1, 1]))
+        grads.append((step.opt_u.grads[0], step.opt_w.grads[0]))
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert torch.equal(grads[0][1][:2], grads[1][1][:2])
+
+
+def test_toy_problem_reaches_its_optimum():
+    """Two sources that pull a scalar to 0 and to 1, validation at 0.8: p = (0.2, 0.8)."""
+
+    class Point(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.x = nn.Parameter(torch.zeros(()))
+
+    def batch(target, group):
+        return SimpleNamespace(target=torch.tensor(target), group=torch.tensor(group))
+
+    w, u = Point(), Point()
+    opts = [torch.optim.SGD(m.parameters(), 0.2) for m in (w, u)]
+    step = PenaltyStep(
+        w, u, *opts, SourceWeights(2, lr=0.02), alpha=10,
+        losses=lambda m, b: (m.x - b.target) ** 2,
+    )  # fmt: skip
+    for _ in range(800):
+        step.step([batch([0.0, 1.0], [0, 1])], [batch([0.8], [2])], torch.tensor([1, 1, 1]))
+    torch.testing.assert_close(
+        step.sources.probs().detach(), torch.tensor([0.2, 0.8]), rtol=0, atol=0.01
+    )

@@ -1,0 +1,544 @@
+"""Record formats and their refusals, the cache, the sampler, the built-in tasks."""
+
+import gzip
+import json
+import multiprocessing
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from data import Batches, Dataset, eval_batches, load_dataset, overlap, read_records
+from tasks import TASKS, task
+from templates import encode_conversation
+from tokenizer import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+
+ALPACA = {"instruction": "Say hi", "input": "", "output": "hi"}
+TURNS = [("user", "Say hi"), ("assistant", "hi")]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(content) is the path of a file with it: bytes, text, or records as JSON Lines."""
+
+    def make(content, name="data.json"):
+        if isinstance(content, list):
+            content = "".join(json.dumps(record) + "\n" for record in content)
+        if isinstance(content, str):
+            content = content.encode()
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    return make
+
+
+def load(path, cache_dir, template="plain", max_length=64):
+    return load_dataset(path, TOKENIZER, template, max_length, cache_dir)
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+def sharegpt(key):
+    return {key: [{"from": "human", "value": "Say hi"}, {"from": "gpt", "value": "hi"}], "id": 7}
+
+
+CHAT = {"messages": [{"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "hi"}]}
+
+
+@pytest.mark.parametrize("record, turns", [
+    (ALPACA, TURNS),
+    ({"instruction": "Say hi", "output": "hi", "text": "ignored"}, TURNS),
+    ({**ALPACA, "input": None}, TURNS),
+    ({**ALPACA, "input": "now"}, [TURNS[0], ("input", "now"), TURNS[1]]),
+    (sharegpt("conversations"), TURNS),
+    (sharegpt("items"), TURNS),
+    (CHAT, TURNS),
+    ({"text": "Say hi"}, [("text", "Say hi")]),
+])
+def test_formats_are_recognised_by_their_keys(record, turns, write):
+    assert read_records(write([record, record])) == [(1, turns), (2, turns)]
+
+
+def test_arrays_and_lines_are_recognised_by_content(write):
+    lines = json.dumps(ALPACA)
+    expected = [(1, TURNS), (3, TURNS)]
+    for content in (
+        f"{lines}\n\n{lines}",
+        f"{lines}\r\n\r\n{lines}\r\n",
+        f"\ufeff{lines}\n\n{lines}\n",
+        f"[{lines},\n\n{lines}]",
+        f"\ufeff[{lines}\r\n,\r\n {lines}]\r\n\r\n",
+    ):
+        assert read_records(write(content)) == expected
+        assert read_records(write(gzip.compress(content.encode()))) == expected
+    assert read_records(write(json.dumps([ALPACA] * 2, indent=1))) == [(2, TURNS), (7, TURNS)]
+
+
+def test_arrays_are_read_in_pieces(write, monkeypatch):
+    records = [{"text": f"é\n{i} \\ ] }} , " * (i % 7 + 1)} for i in range(50)]
+    expected = [[("text", r["text"])] for r in records]
+    for content in (json.dumps(records), json.dumps(records, indent=2, ensure_ascii=False)):
+        path = write(content)
+        for size in (1, 2, 3, 7, 50, 1000):
+            monkeypatch.setattr(data, "CHUNK", size)
+            assert [turns for _, turns in read_records(path)] == expected
+
+
+GOOD = json.dumps(ALPACA)
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("content, line, problem", [
+    (f'{GOOD}\n{{"instruction": \n{GOOD}', 2, "broken JSON"),
+    (f'[{GOOD},\n{{"instruction": 1,,}}]', 2, "broken JSON"),
+    (f"[{GOOD},\n{GOOD}", 2, "expected ',' or ']', found 'the end of the file'"),
+    (f"[{GOOD}\n{GOOD}]", 2, "expected ',' or ']'"),
+    (f"[{GOOD},\n]", 2, "broken JSON"),
+    (f"[{GOOD}]\n{GOOD}", 2, "text after the end of the array"),
+    (f'[{GOOD},\n{{"output": "cut', 2, "broken JSON: Unterminated string"),
+    (f'{GOOD}\n{{"question": "x", "answer": "y"}}', 2, "lacks 'instruction'"),
+    ('\n{"question": "x", "answer": "y"}', 2, "unknown record, of keys 'question', 'answer'"),
+    (f"{GOOD}\n17", 2, "the record is int, not an object"),
+    ("17\n", 1, "the record is int, not an object"),
+    ("{}", 1, "unknown record, of keys none"),
+    (f'{GOOD}\n{{"instruction": 3, "output": "x"}}', 2, "'instruction' is int, not a string"),
+    (f'{GOOD}\n{{"instruction": "a", "output": null}}', 2, "'output' is NoneType"),
+    (f'{GOOD}\n{{"instruction": "a", "input": [], "output": "b"}}', 2, "'input' is list"),
+    ('{"text": "\\ud800"}', 1, "lone surrogate"),
+    (b'{"text": "a"}\n{"text": "\xff"}', 2, "broken UTF-8"),
+    ('{"conversations": []}', 1, "'conversations' is not a list of messages"),
+    ('{"messages": {"role": 1}}', 1, "'messages' is not a list of messages"),
+    ('{"messages": [7]}', 1, "'messages[0]' is int, not an object"),
+    ('{"messages": [{"role": "user"}]}', 1, "lacks 'messages[0].content'"),
+    ('{"messages": [{"role": "user", "content": [{}]}]}', 1, "'messages[0].content' is list"),
+    ('{"items": [{"from": "tool", "value": "x"}]}', 1, "'items[0].from' is 'tool', not one of"),
+    (f'{GOOD}\n{{"text": {DEEP}}}', 2, "nested too deep"),
+    (f'[{GOOD},\n{DEEP}', 2, "nested too deep"),
+    (f'{GOOD}\n{{"text": {"1" * 5000}}}', 2, "broken JSON: Exceeds the limit"),
+    (f'[{GOOD},\n{{"text": {"1" * 5000}}}]', 2, "broken JSON: Exceeds the limit"),
+    (b'{"text": "a"}\n\0\0', 2, "broken JSON"),
+])
+def test_malformed_records_are_named_by_line(content, line, problem, write, tmp_path):
+    path = write(content)
+    for call in (lambda: read_records(path), lambda: load(path, tmp_path / "cache")):
+        with pytest.raises(ValueError) as error:
+            call()
+        message, = str(error.value).splitlines()
+        assert message.startswith(f"{path}:{line}: ") and problem in message
+        assert len(message) < 500
+    assert not list((tmp_path / "cache").glob("*/"))  # nothing is cached
+
+
+@pytest.mark.parametrize("content, problem", [
+    ("", "no records"),
+    (" \n \n", "no records"),
+    ("[ ]", "no records"),
+    (gzip.compress(b'{"text": "a"}' * 99)[:-20], "end-of-stream"),
+    (b"\x1f\x8bnot gzip", "Unknown compression"),
+])
+def test_unreadable_files_are_named(content, problem, write, tmp_path):
+    path = write(content)
+    for call in (lambda: read_records(path), lambda: load(path, tmp_path / "cache")):
+        with pytest.raises(ValueError) as error:
+            call()
+        message, = str(error.value).splitlines()
+        assert message.startswith(f"{path}: ") and problem in message
+
+
+def test_missing_files_and_directories_are_named(tmp_path):
+    for path, problem in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
+        for call in (lambda p: read_records(p), lambda p: load(p, tmp_path / "cache")):
+            with pytest.raises(ValueError, match=problem):
+                call(path)
+
+
+def test_sixty_problems_are_listed_then_counted(write):
+    with pytest.raises(ValueError) as error:
+        read_records(write("{\n" * 100))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 61 and lines[-1] == "… and 40 more"
+    assert lines[59].split(": ")[0].endswith(":60")
+
+
+text = st.text(st.characters(codec=None), max_size=12) | st.sampled_from(["", " ", "<bos>", "\0"])
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=6,
+)
+role = st.sampled_from([*data.ROLES, "tool"]) | anything
+message = st.fixed_dictionaries(
+    {}, optional={"role": role, "from": role, "content": text | anything, "value": text | anything}
+)
+keys = ("instruction", "input", "output", "text", "conversations", "items", "messages")
+record = st.fixed_dictionaries(
+    {}, optional={key: text | st.lists(message, max_size=3) | anything for key in keys}
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(record | anything, max_size=6), st.booleans(), st.sampled_from(["alpaca", "plain"]))
+def test_any_record_is_kept_counted_or_named(tmp_path_factory, records, as_array, template):
+    directory = tmp_path_factory.mktemp("fuzz")
+    path = directory / "x.json"
+    as_array = as_array or isinstance((records or [0])[0], list)  # "[" opens an array
+    path.write_text(json.dumps(records) if as_array else "\n".join(map(json.dumps, records)))
+    named, dataset = [], None
+    try:
+        dataset = load(path, directory / "cache", template, max_length=40)
+    except ValueError as error:
+        named = str(error).splitlines()
+        assert all(line.startswith(str(path)) for line in named)
+    problems = data.Problems()
+    read = sum(1 for _ in data.iter_records(path, problems))
+    assert read + problems.count == len(records)
+    if dataset is None:
+        assert named
+    else:
+        assert problems.count == 0
+        assert len(dataset) + sum(dataset.dropped.values()) == len(records)
+
+
+# ---------------------------------------------------------------------------------------------
+# Datasets and the cache
+
+
+def test_examples_are_the_encoded_conversations(write, tmp_path):
+    records = [{**ALPACA, "instruction": f"Say {i}", "output": "é" * i} for i in range(1, 50)]
+    path = write(records)
+    dataset = load(path, tmp_path / "cache", "alpaca", max_length=200)
+    in_memory = Dataset.from_records([turns for _, turns in read_records(path)], TOKENIZER,
+                                     "alpaca", 200)
+    for each in (dataset, in_memory):
+        for i, (_, turns) in enumerate(read_records(path)[: len(each)]):
+            ids, has_loss = encode_conversation(TOKENIZER, "alpaca", turns, 200)
+            tokens, labels = each.example(i)
+            assert tokens.tolist() == ids and tokens.dtype == labels.dtype == np.int64
+            assert labels.tolist() == [t if x else -100 for t, x in zip(ids, has_loss, strict=True)]
+    assert (dataset.hashes == in_memory.hashes).all()
+    assert dataset.lines.tolist() == list(range(1, len(dataset) + 1))
+
+
+def test_unusable_records_are_counted_by_reason(write, tmp_path):
+    records = [
+        ALPACA, ALPACA, {**ALPACA, "output": " \n"}, {**ALPACA, "instruction": "x" * 64},
+        {**ALPACA, "instruction": "x" * 60},
+    ]
+    dataset = load(write(records), tmp_path / "cache")
+    assert dataset.dropped == {"empty answer": 1, "no response token left after truncation": 1}
+    assert dataset.lines.tolist() == [1, 2, 5] and dataset.duplicates == 1
+    assert dataset.example(2)[1][-2:].tolist() == list(b"hi")  # cut before its end token
+    chats = [{"messages": CHAT["messages"] + [{"role": "user", "content": "bye"}]},
+             {"messages": [{"role": "user", "content": "nobody answers"}]}]
+    dataset = load(write(chats), tmp_path / "cache")
+    assert len(dataset) == 1 and dataset.dropped["empty answer"] == 1
+    assert bytes(dataset.example(0)[0][1:-1].tolist()) == b"Say hi\nhi"
+    with pytest.raises(ValueError, match="no records left: 1 dropped: empty answer"):
+        load(write([{"text": ""}]), tmp_path / "cache")
+
+
+def test_overlap_is_of_whole_records(write, tmp_path):
+    first = load(write([ALPACA, {**ALPACA, "output": "ho"}], "a"), tmp_path / "cache")
+    other = load(write([ALPACA, {**ALPACA, "input": "x"}], "b"), tmp_path / "cache")
+    assert overlap(first, other).tolist() == [True, False]
+    rest = first.select(~overlap(first, other))
+    assert len(rest) == 1 and rest.lines.tolist() == [2]
+    assert bytes(rest.example(0)[0][1:-1].tolist()) == b"Say hi\nho"
+
+
+@pytest.mark.parametrize("name, shared", [("val", 5), ("test", 8)])
+def test_overlap_of_the_authors_files(name, shared, asset, tmp_path):
+    train, held = (
+        load(asset(f"scalebio/data_tiny/{n}.json"), tmp_path, max_length=4096)
+        for n in ("train_alpaca", name)
+    )
+    assert overlap(train, held).sum() == shared
+    assert len(train) == 8993 and train.dropped["empty answer"] == 7
+
+
+def test_cache_is_built_once_and_mapped_again(write, tmp_path, monkeypatch):
+    path, cache = write([ALPACA] * 3), tmp_path / "cache"
+    built = load(path, cache)
+    monkeypatch.setattr(data, "_build_entry", None)  # another build would fail
+    again = load(path, cache)
+    assert isinstance(again.tokens, np.memmap)
+    for name in ("tokens", "starts", "lengths", "hashes", "lines"):
+        assert (getattr(again, name) == getattr(built, name)).all()
+    assert (again.dropped, again.duplicates, again.sha256) == (
+        built.dropped, built.duplicates, built.sha256
+    )
+    moved = write([ALPACA] * 3, "other name")
+    assert load(moved, cache).path == str(moved)
+    for change in ({"max_length": 65}, {"template": "alpaca"}):
+        with pytest.raises(TypeError):
+            load(path, cache, **change)
+    write([ALPACA] * 4)
+    with pytest.raises(TypeError):
+        load(path, cache)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "meta", "empty meta",
+                                    "meta digit"])
+def test_damaged_cache_is_rebuilt(damage, write, tmp_path):
+    path, cache = write([ALPACA] * 3), tmp_path / "cache"
+    expected = [x.tolist() for x in load(path, cache).example(1)]
+    entry, = (p for p in cache.iterdir() if p.is_dir())
+    for file in [entry / "meta.json"] if "meta" in damage else sorted(entry.glob("*.bin")):
+        content = bytearray(file.read_bytes())
+        if damage == "flip":
+            content[len(content) // 2] ^= 4
+            file.write_bytes(content)
+        elif damage == "delete":
+            file.unlink()
+        else:
+            file.write_bytes({
+                "truncate": content[:-1], "meta": b"[]", "empty meta": b"",
+                "meta digit": content.replace(b'"duplicates": 2', b'"duplicates": 3'),
+            }[damage])
+            assert file.read_bytes() != bytes(content)
+        again = load(path, cache)
+        assert [x.tolist() for x in again.example(1)] == expected and again.duplicates == 2
+        assert [p.name for p in cache.iterdir() if p.is_dir()] == [entry.name]
+
+
+def test_leftovers_of_a_killed_build_are_cleared(write, tmp_path):
+    path, cache = write([ALPACA]), tmp_path / "cache"
+    load(path, cache)
+    entry, = (p for p in cache.iterdir() if p.is_dir())
+    entry.rename(entry.with_suffix(".tmp"))
+    (entry.with_suffix(".tmp") / "tokens.bin").write_bytes(b"x")
+    assert len(load(path, cache)) == 1
+    assert not entry.with_suffix(".tmp").exists()
+
+
+def _load_and_count(path, cache, builds, start):
+    build = data._build_entry
+
+    def counted(*args):
+        with builds.get_lock():
+            builds.value += 1
+        build(*args)
+
+    data._build_entry = counted
+    start.wait()
+    assert len(load(path, cache)) == 500
+
+
+def test_one_process_builds_and_the_others_wait(write, tmp_path):
+    path = write([{"text": f"{i}"} for i in range(500)])
+    context = multiprocessing.get_context("fork")
+    builds, start = context.Value("i", 0), context.Barrier(4)
+    workers = [
+        context.Process(target=_load_and_count, args=(path, tmp_path / "cache", builds, start))
+        for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert builds.value == 1
+
+
+def test_unwritable_cache_is_named(write, tmp_path):
+    path = write([ALPACA])
+    with pytest.raises(ValueError, match="cannot write the cache"):
+        load(path, path)  # a file where the directory should be
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+
+
+def source(n, letter="a", max_length=64):
+    """n records of different lengths that can be told apart by their tokens."""
+    records = [[("user", f"{letter}{i:03d}"), ("assistant", "x" * (1 + i * 7 % 13))]
+               for i in range(n)]
+    return Dataset.from_records(records, TOKENIZER, "plain", max_length)
+
+
+def make(sizes=(7, 20, 11), val=9, batch=8, **options):
+    arguments = {"val_batch_size": 4, "micro_batch_size": 3, "seed": 5} | options
+    sources = [source(n, "abcdefghij"[i]) for i, n in enumerate(sizes)]
+    return Batches(sources, source(val, "v") if val else None, batch, **arguments)
+
+
+def rows(micro_batches):
+    """The samples of micro-batches, each as its text."""
+    return [
+        TOKENIZER.decode(tokens.tolist()).replace("\0", "")
+        for batch in micro_batches for tokens in batch.tokens
+    ]
+
+
+def test_batches_are_stratified():
+    for batch in (6, 8, 10):
+        batches = make(batch=batch)
+        total = Counter()
+        for t in range(30):
+            train, val, counts = batches.step(t)
+            assert counts.sum() == batch + 4 and counts[3] == 4 and counts.dtype == torch.int64
+            assert counts[:3].max() - counts[:3].min() <= 1
+            groups = torch.cat([b.group for b in train])
+            assert torch.equal(torch.bincount(groups, minlength=4)[:3], counts[:3])
+            assert all((b.group == 3).all() for b in val)
+            names = Counter("abc".index(row[0]) for row in rows(train))
+            assert [names[i] for i in range(3)] == counts[:3].tolist()
+            total.update(names)
+        assert len(set(total.values())) == 1  # 30 steps: the remainder went round evenly
+
+
+def test_each_epoch_of_a_source_is_a_permutation():
+    batches = make()
+    seen = {letter: [] for letter in "abcv"}
+    for t in range(60):
+        train, val, counts = batches.step(t)
+        of_step = Counter(rows(train) + rows(val))
+        for letter in seen:
+            seen[letter].append(Counter({r: n for r, n in of_step.items() if r[0] == letter}))
+    for letter, n in zip("abcv", (7, 20, 11, 9), strict=True):
+        total = sum(seen[letter], Counter())
+        assert len(total) == n and max(total.values()) - min(total.values()) <= 1
+    order = [batches._samples(1, 20 * e, 20 * e + 20) for e in range(3)]
+    assert all(sorted(i for _, i in epoch) == list(range(20)) for epoch in order)
+    assert order[0] != order[1] != order[2]
+
+
+def test_sources_rotate_fairly_when_the_batch_is_smaller():
+    batches = make(sizes=(5,) * 7, batch=3, val=None)
+    present = torch.stack([batches.step(t)[2][:7] for t in range(70)])
+    assert (present.sum(1) == 3).all() and present.max() == 1
+    assert (present.sum(0) == 30).all()
+    for t in range(60):  # and within any 7 steps
+        assert (present[t : t + 7].sum(0) == 3).all()
+
+
+def same(a, b):
+    return all(
+        torch.equal(x.tokens, y.tokens) and torch.equal(x.labels, y.labels)
+        and torch.equal(x.group, y.group)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def test_step_is_a_pure_function():
+    forward = make()
+    steps = [forward.step(t) for t in range(12)]
+    backward = make()
+    for t in reversed(range(12)):
+        train, val, counts = backward.step(t)
+        assert same(train, steps[t][0]) and same(val, steps[t][1])
+        assert torch.equal(counts, steps[t][2])
+    other = make(seed=6)
+    assert not all(rows(other.step(t)[0]) == rows(steps[t][0]) for t in range(12))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 3, 100])
+def test_global_batch_does_not_depend_on_ranks_or_micro_batches(world, micro):
+    for t in range(5):
+        train, val, counts = make().step(t)
+        parts = [
+            make(rank=r, world=world, micro_batch_size=micro).step(t) for r in range(world)
+        ]
+        for which, whole in ((0, train), (1, val)):
+            shares = [rows(part[which]) for part in parts]
+            assert sorted(sum(shares, [])) == sorted(rows(whole))
+            assert len({len(share) for share in shares}) == 1
+            assert len({len(part[which]) for part in parts}) == 1
+            assert max(len(b.group) for part in parts for b in part[which]) <= micro
+        assert all(torch.equal(part[2], counts) for part in parts)
+
+
+def test_work_is_dealt_evenly():
+    parts = [make(batch=64, micro_batch_size=64, rank=r, world=4).step(0)[0] for r in range(4)]
+    tokens = [int((part[0].tokens != 0).sum()) for part in parts]
+    assert max(tokens) <= 1.05 * min(tokens)
+
+
+def test_micro_batches_are_padded_to_a_multiple_within_max_length():
+    for batch in make().step(0)[0]:
+        longest = int((batch.tokens != 0).sum(1).max())
+        assert batch.tokens.shape[1] == -(-longest // 8) * 8
+        assert batch.tokens.dtype == batch.labels.dtype == batch.group.dtype == torch.int64
+        assert (batch.labels[batch.tokens == 0] == -100).all()
+        kept = batch.labels != -100
+        assert torch.equal(batch.labels[kept], batch.tokens[kept]) and kept.any(1).all()
+        assert batch.to("cpu") is batch
+    short = Batches([source(5, max_length=13)], None, 4, 4, 4, seed=0)
+    assert short.step(0)[0][0].tokens.shape[1] == 13
+
+
+def test_one_source_without_validation_is_plain_shuffling():
+    batches = make(sizes=(10,), val=None, batch=5)
+    train, val, counts = batches.step(0)
+    assert val == [] and counts.tolist() == [5, 0]
+    assert sorted(rows(train) + rows(batches.step(1)[0])) == sorted(
+        rows(eval_batches(source(10, "a"), 3))
+    )
+
+
+def test_steps_per_epoch_counts_all_samples():
+    assert make().steps_per_epoch == 5  # 38 samples in batches of 8
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 2, 10, 12])
+def test_evaluation_sees_each_sample_once(n, world):
+    dataset = source(n)
+    parts = [list(eval_batches(dataset, 2, rank, world)) for rank in range(world)]
+    assert len({tuple(len(b.group) for b in part) for part in parts}) == 1
+    real = [
+        row for part in parts
+        for row, group in zip(rows(part), torch.cat([b.group for b in part]), strict=True)
+        if group >= 0
+    ]
+    assert sorted(real) == sorted(
+        TOKENIZER.decode(dataset.example(i)[0].tolist()) for i in range(n)
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Tasks
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_are_deterministic_short_and_held_out(name):
+    sources, val, test = task(name, 3)
+    assert (sources, val, test) == task(name, 3)
+    assert val != task(name, 4)[1]
+    encoded = {
+        key: Dataset.from_records(records, TOKENIZER, "plain", 64)
+        for key, records in {**sources, "val": val, "test": test}.items()
+    }
+    for dataset in encoded.values():
+        assert not sum(dataset.dropped.values()) and not dataset.duplicates
+        assert dataset.lengths.max() <= 36
+    for key in sources:
+        assert not overlap(encoded[key], encoded["val"]).any()
+        assert not overlap(encoded[key], encoded["test"]).any()
+    assert not overlap(encoded["val"], encoded["test"]).any()
+    assert len({len(records) for records in sources.values()}) == 1
+
+
+def test_denoising_shuffles_answers_between_the_same_questions():
+    sources, val, _ = task("denoising", 0)
+    questions = {name: [q for q, _ in records] for name, records in sources.items()}
+    answers = {name: sorted(a for _, a in records) for name, records in sources.items()}
+    assert questions["shuffled"] == questions["clean"] and answers["shuffled"] == answers["clean"]
+    right = sum(a == b for a, b in zip(sources["shuffled"], sources["clean"], strict=True))
+    assert right < 0.1 * len(sources["clean"])
+    assert not set(questions["junk"]) & {*questions["clean"], *(q for q, _ in val)}
+
+
+def test_unknown_task_is_named():
+    with pytest.raises(ValueError, match="'x': expected one of denoising"):
+        task("x", 0)

@@ -1,0 +1,201 @@
+"""LISA's draws, and what it keeps and frees."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lisa import Lisa, draw, round_stochastically
+
+
+class Stack(nn.Module):
+    """Blocks between two ends, as a transformer has them."""
+
+    def __init__(self, n_blocks=6, width=8, tied=False):
+        super().__init__()
+        self.embed = nn.Linear(width, width, bias=False)
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(n_blocks))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, width, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x).tanh()
+        return self.head(self.norm(x))
+
+
+def make(dtype=torch.float32, **kwargs):
+    torch.manual_seed(0)
+    return Stack(**kwargs).to(dtype)
+
+
+def train(model, opt, steps, first=0):
+    g = torch.Generator().manual_seed(first)
+    for step in range(first, first + steps):
+        opt.switch(step)
+        x = torch.randn(4, 8, generator=g).to(model.head.weight.dtype)
+        (model(x) - x.flip(1)).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+
+def test_draw_is_a_pure_function_that_covers_all_blocks():
+    draws = [draw(3, period, 10, 2) for period in range(200)]
+    assert draws == [draw(3, period, 10, 2) for period in reversed(range(200))][::-1]
+    assert all(len(d) == 3 and 10 in d for d in draws)  # two blocks and the ends
+    assert set().union(*draws) == set(range(11))
+    counts = [sum(i in d for d in draws) for i in range(10)]
+    assert min(counts) > 20 and max(counts) < 65  # 40 ± 4 standard deviations
+    assert draws != [draw(4, period, 10, 2) for period in range(200)]
+    assert draws != [draw(3, period, 10, 2, copy=1) for period in range(200)]
+
+
+def test_draw_of_the_ends():
+    assert all(10 not in draw(0, period, 10, 2, "frozen") for period in range(50))
+    sampled = [draw(0, period, 10, 2, "sampled") for period in range(200)]
+    assert all(len(d) == 2 for d in sampled)
+    assert 0 < sum(10 in d for d in sampled) < 100
+    assert draw(0, 0, 10, 0) == set(range(11))
+    assert draw(0, 0, 10, 0, "frozen") == set(range(10))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_after_ten_switches_is_that_of_the_active_parameters(dtype):
+    model = make(dtype)
+    opt = Lisa(model, n_active=2, interval=3, lr=1e-2)
+    train(model, opt, 33)  # eleven periods
+    active = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    ends = 8 * 8 * 2 + 8 * 2
+    assert active == 2 * (8 * 8 + 8) + ends
+    floats = 2 if dtype == torch.float32 else 3  # moments; in bf16 a master too
+    assert sum(t.numel() * t.element_size() for t in opt.state_tensors()) == active * floats * 4
+    assert len(opt.opt.state) == len(opt.opt.param_groups[0]["params"])
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert all(p.grad is None for p in frozen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inactive_blocks_do_not_change_by_a_bit(dtype):
+    model = make(dtype)
+    opt = Lisa(model, n_active=2, interval=5, lr=1e-2)
+    for period in range(6):
+        opt.switch(period * 5)
+        before = copy.deepcopy(model)
+        train(model, opt, 5, period * 5)
+        for i, (old, new) in enumerate(zip(before.blocks, model.blocks, strict=True)):
+            same = all(
+                torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True)
+            )
+            assert same == (i not in opt.active), i
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_blocks_match_adamw(tied):
+    model = make(tied=tied)
+    reference = copy.deepcopy(model)
+    opt = Lisa(model, n_active=6, interval=4, lr=1e-2, weight_decay=0.1)
+    adamw = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.1)
+    x = torch.randn(4, 8)
+    for step in range(20):
+        opt.switch(step)
+        for m, o in ((model, opt), (reference, adamw)):
+            (m(x) - x.flip(1)).square().mean().backward()
+            o.step()
+            o.zero_grad()
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_block_that_stays_keeps_its_state_and_one_that_returns_starts_afresh():
+    model = make()
+    opt = Lisa(model, n_active=3, interval=1, lr=1e-2)
+    age, seen_stay, seen_return, was = {}, False, False, set()
+    for step in range(40):
+        train(model, opt, 1, step)
+        for i in opt.active:
+            age[i] = age[i] + 1 if i in was else 1
+            seen_stay |= age[i] > 2
+            seen_return |= age[i] == 1 and i not in was and step > 10
+            for p in opt.units[i]:
+                assert opt.opt.state[p]["step"] == age[i]
+        was = set(opt.active)
+    assert seen_stay and seen_return
+
+
+def test_bf16_copy_is_its_master_rounded_and_frozen_blocks_have_none():
+    model = make(torch.bfloat16)
+    opt = Lisa(model, n_active=2, interval=5, lr=1e-3)
+    train(model, opt, 12)
+    assert {p for p in model.parameters() if p.requires_grad} == set(opt.masters)
+    for p, master in opt.masters.items():
+        assert master.dtype == torch.float32
+        assert torch.equal(p, master.bfloat16())
+    opt.finish(12)
+    assert not opt.masters and not opt.opt.state
+
+
+def test_gradients_of_many_micro_batches_are_summed_in_fp32():
+    """256 gradients of 1 + 2^-7: summed in bf16 they would stick at a multiple of 2."""
+    model = make(torch.bfloat16)
+    opt = Lisa(model, n_active=0, interval=1)
+    gradient = torch.tensor(1 + 2**-7, dtype=torch.bfloat16)
+    for _ in range(256):
+        (model.norm.bias * gradient).sum().backward()
+    assert model.norm.bias.grad is None
+    expected = torch.full((8,), 256 * (1 + 2**-7))
+    assert torch.equal(opt.masters[model.norm.bias].grad, expected)
+
+
+def test_stochastic_rounding_keeps_the_mean():
+    """200 updates of 1e-4 of a bf16 step: their sum arrives on average, and rounds away else."""
+    n, updates = 40_000, 200
+    g = torch.Generator().manual_seed(0)
+    start = torch.linspace(1.0, 1.99, n).bfloat16()
+    step = 2.0**-7  # distance of bf16 numbers between 1 and 2
+    x, nearest = start.clone(), start.clone()
+    for _ in range(updates):
+        x = round_stochastically(x.float() + 1e-4 * step, g)
+        nearest = (nearest.float() + 1e-4 * step).bfloat16()
+    moved = (x.float() - start.float()) / step
+    expected = updates * 1e-4
+    assert abs(moved.mean() - expected) < 3 * moved.std() / n**0.5
+    assert torch.equal(nearest, start)
+
+
+def test_stochastic_rounding_leaves_bf16_numbers_alone():
+    x = torch.randn(1000).bfloat16()
+    g = torch.Generator().manual_seed(0)
+    assert torch.equal(round_stochastically(x.float(), g), x)
+
+
+def test_equal_copies_stay_equal_through_write_back():
+    """w and u are rounded with the same noise, so that it cancels in the gap between them."""
+    w, u = make(torch.bfloat16), make(torch.bfloat16)
+    for model in (w, u):
+        train(model, Lisa(model, n_active=2, interval=2, lr=1e-5), 20)
+    assert all(torch.equal(a, b) for a, b in zip(w.parameters(), u.parameters(), strict=True))
+
+
+def test_frozen_ends_cost_no_gradient_below_the_lowest_active_block():
+    model = make()
+    opt = Lisa(model, n_active=1, interval=1, ends="frozen")
+    reached = set()
+    for i, block in enumerate(model.blocks):
+        block.register_full_backward_hook(lambda *_, i=i: reached.add(i))
+    for step in range(12):
+        opt.switch(step)
+        reached.clear()
+        model(torch.randn(4, 8)).square().mean().backward()
+        (active,) = opt.active
+        assert reached == set(range(active, 6))
+        opt.zero_grad()
+
+
+@pytest.mark.parametrize("bad", [{"n_active": 7}, {"n_active": 2, "ends": "some"}])
+def test_bad_settings_are_named(bad):
+    with pytest.raises(ValueError, match="permitted are"):
+        Lisa(make(), interval=1, **bad)

@@ -1,0 +1,317 @@
+"""The plan against live tensors, real processes on gloo; and what it says of the public models.
+
+    torchrun --nproc_per_node=2 tests/test_plan.py state OUT
+    MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=0 OMP_NUM_THREADS=1 \
+        python tests/test_plan.py rss OUT          # GPT-2 124M, micro-batch 8 x 256, minutes
+
+run the workers by hand; each rank writes its results to OUT.<rank>.json.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import plan as planning
+import shard
+from bilevel import PenaltyStep, SourceWeights
+from families import ModelConfig
+from lisa import ENDS, Lisa, local
+from model import random_weights
+
+CONFIGS = {name: ModelConfig.from_hf(raw) for name, raw in planning.MODELS.items()}
+# Row counts that two ranks cannot share evenly.
+SMALL = {
+    "tied": {
+        "model_type": "gpt2", "n_embd": 36, "n_layer": 3, "n_head": 4, "n_positions": 33,
+        "vocab_size": 259,
+    },
+    "untied": {
+        "model_type": "llama", "hidden_size": 36, "num_hidden_layers": 3, "vocab_size": 259,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "intermediate_size": 47, "max_position_embeddings": 64,
+    },
+}  # fmt: skip
+# Large enough that single tensors matter more than what Python and FSDP2 keep beside them.
+MEDIUM = {
+    "tied": {
+        "model_type": "gpt2", "n_embd": 192, "n_layer": 4, "n_head": 4, "n_positions": 128,
+        "vocab_size": 4000,
+    },
+    "untied": {
+        "model_type": "gpt_neox", "hidden_size": 192, "num_hidden_layers": 4, "vocab_size": 4000,
+        "num_attention_heads": 4, "intermediate_size": 768, "max_position_embeddings": 128,
+    },
+}  # fmt: skip
+# Kind, dtype, gathered once, ends, micro-batch: gradients and reductions dominate in short ones.
+CASES = [
+    (kind, dtype, once, ends, *shape)
+    for kind, (dtype, once, ends, shape) in itertools.product(MEDIUM, [
+        ("fp32", True, "always", (4, 64)),
+        ("fp32", False, "always", (1, 8)),
+        ("fp32", False, "frozen", (1, 8)),
+        ("bf16", True, "always", (1, 8)),
+        ("bf16", False, "frozen", (4, 64)),
+    ])
+]  # fmt: skip
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+FLAGS = {
+    "ranks": 8, "dtype": torch.bfloat16, "micro_batch_size": 1, "max_length": 1024,
+    "lisa_layers": 2, "lisa_ends": "always", "activation_checkpointing": False,
+    "cpu_offload": False,
+}  # fmt: skip
+
+
+# What the processes run
+
+
+def batch(config: ModelConfig, B: int, T: int, group: int) -> SimpleNamespace:
+    tokens = torch.randint(0, config.vocab, (B, T), generator=torch.Generator().manual_seed(group))
+    return SimpleNamespace(tokens=tokens, labels=tokens, group=torch.full((B,), group))
+
+
+def penalty_step(config: ModelConfig, dtype: torch.dtype, n_active: int, ends: str) -> PenaltyStep:
+    """Both copies, sharded, as train.py makes them."""
+    w, u = (shard.build(config, dtype, torch.device("cpu")) for _ in "wu")
+    shard.fill(w, random_weights(config, 0))
+    shard.copy_shards(u, w)
+    opts = [Lisa(m, n_active, interval=100, seed=3, ends=ends) for m in (w, u)]
+    return PenaltyStep(w, u, *opts, SourceWeights(1), 10.0, on_micro=shard.once_per_pass)
+
+
+def one_step(penalty: PenaltyStep, config: ModelConfig, B: int, T: int, n_train: int = 2) -> None:
+    """`n_train` training micro-batches and one of validation."""
+    counts = torch.tensor([n_train * B, B]) * dist.get_world_size()
+    train = [batch(config, B, T, 0) for _ in range(n_train)]
+    penalty.step(train, [batch(config, B, T, 1)], counts)
+
+
+def n_bytes(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in map(local, tensors))
+
+
+def live_state(penalty: PenaltyStep) -> dict[str, int]:
+    """Bytes of both copies' tensors; call it between the backward passes and the update."""
+    copies = (penalty.w, penalty.opt_w), (penalty.u, penalty.opt_u)
+    apart = [m for _, opt in copies for p, m in opt.masters.items() if m is not p]
+    trained = [m for _, opt in copies for m in opt.masters.values()]
+    both = sum(n_bytes(opt.state_tensors()) for _, opt in copies)
+    return {
+        "parameters": sum(n_bytes(model.parameters()) for model, _ in copies),
+        "masters": n_bytes(apart),
+        "AdamW moments": both - n_bytes(apart),
+        "gradients": n_bytes(m.grad for m in trained),
+    }
+
+
+def state() -> list:
+    """(what, live, planned) for dtypes, tying, and what LISA does with the ends."""
+    rank, ranks, results = dist.get_rank(), dist.get_world_size(), []
+    for dtype, kind, ends in itertools.product(DTYPES, SMALL, ENDS):
+        config = ModelConfig.from_hf(SMALL[kind])
+        penalty = penalty_step(config, DTYPES[dtype], 2, ends)
+        one_step(penalty, config, 2, 16)
+        live = {}
+        penalty._update = lambda *_, p=penalty, live=live: live.update(live_state(p))
+        one_step(penalty, config, 2, 16)
+        active = penalty.opt_w.active
+        draw = len(active - {config.n_layers}), config.n_layers in active
+        one = planning.state(config, ranks, DTYPES[dtype], *draw, rank)
+        results.append([f"{dtype} {kind} {ends}", live, {k: 2 * v for k, v in one.items()}])
+    return results
+
+
+def peak() -> list:
+    """(what, allocated, planned) bytes at the peak of a step, from the CPU allocator's events."""
+    results = []
+    for kind, dtype, once, ends, B, T in CASES:
+        shard.GATHER_ONCE_BYTES = 1 << 30 if once else 0
+        config = ModelConfig.from_hf(MEDIUM[kind])
+        # All blocks train: the peak is then not left to the draw.
+        n_active = config.n_layers
+        penalty = penalty_step(config, DTYPES[dtype], n_active, ends)
+        one_step(penalty, config, B, T)
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            one_step(penalty, config, B, T)
+        events = profiler.profiler.kineto_results.events()
+        changes = [e for e in events if e.name() == "[memory]"]
+        now = highest = 0
+        for event in sorted(changes, key=lambda e: e.start_ns()):
+            now += event.nbytes()
+            highest = max(highest, now)
+        settings = FLAGS | {
+            "ranks": dist.get_world_size(), "dtype": DTYPES[dtype], "micro_batch_size": B,
+            "max_length": T, "lisa_layers": n_active, "lisa_ends": ends,
+        }  # fmt: skip
+        planned = planning.plan(config, rank=dist.get_rank(), **settings)
+        what = f"{kind} {dtype} {'once' if once else 'by block'} {ends} {B} x {T}"
+        allocated = live_state_without_gradients(penalty) + highest
+        results.append([what, allocated, planned.peak, planned.components])
+    return results
+
+
+def live_state_without_gradients(penalty: PenaltyStep) -> int:
+    copies = (penalty.w, penalty.opt_w), (penalty.u, penalty.opt_u)
+    return sum(n_bytes(m.parameters()) + n_bytes(opt.state_tensors()) for m, opt in copies)
+
+
+class AnonymousMemory(threading.Thread):
+    """Peak of this process's anonymous resident memory above its start, sampled every 20 ms."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.start_at, self.peak = self.now(), 0
+        self.start()
+
+    @staticmethod
+    def now() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+    def run(self):
+        while True:
+            self.peak = max(self.peak, self.now() - self.start_at)
+            time.sleep(0.02)
+
+
+def rss() -> list:
+    """(what, measured, planned) for GPT-2 124M in fp32, micro-batch 8 x 256: the second step."""
+    config = CONFIGS["GPT-2"]
+    memory = AnonymousMemory()
+    penalty = penalty_step(config, torch.float32, 2, "always")
+    loading, memory.peak = memory.peak, 0
+    seen = []
+    for _ in range(2):
+        one_step(penalty, config, 8, 256, n_train=1)
+        seen.append(memory.peak)
+    settings = {"ranks": 1, "dtype": torch.float32, "micro_batch_size": 8, "max_length": 256}
+    planned = planning.plan(config, **FLAGS | settings)
+    rest = {"loading": loading, "steps": seen, "components": planned.components}
+    return [["GPT-2 124M fp32 8 x 256", seen[-1], planned.peak, rest]]
+
+
+def run(ranks: int, what: str, out: Path, *rest: str) -> list[list]:
+    """Results of this file run as a script, from each rank."""
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += [__file__, what, str(out), *rest]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(Path(f"{out}.{rank}.json").read_text()) for rank in range(ranks)]
+
+
+# Tests
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_state_of_live_tensors_equals_the_plan_to_the_byte(ranks, tmp_path):
+    """bf16 and fp32, tied and untied, all that LISA may do with the ends; uneven shards."""
+    for results in run(ranks, "state", tmp_path / "state"):
+        assert len(results) == 2 * 2 * 3
+        for what, live, planned in results:
+            assert live == planned, what
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_peak_matches_what_the_allocator_counts(ranks, tmp_path):
+    """Within 0.1% where activations matter, as in real runs; within 3% for batches of 8 tokens."""
+    for what, allocated, planned, _ in run(1, "peak", tmp_path / "peak", ranks)[0]:
+        tolerance = 1e-3 if what.endswith("4 x 64") else 0.03
+        assert abs(planned - allocated) < tolerance * allocated, what
+
+
+@pytest.mark.parametrize(
+    "name, n",
+    [
+        ("GPT-2", 124_439_808), ("LLaMA-3-8B", 8_030_261_248), ("Gemma-2-9B", 9_241_705_984),
+        ("GPT-NeoX-20B", 20_554_567_680), ("Qwen-2.5-32B", 32_763_876_352),
+        ("Yi-34B", 34_388_917_248), ("LLaMA-3-70B", 70_553_706_496),
+    ],
+)  # fmt: skip
+def test_models_have_their_published_parameter_counts(name, n):
+    assert planning.n_parameters(CONFIGS[name]) == n
+
+
+def test_34b_fits_eight_gpus_of_48_gb_and_70b_eight_of_80_gb():
+    checkpointed = FLAGS | {"activation_checkpointing": True}
+    yi, llama = CONFIGS["Yi-34B"], CONFIGS["LLaMA-3-70B"]
+    assert planning.fits(planning.plan(yi, **FLAGS), 48)  # without checkpointing even
+    assert planning.fits(planning.plan(llama, **checkpointed), 80)
+    # shared/design.md's formula: (4 P + 2 A (4 + 8 + 4)) / D
+    assert round(planning.plan(yi, **checkpointed).persistent / 1e9, 1) == 25.3
+    assert round(planning.plan(llama, **checkpointed).persistent / 1e9, 1) == 50.5
+    for config, card in ((yi, 141), (llama, 141)):
+        assert not planning.fits(planning.plan(config, **checkpointed, lisa=False), card)
+
+
+def test_too_small_a_gpu_is_told_by_how_much():
+    p = planning.plan(CONFIGS["LLaMA-3-70B"], **FLAGS)
+    short = p.peak + planning.RESERVED - 60e9
+    assert not planning.fits(p, 60) and planning.fits(p, (p.peak + planning.RESERVED) / 1e9)
+    assert f"does not fit: {short / 1e9:.2f} GB too much" in planning.render(p, 60)
+    assert planning.as_dict(p, 60)["fits"] is False
+    assert sum(p.components.values()) == p.peak > p.persistent
+
+
+@pytest.mark.parametrize(
+    "name, card, change, fix",
+    [
+        ("Yi-34B", 48, {"micro_batch_size": 4}, "--micro-batch-size 1"),
+        ("LLaMA-3-70B", 80, {}, "--activation-checkpointing"),
+        ("LLaMA-3-70B", 60, {"activation_checkpointing": True}, "--gpus 16"),
+        ("GPT-2", 2.001, {}, None),
+    ],
+)
+def test_first_fix_names_the_first_flag_that_is_enough(name, card, change, fix):
+    flags = FLAGS | change
+    config = CONFIGS[name]
+    assert not planning.fits(planning.plan(config, **flags), card)
+    assert planning.first_fix(config, card, **flags) == fix
+
+
+def test_first_fix_says_how_many_gpus():
+    flags = FLAGS | {"cpu_offload": True, "activation_checkpointing": True}
+    assert planning.first_fix(CONFIGS["Yi-34B"], 20, **flags) == "--gpus 16"
+
+
+def test_checkpointing_offload_and_frozen_ends_need_less():
+    config = CONFIGS["LLaMA-3-8B"]
+    base = planning.plan(config, **FLAGS)
+    for change in (
+        {"activation_checkpointing": True}, {"cpu_offload": True}, {"lisa_ends": "frozen"},
+        {"lisa_ends": "sampled"}, {"ranks": 16}, {"response_tokens": 64},
+    ):  # fmt: skip
+        assert planning.plan(config, **FLAGS | change).peak <= base.peak, change
+    offloaded = planning.plan(config, **FLAGS | {"cpu_offload": True})
+    assert offloaded.host == offloaded.persistent == base.persistent // 2
+
+
+def test_table_has_a_row_for_each_model_and_number_of_gpus():
+    lines = planning.markdown().splitlines()
+    assert len(lines) == 2 + 3 * len(CONFIGS)
+    assert {line.count("|") for line in lines} == {10}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[3:]:  # gloo allocates buffers of its own: stand in for one of so many ranks
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=int(sys.argv[3]))
+    else:
+        shard.start(timeout=120)
+    result = {"state": state, "peak": peak, "rss": rss}[sys.argv[1]]()
+    Path(f"{sys.argv[2]}.{dist.get_rank()}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()

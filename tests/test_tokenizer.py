@@ -1,0 +1,444 @@
+"""Ids against `tokenizers`, templates against transformers, masks against the text."""
+
+import json
+import random
+import shutil
+import sys
+import unicodedata
+
+import pytest
+
+from templates import (
+    TEMPLATES,
+    chat_template,
+    encode_conversation,
+    render_prompt,
+    save_tokenizer,
+    stop_ids,
+)
+from tokenizer import LLAMA3_PATTERN, QWEN2_PATTERN, TEMPLATE_TOKENS, byte_tokenizer, load_tokenizer
+
+hf = pytest.importorskip("tokenizers")
+
+CODE = """
+def f(x):
+\tif x:
+            return {'a': [1, 22, 333, 4444]}  # deep indent
+                                return   None\r\n\r\n    \r\n
+"""
+AWKWARD = [
+    "", " ", "  ", "\n", "\r\n", "\t \n ", "a", " a", "a ", "don't DON'T I'll we'Ve", CODE,
+    "👩‍👩‍👧 🇩🇪 ✊🏽 e\u0301 \u1112\u1161\u11ab o\u0308\u0323",
+    "½ ² ٣ ௧௨ 12345678", "\0\x01\x7f\u200b\ufeff",
+    *(" " * n + "x" for n in range(1, 30)), *("x" + " " * n for n in range(1, 60)),
+    "ſ K 'ſ It'S", "\u2028\u2029\x85\u3000.",
+]
+
+
+# of Unicode 3.2: later versions are not known alike to every regular expression library
+ASSIGNED = [
+    chr(c) for c in range(0x30000)
+    if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs", "Co")
+]
+
+
+def random_unicode(n_bytes: int) -> str:
+    """Runs of neighbouring characters, so that words form, of all of Unicode."""
+    rng = random.Random(0)
+    out, size = [], 0
+    while size < n_bytes:
+        first = rng.randrange(rng.choice([500, 5000, len(ASSIGNED)]))
+        out += rng.choices(ASSIGNED[first : first + 60], k=rng.randint(1, 12))
+        size += len("".join(out[-12:]).encode()) // 2
+    return "".join(out)
+
+
+@pytest.fixture
+def texts(asset):
+    """Samples of the English, German, Chinese and maths data, code, and awkward characters."""
+    out = list(AWKWARD)
+    for name in ("alpaca/stanford_alpaca_first12000_en.json",
+                 "multilingual/alpaca/alpaca_12k_de_openai.json",
+                 "multilingual/alpaca/alpaca_zh_first3000.json"):
+        records = json.loads(asset(name).read_text(encoding="utf-8"))[::20]
+        out += [r[key] for r in records for key in ("instruction", "input", "output")]
+    lines = asset("scalebio/eval_math/math_test.jsonl").read_text(encoding="utf-8").splitlines()
+    out += [json.loads(line)["solution"] for line in lines[::20]]
+    noise = random_unicode(100_000)
+    return [*out, noise, *noise.split("e")]
+
+
+def reference_ids(file, texts):
+    tokenizer = hf.Tokenizer.from_file(str(file))
+    return [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+@pytest.fixture
+def copied(asset, tmp_path):
+    """copied("a/b", c="x/y") is a directory with the data file x/y under the name c."""
+
+    def copy(**files):
+        for name, path in files.items():
+            shutil.copyfile(asset(path), tmp_path / name.replace("__", "."))
+        return tmp_path
+
+    return copy
+
+
+VOCABULARIES = {
+    "gpt2": {"tokenizer__json": "tokenizers/gpt2/tokenizer.json"},
+    "gpt2 files": {"encoder__json": "tokenizers/gpt2/encoder.json",
+                   "vocab__bpe": "tokenizers/gpt2/vocab.bpe"},
+    "llama3": {"tokenizer__json": "tokenizers/llama3/tokenizer.json"},
+    "llama3 model": {"tokenizer__model": "tokenizers/llama3/tokenizer.model"},
+    "llama2": {"tokenizer__json": "tokenizers/llama2/tokenizer.json"},
+    "gpt_neox": {"tokenizer__json": "tokenizers/gpt-neox-20b/20B_tokenizer.json"},
+    "stories": {"tokenizer__json": "model/stories260K-hf/tokenizer.json"},
+}
+# name: (file with the reference, kind, n_vocab, bos, eos)
+EXPECTED = {
+    "gpt2": ("gpt2/tokenizer.json", "tiktoken", 50257, None, 50256),
+    "gpt2 files": ("gpt2/tokenizer.json", "tiktoken", 50257, None, 50256),
+    "llama3": ("llama3/tokenizer.json", "tiktoken", 128256, 128000, 128001),
+    "llama3 model": ("llama3/tokenizer.json", "tiktoken", 128256, 128000, 128001),
+    "llama2": ("llama2/tokenizer.json", "tokenizers", 32000, 1, 2),
+    "gpt_neox": ("gpt-neox-20b/20B_tokenizer.json", "tiktoken", 50277, None, 0),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_ids_match_tokenizers(name, copied, asset, texts):
+    reference, kind, n_vocab, bos, eos = EXPECTED[name]
+    tokenizer = load_tokenizer(copied(**VOCABULARIES[name]))
+    expected = reference_ids(asset(f"tokenizers/{reference}"), texts)
+    for text, ids, wanted in zip(texts, tokenizer.encode_batch(texts), expected, strict=True):
+        assert ids == wanted, repr(text[:200])
+    assert tokenizer.encode(texts[-1]) == expected[-1]
+    assert (tokenizer.kind, tokenizer.n_vocab) == (kind, n_vocab)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (bos, eos)
+    assert tokenizer.add_bos == (bos is not None)
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_decode_inverts_encode(name, copied):
+    tokenizer = load_tokenizer(copied(**VOCABULARIES[name]))
+    for text in AWKWARD:
+        text = unicodedata.normalize("NFC", text)  # what GPT-NeoX makes of any text
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    some = tokenizer.encode("some text")
+    beyond = [tokenizer.eos_id, tokenizer.n_vocab + 5]
+    assert tokenizer.decode([*some, *beyond]) == "some text"
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_control_tokens_in_text_are_text(name, copied):
+    tokenizer = load_tokenizer(copied(**VOCABULARIES[name]))
+    assert tokenizer.special
+    for token in tokenizer.special:
+        for text in (token, f"a {token} b", token * 3):
+            ids = tokenizer.encode(text)
+            assert not set(ids) & set(tokenizer.special.values()), text
+            assert tokenizer.decode(ids) == text
+
+
+def train_bpe(directory, pattern=None, normalizer=None, added=(), special=()):
+    """A small byte-level BPE of the shape of Qwen2's and GPT-2's tokenizer.json."""
+    tokenizer = hf.Tokenizer(hf.models.BPE())
+    byte_level = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    if pattern:
+        split = hf.pre_tokenizers.Split(hf.Regex(pattern), "isolated")
+        byte_level = hf.pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = hf.decoders.ByteLevel()
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=list(special), show_progress=False,
+        initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([CODE, "the quick brown fox's 123 " * 9, *AWKWARD], trainer)
+    tokenizer.add_tokens(list(added))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return tokenizer
+
+
+CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("pattern", [None, LLAMA3_PATTERN, QWEN2_PATTERN])
+@pytest.mark.parametrize("nfc", [False, True])
+def test_small_bpe_matches_tokenizers(pattern, nfc, tmp_path):
+    normalizer = hf.normalizers.NFC() if nfc else None
+    added = ["    ", "  ", "<tool>", "<tool>x"]
+    reference = train_bpe(tmp_path, pattern, normalizer, added, CHAT)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.kind == "tiktoken"
+    for text in [*AWKWARD, random_unicode(20_000), "a<tool>xy<tool>", "       <tool>  x"]:
+        assert tokenizer.encode(text) == reference.encode(text).ids, repr(text[:200])
+
+
+def test_what_tiktoken_cannot_express_goes_through_tokenizers(tmp_path):
+    reference = train_bpe(tmp_path, pattern=r"\w+")  # leaves characters unmatched
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.kind == "tokenizers"
+    assert tokenizer.encode(CODE) == reference.encode(CODE).ids
+
+
+def test_megabyte_runs_are_encoded(copied):
+    tokenizer = load_tokenizer(copied(**VOCABULARIES["gpt2"]))
+    for text in ("a" * 1_000_000, " " * 1_000_000 + "x", "\n \t" * 300_000):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_configuration_files_name_the_ends(tmp_path):
+    train_bpe(tmp_path, special=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"])
+
+    def write(name, **content):
+        (tmp_path / name).write_text(json.dumps(content))
+        return load_tokenizer(tmp_path)
+
+    ids = load_tokenizer(tmp_path).special
+    assert load_tokenizer(tmp_path).eos_id == ids["<|endoftext|>"]
+    plain = write("config.json", eos_token_id=70, bos_token_id=ids["<s>"])  # 70 is ordinary text
+    assert (plain.eos_id, plain.bos_id) == (ids["<|endoftext|>"], ids["<s>"])
+    stops = write("generation_config.json", eos_token_id=[ids["<|im_end|>"], ids["<s>"]])
+    assert stops.eos_ids == (ids["<|im_end|>"], ids["<s>"])
+    named = write("tokenizer_config.json", eos_token={"content": "<|im_end|>"}, bos_token="<s>")
+    assert (named.eos_id, named.add_bos) == (ids["<|im_end|>"], False)
+    added = write("tokenizer_config.json", bos_token="<s>", add_bos_token=True)
+    assert added.add_bos and added.bos_id == ids["<s>"]
+    assert added.fingerprint != named.fingerprint
+
+
+def test_unusable_tokenizers_are_refused_in_one_line(tmp_path, asset, monkeypatch):
+    def refusal(directory):
+        with pytest.raises(ValueError) as error:
+            load_tokenizer(directory)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no tokenizer" in refusal(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    assert "save a tokenizer.json" in refusal(tmp_path)
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    assert "only Llama-3's" in refusal(tmp_path)
+    model = '{"model": {"type": "BPE", "vocab": {"a": 0}}, "added_tokens": [{"id": 1}]}'
+    for broken in ("{", "[]", "{}", '{"model": {}}', model):
+        (tmp_path / "tokenizer.json").write_text(broken)
+        assert "tokenizer.json" in refusal(tmp_path)
+    shutil.copyfile(asset("tokenizers/llama2/tokenizer.json"), tmp_path / "tokenizer.json")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert "pip install tokenizers" in refusal(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Templates
+
+TURNS = [
+    ("system", "Be brief."),
+    ("user", "What is 2 + 2?\n"),
+    ("assistant", "It is 4."),
+    ("user", "And então? 你好"),
+    ("assistant", "Überall 👍\nyes"),
+]
+CONTROL = sorted({name for style in TEMPLATES.values() for name in style.control})
+
+
+@pytest.fixture
+def chat_tokenizer(tmp_path):
+    """A small vocabulary with the control tokens of all templates, opened by <s>."""
+    train_bpe(tmp_path, LLAMA3_PATTERN, special=["<s>", "</s>", *CONTROL])
+    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(tmp_path)
+
+
+def as_messages(turns):
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def transformers_tokenizer(tokenizer, directory, template):
+    transformers = pytest.importorskip("transformers")
+    save_tokenizer(tokenizer, directory, template)
+    return transformers.AutoTokenizer.from_pretrained(directory)
+
+
+def conversations(template):
+    yield TURNS
+    yield TURNS[1:]
+    yield TURNS[1:3]
+    yield [("user", ""), ("assistant", "x")]
+    yield [("system", "Greet."), ("assistant", "Hello")]
+    if template == "alpaca":
+        yield [("user", "Translate."), ("input", "Guten Tag"), ("assistant", "Good day")]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_templates_match_transformers_chat_template(template, chat_tokenizer, tmp_path):
+    reference = transformers_tokenizer(chat_tokenizer, tmp_path / "saved", template)
+    for turns in conversations(template):
+        messages = as_messages(turns)
+        ids, _ = encode_conversation(chat_tokenizer, template, turns, 10_000)
+        assert ids == reference.apply_chat_template(messages, return_dict=False)
+        prompt = render_prompt(chat_tokenizer, template, turns[:-1])
+        assert prompt == reference.apply_chat_template(
+            messages[:-1], add_generation_prompt=True, return_dict=False
+        )
+        assert ids[: len(prompt)] == prompt  # generation continues what training showed
+
+
+@pytest.mark.parametrize("directory", ["tokenizers/llama2", "model/stories260K-hf"])
+@pytest.mark.parametrize("template", ["alpaca", "plain"])
+def test_sentencepiece_templates_match_transformers(template, directory, asset, tmp_path):
+    tokenizer = load_tokenizer(asset(directory))
+    reference = transformers_tokenizer(tokenizer, tmp_path, template)
+    for turns in conversations(template):
+        ids, _ = encode_conversation(tokenizer, template, turns, 10_000)
+        assert ids == reference.apply_chat_template(as_messages(turns), return_dict=False)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_empty_texts_are_no_tokens(scheme, asset, tmp_path):
+    spec = json.loads(asset("tokenizers/llama2/tokenizer.json").read_text())
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    spec |= {"normalizer": None, "pre_tokenizer": metaspace}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    ids, _ = encode_conversation(load_tokenizer(tmp_path), "plain", [("text", "")], 9)
+    assert ids == [1, 2]
+
+
+def test_metaspace_first_matches_transformers(asset, tmp_path):
+    """Newer files of Llama-2 put a space before the start of the input only."""
+    spec = json.loads(asset("tokenizers/llama2/tokenizer.json").read_text())
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    spec |= {"normalizer": None, "pre_tokenizer": metaspace}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(tmp_path)
+    reference = transformers_tokenizer(tokenizer, tmp_path / "saved", "alpaca")
+    ids, _ = encode_conversation(tokenizer, "alpaca", TURNS, 10_000)
+    assert ids == reference.apply_chat_template(as_messages(TURNS), return_dict=False)
+
+
+def test_alpaca_prompts_are_stanfords():
+    tokenizer = byte_tokenizer()
+    turns = [("user", "Translate."), ("input", "Guten Tag")]
+    assert tokenizer.decode(render_prompt(tokenizer, "alpaca", turns)) == (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nTranslate.\n\n### Input:\nGuten Tag\n\n### Response:\n"
+    )
+    assert tokenizer.decode(render_prompt(tokenizer, "alpaca", turns[:1])) == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nTranslate.\n\n### Response:\n"
+    )
+
+
+def test_input_joins_the_question_elsewhere(chat_tokenizer):
+    turns = [("user", "Translate."), ("input", "Guten Tag"), ("assistant", "Good day")]
+    joined = [("user", "Translate.\nGuten Tag"), ("assistant", "Good day")]
+    for template in set(TEMPLATES) - {"alpaca"}:
+        assert encode_conversation(chat_tokenizer, template, turns, 99) == encode_conversation(
+            chat_tokenizer, template, joined, 99
+        )
+
+
+def trained_text(tokenizer, ids, has_loss):
+    """The maximal stretches with loss, as text, and whether each has an end token."""
+    out, run = [], []
+    for i, loss in [*zip(ids, has_loss, strict=True), (None, False)]:
+        if loss:
+            run.append(i)
+        elif run:
+            ended = run[-1] in tokenizer.special.values()
+            out.append((tokenizer.decode(run), ended))
+            run = []
+    return out
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_loss_is_on_answers_and_their_ends_only(template, chat_tokenizer):
+    sample = encode_conversation(chat_tokenizer, template, TURNS, 10_000)
+    expected = [(text, True) for role, text in TURNS if role == "assistant"]
+    assert trained_text(chat_tokenizer, *sample) == expected
+
+
+@pytest.mark.parametrize("answer", ["4", " 4", "Größe", "👍🏽 ok", "▁x", "x  ", "\nx", "e\u0301"])
+@pytest.mark.parametrize("template", ["alpaca", "plain"])
+def test_sentencepiece_masks_are_never_off_by_one(template, answer, asset):
+    tokenizer = load_tokenizer(asset("tokenizers/llama2"))
+    question = [("user", "Was ist 2 + 2 ")]
+    turns = [*question, ("assistant", answer), ("user", "ö"), ("assistant", answer)]
+    ids, has_loss = encode_conversation(tokenizer, template, turns, 10_000)
+    trained = trained_text(tokenizer, ids, has_loss)
+    # decoding a part of a text loses the space before it, and ▁ is how the vocabulary spells spaces
+    assert [(text.strip(), end) for text, end in trained] == 2 * [(answer.strip(" ▁\n"), True)]
+    prompt = render_prompt(tokenizer, template, question)
+    assert ids[: len(prompt)] == prompt
+    assert has_loss.index(True) == len(prompt)
+
+
+def test_truncated_answers_have_no_end(chat_tokenizer):
+    turns = [("user", "Count."), ("assistant", "one two three four")]
+    ids, has_loss = encode_conversation(chat_tokenizer, "chatml", turns, 10_000)
+    end = chat_tokenizer.special["<|im_end|>"]
+    assert ids[-1] == end and has_loss[-1]
+    for cut in range(1, len(ids)):
+        assert encode_conversation(chat_tokenizer, "chatml", turns, cut) == (
+            ids[:cut], has_loss[:cut]
+        )
+
+
+def test_documents_have_loss_everywhere_but_first():
+    tokenizer = byte_tokenizer()
+    ids, has_loss = encode_conversation(tokenizer, "alpaca", [("text", "abc")], 99)
+    assert ids == [tokenizer.bos_id, *b"abc", tokenizer.eos_id]
+    assert has_loss == [False, True, True, True, True]
+    no_bos = [("user", ""), ("assistant", "x")]
+    assert encode_conversation(tokenizer, "plain", no_bos, 1)[1] == [False]
+
+
+def test_missing_control_token_is_named():
+    for template, name in (("chatml", "<|im_"), ("llama3", "<|"), ("gemma", "_of_turn>")):
+        for call in (
+            lambda t: stop_ids(byte_tokenizer(), t),
+            lambda t: encode_conversation(byte_tokenizer(), t, TURNS, 9),
+        ):
+            with pytest.raises(ValueError, match="lacks the control token") as error:
+                call(template)
+            assert name in str(error.value)
+
+
+def test_stop_ids_are_the_templates_and_the_vocabularys(chat_tokenizer):
+    special = chat_tokenizer.special
+    assert stop_ids(chat_tokenizer, "plain") == [special["</s>"]]
+    assert stop_ids(chat_tokenizer, "chatml") == [special["<|im_end|>"], special["</s>"]]
+
+
+def test_byte_tokenizer_saved_opens_in_transformers_with_the_same_ids(tmp_path):
+    tokenizer = byte_tokenizer()
+    reference = transformers_tokenizer(tokenizer, tmp_path, "plain")
+    again = load_tokenizer(tmp_path)
+    for text in [*AWKWARD, random_unicode(5_000)]:
+        assert tokenizer.encode(text) == list(text.encode())
+        assert reference(text, add_special_tokens=False)["input_ids"] == list(text.encode())
+        assert again.encode(text) == list(text.encode())
+    assert reference("x")["input_ids"] == [256, *b"x"]
+    for name in ("special", "bos_id", "eos_id", "add_bos", "eos_ids", "n_vocab"):
+        assert getattr(again, name) == getattr(tokenizer, name)
+    turns = TURNS[1:]
+    ids, _ = encode_conversation(tokenizer, "plain", turns, 999)
+    assert ids == reference.apply_chat_template(as_messages(turns), return_dict=False)
+
+
+def test_saved_gpt2_files_open_in_transformers(copied, tmp_path):
+    tokenizer = load_tokenizer(copied(**VOCABULARIES["gpt2 files"]))
+    reference = transformers_tokenizer(tokenizer, tmp_path / "saved", "alpaca")
+    assert reference(CODE)["input_ids"] == tokenizer.encode(CODE)
+    assert load_tokenizer(tmp_path / "saved").encode(CODE) == tokenizer.encode(CODE)
+    saved = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())
+    assert saved["chat_template"] == chat_template("alpaca", add_bos=False)
+
+
+def test_every_control_token_of_a_template_is_known_to_the_tokenizer():
+    used = set().union(*(style.control for style in TEMPLATES.values()))
+    assert used - {"eos_token"} == set(TEMPLATE_TOKENS)

@@ -1,0 +1,250 @@
+"""What the distributed tests run, on one process or under torchrun. Not a test itself.
+
+    python tests/worker.py trajectories OUT CHECKPOINT...
+    torchrun --nproc_per_node=2 tests/worker.py dense OUT
+    torchrun --nproc_per_node=2 tests/worker.py load OUT CHECKPOINT
+
+Each rank writes its results to OUT.<rank>.pt.
+"""
+
+import copy
+import functools
+import itertools
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import data
+import model as hf
+import shard
+import train
+from bilevel import PenaltyStep, SourceWeights
+from lisa import Lisa
+
+VOCAB = data.byte_tokenizer().n_vocab
+BASE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+    "vocab_size": VOCAB,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+FAMILIES = {
+    "gpt2": {
+        "model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128,
+        "vocab_size": VOCAB, "bos_token_id": 256, "eos_token_id": 257,
+    },
+    "llama": {"model_type": "llama", **BASE},
+    "llama-tied": {"model_type": "llama", **BASE, "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", **BASE, "sliding_window": 5},
+    "qwen2": {"model_type": "qwen2", **BASE},
+    "qwen3": {"model_type": "qwen3", **BASE, "head_dim": 16},
+    "gemma2": {
+        "model_type": "gemma2", **BASE, "head_dim": 16, "sliding_window": 5,
+        "query_pre_attn_scalar": 16, "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "gpt_neox": {
+        "model_type": "gpt_neox", "rotary_pct": 0.25,
+        **{k: v for k, v in BASE.items() if k != "num_key_value_heads"},
+    },
+}  # fmt: skip
+
+
+def trajectory(checkpoint: str, dtype: str, micro: int, pad_to: int, steps: int = 5) -> dict:
+    """Every parameter of w and u, and λ, after a few steps of train.py's own loop."""
+    out = Path(checkpoint) / f"{dtype}-{micro}-{pad_to}-{steps}-{dist.get_world_size()}"
+    args = train.parse(
+        f"--model {checkpoint} --template plain --max-length 64 --steps {steps} --dtype {dtype} "
+        f"--lr-w 1e-3 --lr-u 1e-3 --lr-lambda 2e-2 --lisa-interval 2 --lisa-layers 1 --alpha 1 "
+        f"--batch-size 32 --val-batch-size 32 --micro-batch-size {micro} --out {out}".split()
+    )
+    inputs = train.prepare(args, dist.get_world_size())
+    dist.barrier()  # no rank writes before all have looked
+    out.mkdir(exist_ok=True)
+    batches = data.Batches
+    data.Batches = functools.partial(batches, pad_to=pad_to)
+    penalty = train.train(args, inputs, torch.device("cpu"))
+    data.Batches = batches
+    parameters = {
+        f"{copy}.{name}": full
+        for copy, model in (("w", penalty.w), ("u", penalty.u))
+        for name, full in shard.full_tensors(model)
+    }
+    return parameters | {"lam": penalty.sources.lam.detach()}
+
+
+def trajectories(checkpoints: list[str]) -> dict:
+    one = dist.get_world_size() == 1
+    variants = [(4, 8), (16, 8), (4, 32)] if one else [(4, 8)]
+    return {
+        (checkpoint, dtype, *variant): trajectory(checkpoint, dtype, *variant)
+        for checkpoint, dtype, variant in itertools.product(checkpoints, ("fp32", "fp64"), variants)
+    } | {
+        ("one step", dtype): trajectory(checkpoints[0], dtype, 4, 8, steps=1)
+        for dtype in ("fp32", "bf16")
+    }
+
+
+def batch(seed: int) -> SimpleNamespace:
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCAB, (6, 16), generator=g)
+    labels = tokens.where(torch.arange(16) > 4, -100)
+    return SimpleNamespace(tokens=tokens, labels=labels, group=torch.arange(6) % 2)
+
+
+def pair(family: str, gather_once: bool):
+    """The same model sharded and dense, with weights large enough that every part matters."""
+    config = hf.ModelConfig.from_hf(FAMILIES[family])
+    weights = [(n, t + 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(i)))
+               for i, (n, t) in enumerate(hf.random_weights(config, 1))]  # fmt: skip
+    shard.GATHER_ONCE_BYTES = 1 << 30 if gather_once else 0
+    sharded = shard.build(config, torch.float64, torch.device("cpu"))
+    shard.fill(sharded, weights)
+    return sharded, hf.build(config, weights, torch.float64)
+
+
+def dense(_: list[str]) -> dict:
+    """Sharded against dense models: relative differences, by what was compared."""
+    differ = {}
+    for family, gather_once in itertools.product(FAMILIES, (True, False)):
+        sharded, whole = pair(family, gather_once)
+        key = family, "gathered once" if gather_once else "gathered each time"
+        losses = [model(batch(0).tokens, batch(0).labels) for model in (sharded, whole)]
+        differ[(*key, "loss")] = difference(losses[:1], losses[1:])
+        for model in (sharded, whole):
+            for seed in range(2):  # two micro-batches of one pass
+                if model is sharded:
+                    shard.once_per_pass(model, last=seed == 1)
+                model(batch(seed).tokens, batch(seed).labels).sum().backward()
+        full = [p.grad.full_tensor() for p in sharded.parameters()]
+        differ[(*key, "gradients")] = difference(full, [p.grad for p in whole.parameters()])
+        for model in (sharded, whole):
+            model.zero_grad()
+        differ[(*key, "after evaluation, switch, step")] = interleaved(sharded, whole)
+        out = Path(sys.argv[2]).with_name(f"{family}-{gather_once}")
+        shard.save(sharded, out, lambda path: None)
+        read = hf.from_pretrained(out, torch.float64)
+        differ[(*key, "saved")] = difference(read.parameters(), whole.parameters())
+    return differ
+
+
+def bf16(_: list[str]) -> dict:
+    """Sharded bf16 against dense bf16, through switches of LISA: how far apart the weights end, in
+    terms of how far they moved; and whether frozen blocks kept their bits."""
+    result = {}
+    for gather_once in (True, False):
+        config = hf.ModelConfig.from_hf(FAMILIES["llama"])
+        shard.GATHER_ONCE_BYTES = 1 << 30 if gather_once else 0
+        weights = list(hf.random_weights(config, 1))
+        sharded = shard.build(config, torch.bfloat16, torch.device("cpu"))
+        shard.fill(sharded, weights)
+        whole = hf.build(config, weights, torch.bfloat16)
+        start = torch.cat([p.detach().flatten() for p in whole.parameters()]).float()
+        for model in (sharded, whole):
+            opt = Lisa(model, 1, interval=1, seed=5, lr=1e-2, ends="sampled")
+            for step in range(6):
+                opt.switch(step)
+                for seed in (step, step + 10):
+                    if model is sharded:
+                        shard.once_per_pass(model, last=seed == step + 10)
+                    model(batch(seed).tokens, batch(seed).labels).sum().backward()
+                opt.step()
+                opt.zero_grad()
+            opt.finish(6)
+        a, b = (torch.cat([p.detach().flatten() for p in x]).float() for x in (
+            sharded_parameters(sharded), whole.parameters()))  # fmt: skip
+        result[gather_once] = ((a - b).norm() / (b - start).norm()).item()
+    return result
+
+
+def interleaved(sharded, whole) -> float:
+    """Evaluate, switch blocks and step in turn; then compare what the two compute."""
+    test = SimpleNamespace(tokens=batch(7).tokens, labels=batch(7).labels)
+    steps, opts = [], []
+    for model in (sharded, whole):
+        u = copy.deepcopy(model) if model is whole else None
+        if u is None:
+            u = shard.build(model.config, torch.float64, torch.device("cpu"))
+            shard.copy_shards(u, model)
+        pair_of_opts = [Lisa(m, 1, interval=1, seed=5, lr=1e-2) for m in (model, u)]
+        opts.append(pair_of_opts)
+        on_micro = shard.once_per_pass if model is sharded else lambda model, last: None
+        sources = SourceWeights(2, torch.float64)
+        steps.append(PenaltyStep(model, u, *pair_of_opts, sources, 5.0, on_micro=on_micro))
+    val = batch(9)
+    val.group = torch.full((6,), 2)
+    worst = 0.0
+    for step in range(4):
+        with torch.no_grad():
+            losses = [model(test.tokens, test.labels) for model in (sharded, whole)]
+        shard.release(sharded)
+        worst = max(worst, difference(losses[:1], losses[1:]))
+        for penalty, (opt_w, opt_u) in zip(steps, opts, strict=True):
+            opt_w.switch(step)
+            opt_u.switch(step)
+            # All ranks hold the same samples here, so the objective counts each as many times.
+            counts = torch.tensor([6, 6, 6]) * dist.get_world_size()
+            penalty.step([batch(step), batch(step + 20)], [val], counts)
+    return max(worst, difference(sharded_parameters(sharded), whole.parameters()))
+
+
+def sharded_parameters(model) -> list[torch.Tensor]:
+    return [p.detach().full_tensor() for p in model.parameters()]
+
+
+def difference(a, b) -> float:
+    """‖a − b‖ / ‖b‖ over all tensors."""
+    a, b = (torch.cat([t.detach().flatten() for t in x]) for x in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+class AnonymousMemory(threading.Thread):
+    """Peak of this process's anonymous resident memory, in bytes, sampled every 20 ms."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.start_at = self.peak = self.now()
+        self.start()
+
+    @staticmethod
+    def now() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+    def run(self):
+        while True:
+            self.peak = max(self.peak, self.now())
+            time.sleep(0.02)
+
+
+def load(paths: list[str]) -> dict:
+    """Load a checkpoint into shards; bytes of memory against the shards' and the largest tensor."""
+    memory = AnonymousMemory()
+    config = hf.load_config(paths[0])
+    model = shard.build(config, torch.float32, torch.device("cpu"))
+    shard.fill(model, hf.read_weights(Path(paths[0]), config))
+    time.sleep(0.05)
+    sizes = [p.numel() * p.element_size() for p in model.parameters()]
+    own = [p.to_local().numel() * p.element_size() for p in model.parameters()]
+    return {"peak": memory.peak - memory.start_at, "shards": sum(own), "largest": max(sizes)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    shard.start(timeout=120)
+    what, out, *rest = sys.argv[1:]
+    result = {"trajectories": trajectories, "dense": dense, "bf16": bf16, "load": load}[what](rest)
+    torch.save(result, f"{out}.{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+    shard.leave(0)
