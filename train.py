@@ -4,14 +4,13 @@
     torchrun --nproc_per_node=8 train.py --model meta-llama/Meta-Llama-3-8B \\
         --train alpaca=a.json math=b.jsonl --val val.json --test test.json --out runs/x
 
-Flags and the training loop; the algorithm is in bilevel.py and lisa.py. Writes to --out:
-config.json, metrics.jsonl, weights.json, weights.png, checkpoints/ and model/.
+The training loop; the algorithm is in bilevel.py and lisa.py, the flags in inputs.py. Writes to
+--out: config.json, metrics.jsonl, weights.json, weights.png, checkpoints/ and model/.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -31,127 +30,10 @@ import model as hf
 import plan
 import report
 import shard
-import tasks
 import templates
 from bilevel import PenaltyStep, SourceWeights
-from inputs import Inputs, check_flags, prepare, read_config, record
-from lisa import ENDS, Lisa
-
-# flag: (default with a checkpoint, default with the built-in tiny model)
-DEFAULTS = {
-    "epochs": (1.0, 1.0),
-    "steps": (None, 200),
-    "micro_batch_size": (8, 32),
-    "max_length": (512, 64),
-    "lr_w": (1e-5, 1e-3),
-    "lr_u": (1e-5, 1e-3),
-    "lr_lambda": (1e-2, 3e-2),
-    "schedule": ("cosine", "constant"),
-    "lisa_interval": (20, 5),
-    "template": ("alpaca", "plain"),
-}
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, with the defaults of the chosen model filled in."""
-    parser = argparse.ArgumentParser(
-        description="Learn source weights by first-order bilevel optimisation (ScaleBiO).",
-        epilog="'A (tiny: B)' is the default A, and B for the built-in model.",
-    )
-
-    def add(group, flag, text, **kwargs):
-        a, b = DEFAULTS.get(flag.replace("-", "_"), (kwargs.get("default"), None))
-        if flag.replace("-", "_") in DEFAULTS:
-            text += f" [{a}]" if a == b else f" [{a} (tiny: {b})]"
-        elif a not in (None, False):
-            text += f" [{a}]"
-        group.add_argument(f"--{flag}", help=text.replace("%", "%%"), **kwargs)
-
-    g = parser.add_argument_group("model and data")
-    add(g, "model", "'tiny', a local Hugging Face directory, or a hub id", default="tiny")
-    add(g, "train", "sources, as NAME=PATH ..., or one directory or quoted glob of train_*.json(l)",
-        nargs="+", metavar="NAME=PATH")
-    add(g, "val", "validation records, JSON or JSONL: the weights minimise their loss")
-    add(g, "test", "held-out records, for the report")
-    add(g, "task", "built-in data, used without --train", default="denoising", choices=tasks.TASKS)
-    add(g, "template", "how a conversation becomes text", choices=templates.TEMPLATES)
-    add(g, "max-length", "tokens at which a sample is cut", type=int)
-    add(g, "drop-overlap", "remove training records that are validation or test records",
-        action="store_true")
-    add(g, "out", "directory of the run [runs/<task or model>-seed<seed>]")
-
-    g = parser.add_argument_group("optimisation")
-    add(g, "epochs", "passes over as many samples as all sources hold", type=float)
-    add(g, "steps", "steps of an outer round, instead of --epochs", type=int)
-    add(g, "batch-size", "training samples of a step, over all ranks", type=int, default=64)
-    add(g, "val-batch-size", "validation samples of a step, over all ranks", type=int, default=64)
-    add(g, "micro-batch-size", "samples of one forward on one rank", type=int)
-    add(g, "alpha", "penalty multiplier", type=float, default=10.0)
-    add(g, "tau", "factor on alpha from one outer round to the next", type=float, default=1.0)
-    add(g, "outer-rounds", "rounds of --epochs or --steps", type=int, default=1)
-    add(g, "lr-w", "learning rate of w", type=float)
-    add(g, "lr-u", "learning rate of u", type=float)
-    add(g, "lr-lambda", "learning rate of the source weights' logits", type=float)
-    add(g, "warmup", "share of all steps in which learning rates rise", type=float, default=0.03)
-    add(g, "schedule", "what follows the warm-up", choices=("cosine", "linear", "constant"))
-    add(g, "weight-decay", "AdamW's, for w and u", type=float, default=5e-4)
-    add(g, "clip", "largest gradient norm of w and of u (gradients are divided by alpha); 0 = off",
-        type=float, default=0.0)
-    add(g, "seed", "of the data order, LISA's draws, and the built-in task and model", type=int,
-        default=0)
-    add(g, "skip-nonfinite", "pass over a step whose loss or gradient is not finite, and count it",
-        action="store_true")
-
-    g = parser.add_argument_group("memory and devices")
-    add(g, "lisa-layers", "blocks that train at a time; 0 = train everything", type=int, default=2)
-    add(g, "lisa-interval", "steps between two draws of the blocks", type=int)
-    add(g, "lisa-ends", "embedding, final norm and head: trained always, drawn like a block, never",
-        default="always", choices=ENDS)
-    add(g, "lisa-coupling", "w and u train the same blocks, or draw their own", default="shared",
-        choices=("shared", "independent"))
-    add(g, "dtype", "storage of parameters; auto is bf16 on CUDA and fp32 on CPU", default="auto",
-        choices=("auto", *evaluate.DTYPES))
-    add(g, "activation-checkpointing", "keep only the inputs of blocks for backward, and compute "
-        "the rest again", action="store_true")
-    add(g, "save-every", "steps between two checkpoints; 0 = only when asked to stop by a signal",
-        type=int, default=0)
-    add(g, "keep", "checkpoints to keep, the newest", type=int, default=2)
-    add(g, "resume", "'auto' goes on from the newest checkpoint in --out; 'never' starts anew, in "
-        "another directory if --out exists", default="auto", choices=("auto", "never"))
-    add(g, "timeout", "seconds after which a rank that is waited for ends the run", type=float,
-        default=1800.0)
-
-    g = parser.add_argument_group("plan")
-    add(g, "plan", "print the bytes that each GPU needs, and end: needs no GPU and no weights, "
-        "--model may be a config.json; exit 1 if they do not fit", action="store_true")
-    add(g, "gpus", "GPUs of the plan", type=int, default=8)
-    add(g, "gpu-memory", "of each, in 10^9 bytes; 2 are kept back", type=float)
-    add(g, "json", "the plan as JSON", action="store_true")
-
-    args = parser.parse_args(argv)
-    given_epochs = args.epochs is not None and args.steps is None
-    for flag, (usual, tiny) in DEFAULTS.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, tiny if args.model == "tiny" else usual)
-    if given_epochs:
-        args.steps = None
-    source = args.task if args.model == "tiny" and not args.train else Path(args.model).name
-    args.out = Path(args.out or f"runs/{source}-seed{args.seed}")
-    if args.resume == "never":
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        args.out = fresh(args.out, restarted)
-    return args
-
-
-def fresh(out: Path, restarted: bool) -> Path:
-    """The first of out, out-2, ... that does not exist; after a restart the last one that does."""
-    taken = []
-    others = (out.with_name(f"{out.name}-{n}") for n in itertools.count(2))
-    for path in itertools.chain([out], others):
-        if not path.exists():
-            break
-        taken.append(path)
-    return taken[-1] if restarted and taken else path
+from inputs import Inputs, check_flags, parse, prepare, read_config, record
+from lisa import Lisa
 
 
 def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
