@@ -82,14 +82,12 @@ def loss(model: hf.Transformer, dataset: data.Dataset, micro_batch_size: int = 8
 
 def load(id_or_dir: str, dtype: str, device: torch.device) -> tuple[hf.Transformer, Path]:
     """A model, sharded where there are several ranks, and its directory. Collective."""
-    directory = hf.find_checkpoint(id_or_dir)
+    directory, config = hf.open_checkpoint(id_or_dir)
+    weights = hf.read_weights(directory, config)
     if dist.get_world_size() == 1:
-        return hf.from_pretrained(directory, DTYPES[dtype], device), directory
-    config = hf.load_config(directory)
-    if problems := hf.check_checkpoint(directory, config):
-        raise ValueError("\n".join(problems))
+        return hf.build(config, weights, DTYPES[dtype], device), directory
     model = shard.build(config, DTYPES[dtype], device)
-    shard.fill(model, hf.read_weights(directory, config))
+    shard.fill(model, weights)
     return model, directory
 
 

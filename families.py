@@ -1,5 +1,4 @@
-"""Model families: what Hugging Face's config.json says of a model, where its files are, and what
-they call each parameter.
+"""Model families: what Hugging Face's config.json says of a model.
 
 GPT-2, Llama (2, 3, 3.1, Yi), Mistral, Qwen2, Qwen3, Gemma-2 and GPT-NeoX differ in fields of one
 `ModelConfig`. A field that would change the result and is not supported is refused by name.
@@ -7,18 +6,8 @@ GPT-2, Llama (2, 3, 3.1, Yi), Mistral, Qwen2, Qwen3, Gemma-2 and GPT-NeoX differ
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
-
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer*", "vocab.*", "encoder.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -315,99 +304,3 @@ READERS = {
     "qwen3": read_qwen3,
     "gemma2": read_gemma2,
 }
-
-
-class Key(NamedTuple):
-    """Where a module's parameters are in the files."""
-
-    name: str
-    part: int | None = None  # 0, 1, 2: q, k or v of a fused tensor
-    transposed: bool = False  # GPT-2's Conv1D holds (in, out)
-
-
-# Our module -> theirs. Each brings along its `.weight` and, where it has one, its `.bias`.
-GPT2_KEYS = {
-    "embed": Key("transformer.wte"),
-    "embed.positions": Key("transformer.wpe"),
-    "blocks.{}.attn_norm": Key("transformer.h.{}.ln_1"),
-    "blocks.{}.attn.q": Key("transformer.h.{}.attn.c_attn", part=0, transposed=True),
-    "blocks.{}.attn.k": Key("transformer.h.{}.attn.c_attn", part=1, transposed=True),
-    "blocks.{}.attn.v": Key("transformer.h.{}.attn.c_attn", part=2, transposed=True),
-    "blocks.{}.attn.o": Key("transformer.h.{}.attn.c_proj", transposed=True),
-    "blocks.{}.mlp_norm": Key("transformer.h.{}.ln_2"),
-    "blocks.{}.mlp.up": Key("transformer.h.{}.mlp.c_fc", transposed=True),
-    "blocks.{}.mlp.down": Key("transformer.h.{}.mlp.c_proj", transposed=True),
-    "norm": Key("transformer.ln_f"),
-    "head": Key("lm_head"),
-}
-NEOX_KEYS = {
-    "embed": Key("gpt_neox.embed_in"),
-    "blocks.{}.attn_norm": Key("gpt_neox.layers.{}.input_layernorm"),
-    "blocks.{}.attn.q": Key("gpt_neox.layers.{}.attention.query_key_value", part=0),
-    "blocks.{}.attn.k": Key("gpt_neox.layers.{}.attention.query_key_value", part=1),
-    "blocks.{}.attn.v": Key("gpt_neox.layers.{}.attention.query_key_value", part=2),
-    "blocks.{}.attn.o": Key("gpt_neox.layers.{}.attention.dense"),
-    "blocks.{}.mlp_norm": Key("gpt_neox.layers.{}.post_attention_layernorm"),
-    "blocks.{}.mlp.up": Key("gpt_neox.layers.{}.mlp.dense_h_to_4h"),
-    "blocks.{}.mlp.down": Key("gpt_neox.layers.{}.mlp.dense_4h_to_h"),
-    "norm": Key("gpt_neox.final_layer_norm"),
-    "head": Key("embed_out"),
-}
-LLAMA_KEYS = {
-    "embed": Key("model.embed_tokens"),
-    "blocks.{}.attn_norm": Key("model.layers.{}.input_layernorm"),
-    "blocks.{}.attn.q": Key("model.layers.{}.self_attn.q_proj"),
-    "blocks.{}.attn.k": Key("model.layers.{}.self_attn.k_proj"),
-    "blocks.{}.attn.v": Key("model.layers.{}.self_attn.v_proj"),
-    "blocks.{}.attn.q_norm": Key("model.layers.{}.self_attn.q_norm"),
-    "blocks.{}.attn.k_norm": Key("model.layers.{}.self_attn.k_norm"),
-    "blocks.{}.attn.o": Key("model.layers.{}.self_attn.o_proj"),
-    "blocks.{}.mlp_norm": Key("model.layers.{}.post_attention_layernorm"),
-    "blocks.{}.mlp.gate": Key("model.layers.{}.mlp.gate_proj"),
-    "blocks.{}.mlp.up": Key("model.layers.{}.mlp.up_proj"),
-    "blocks.{}.mlp.down": Key("model.layers.{}.mlp.down_proj"),
-    "norm": Key("model.norm"),
-    "head": Key("lm_head"),
-}
-GEMMA2_KEYS = LLAMA_KEYS | {
-    "blocks.{}.attn_post_norm": Key("model.layers.{}.post_attention_layernorm"),
-    "blocks.{}.mlp_norm": Key("model.layers.{}.pre_feedforward_layernorm"),
-    "blocks.{}.mlp_post_norm": Key("model.layers.{}.post_feedforward_layernorm"),
-}
-KEYS = dict.fromkeys(READERS, LLAMA_KEYS)
-KEYS |= {"gpt2": GPT2_KEYS, "gpt_neox": NEOX_KEYS, "gemma2": GEMMA2_KEYS}
-
-
-def load_config(directory: str | Path, name: str = CONFIG) -> ModelConfig:
-    """Read config.json. Raises ValueError where it is missing, broken or not supported."""
-    file = Path(directory) / name
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from None
-    return ModelConfig.from_hf(config)
-
-
-def find_checkpoint(id_or_dir: str | Path, weights: bool = True) -> Path:
-    """A local directory as it is, or the hub's files of an id, downloaded if they are not cached.
-
-    Only the config, tokenizer files and safetensors are fetched. HF_HOME, HF_TOKEN, HF_HUB_OFFLINE
-    mean what they mean to huggingface_hub. Raises ValueError that says what to do.
-    """
-    if Path(id_or_dir).is_dir():
-        return Path(id_or_dir)
-    from huggingface_hub import errors, snapshot_download
-
-    wanted = [CONFIG, INDEX, "model*.safetensors", *TOKENIZER_FILES] if weights else [CONFIG]
-    try:
-        return Path(snapshot_download(str(id_or_dir), allow_patterns=wanted))
-    except errors.GatedRepoError:
-        reason = (f"is gated: accept its terms on https://huggingface.co/{id_or_dir}, then set "
-                  "HF_TOKEN or run 'hf auth login'")
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        reason = ("is neither a directory nor a model on huggingface.co: check the spelling, and "
-                  "set HF_TOKEN if it is private")
-    except (errors.HfHubHTTPError, OSError) as error:
-        reason = (f"is not a directory, nor cached, and the hub is out of reach "
-                  f"({type(error).__name__}): run 'hf download {id_or_dir}' where it is not")
-    raise ValueError(f"{id_or_dir}: {reason}")

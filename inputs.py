@@ -22,6 +22,7 @@ import torch
 import data
 import evaluate
 import model as hf
+import pretrained
 import tasks
 import templates
 import tokenizer
@@ -259,11 +260,7 @@ def open_model(args: argparse.Namespace) -> tuple[hf.ModelConfig, Path | None, t
         tok = tokenizer.byte_tokenizer()
         ends = {"bos_token_id": tok.bos_id, "eos_token_id": tok.eos_id}
         return hf.ModelConfig.from_hf(TINY | ends | {"vocab_size": tok.n_vocab}), None, tok
-    checkpoint = hf.find_checkpoint(args.model)
-    config = hf.load_config(checkpoint)
-    problems = hf.check_checkpoint(checkpoint, config)
-    if problems:
-        raise ValueError("\n".join(problems))
+    checkpoint, config = hf.open_checkpoint(args.model)
     return config, checkpoint, tokenizer.load_tokenizer(checkpoint)
 
 
@@ -273,8 +270,8 @@ def read_config(name: str) -> hf.ModelConfig:
         return hf.ModelConfig.from_hf(TINY | {"vocab_size": tokenizer.byte_tokenizer().n_vocab})
     file = Path(name)
     if file.is_file():
-        return hf.load_config(file.parent, file.name)
-    return hf.load_config(hf.find_checkpoint(name, weights=False))
+        return pretrained.load_config(file.parent, file.name)
+    return pretrained.load_config(pretrained.find_checkpoint(name, weights=False))
 
 
 def check_fit(args: argparse.Namespace, config: hf.ModelConfig, tok) -> list[str]:

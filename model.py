@@ -3,8 +3,7 @@
 GPT-2, Llama (2, 3, 3.1, Yi), Mistral, Qwen2, Qwen3, Gemma-2 and GPT-NeoX are one `Transformer`:
 what sets a family apart is a field of `ModelConfig`, read from Hugging Face's config.json. The
 reference is `transformers`, whose logits, losses and gradients tests/test_model.py compares.
-Checkpoints are streams of (name, full CPU tensor) in both directions, so that a sharded model is
-filled and saved by the same functions, one tensor at a time.
+Checkpoints' files are pretrained.py's concern.
 
     model = from_pretrained("gpt2")                     # a hub id or a directory
     losses = model(tokens, labels)                      # (B,), the mean over each sample's response
@@ -16,34 +15,19 @@ V vocabulary, M response positions, L slots of the cache.
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from families import (
-    CONFIG,
-    INDEX,
-    KEYS,
-    TOKENIZER_FILES,
-    WEIGHTS,
-    Key,
-    ModelConfig,
-    find_checkpoint,
-    load_config,
-)
+import pretrained
+from families import ModelConfig
 
 # --------------------------------------------------------------------------------------------------
 # The model
@@ -418,12 +402,7 @@ def generate(
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-# Buffers that old checkpoints carry along.
-EXTRA_KEYS = re.compile(r"\b(attn|attention)\.(masked_)?bias$|\brotary_emb\.inv_freq$")
-FLOATS = "F64", "F32", "F16", "BF16"
+# Weights, from a checkpoint or at random
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -433,187 +412,22 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def hf_order(config: ModelConfig) -> list[str]:
-    """The order in which `write_weights` needs the parameters: q, k and v of a block together."""
-    return list(parameter_shapes(config))
+def open_checkpoint(id_or_dir: str | Path) -> tuple[Path, ModelConfig]:
+    """The directory of a checkpoint, checked down to each tensor's shape, and its configuration.
 
-
-def hf_key(config: ModelConfig, name: str) -> Key:
-    """Where the parameter `name` is in the files of its family."""
-    module, kind = name.rsplit(".", 1)
-    number = re.search(r"\d+", module)
-    template = re.sub(r"\d+", "{}", module)
-    key = KEYS[config.family][template]
-    path = key.name.format(number[0] if number else "")
-    return Key(f"{path}.{kind}", key.part, key.transposed and kind == "weight")
-
-
-def split(fused: Tensor, part: int, config: ModelConfig) -> Tensor:
-    """q, k or v (rows, ...) out of a fused tensor (3 rows, ...): GPT-2 stores all of q, then all of
-    k, then all of v; GPT-NeoX does so for each head."""
-    groups = config.n_heads if config.family == "gpt_neox" else 1
-    return fused.reshape(groups, 3, -1, *fused.shape[1:])[:, part].flatten(0, 1)
-
-
-def fuse(parts: list[Tensor], config: ModelConfig) -> Tensor:
-    """The inverse of `split`."""
-    groups = config.n_heads if config.family == "gpt_neox" else 1
-    return torch.stack([p.view(groups, -1, *p.shape[1:]) for p in parts], 1).flatten(0, 2)
-
-
-class Stored(NamedTuple):
-    """A tensor in a file, as its header describes it."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, Stored], list[str]]:
-    """The tensors of a directory by key, read from the headers alone, and the files' problems."""
-    stored, problems, index = {}, [], {}
-    if (directory / WEIGHTS).exists():
-        files = [directory / WEIGHTS]
-    elif (directory / INDEX).exists():
-        try:
-            index = json.loads((directory / INDEX).read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            return {}, [f"{directory / INDEX}: not an index of safetensors files ({error!r})"]
-        files = sorted({directory / name for name in index.values()})
-    elif next(directory.glob("*.bin"), None):
-        return {}, [f"{directory}: has its weights in *.bin only, and opening a pickle can run any "
-                    "code; ask for, or convert to, safetensors"]
-    else:
-        return {}, [f"{directory}: has neither {WEIGHTS} nor {INDEX}"]
-    for file in files:
-        try:
-            with safe_open(file, "pt") as handle:
-                for key in handle.keys():  # noqa: SIM118 (not a dict)
-                    part = handle.get_slice(key)
-                    if index.get(key, file.name) == file.name:
-                        entry = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
-                        stored[full_key(key, config)] = entry
-        except FileNotFoundError:
-            problems.append(f"{file}: missing, but {INDEX} names it")
-        except (SafetensorError, OSError) as error:
-            problems.append(f"{file}: truncated or damaged ({error})")
-    return stored, problems
-
-
-def full_key(key: str, config: ModelConfig) -> str:
-    """GPT-2's own files leave out the prefix of all keys but the head's."""
-    bare = config.family == "gpt2" and not key.startswith(("transformer.", "lm_head."))
-    return f"transformer.{key}" if bare else key
-
-
-def check_checkpoint(directory: str | Path, config: ModelConfig) -> list[str]:
-    """What keeps a checkpoint from being loaded, a line each; reads the files' headers alone."""
-    directory = Path(directory)
-    stored, problems = scan(directory, config)
-    if problems:
-        return problems
-    shapes = {}
-    for name, shape in parameter_shapes(config).items():
-        key = hf_key(config, name)
-        shape = shape if key.part is None else (3 * shape[0], *shape[1:])
-        shapes[key.name] = shape[::-1] if key.transposed else shape
-    source = directory / (WEIGHTS if (directory / WEIGHTS).exists() else INDEX)
-    problems = [f"{source}: {key} is missing" for key in shapes if key not in stored]
-    head = KEYS[config.family]["head"].name + ".weight"
-    if config.tied and head in stored:
-        shapes[head] = config.vocab, config.width
-    for key, (file, _, shape, dtype) in stored.items():
-        if key not in shapes:
-            if not EXTRA_KEYS.search(key):
-                problems.append(f"{file}: {key} is not a tensor of this model")
-        elif shape != shapes[key]:
-            problems.append(f"{file}: {key} has shape {shape}, config.json says {shapes[key]}")
-        elif dtype not in FLOATS:
-            problems.append(f"{file}: {key} is {dtype}; supported are {', '.join(FLOATS)}")
-    return problems
-
-
-def read_weights(directory: str | Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """(name, full CPU tensor) of each parameter in the model's order, in the files' dtype.
-
-    The tensors lie in memory-mapped files: copy what is to be kept. Call check_checkpoint first.
+    Reads no weights. Raises one ValueError with a line for each problem.
     """
-    stored, _ = scan(Path(directory), config)
-    with ExitStack() as stack:
-        files = {entry.file for entry in stored.values()}
-        opened = {file: stack.enter_context(safe_open(file, "pt")) for file in files}
-        for name in parameter_shapes(config):
-            key = hf_key(config, name)
-            entry = stored[key.name]
-            tensor = opened[entry.file].get_tensor(entry.key)
-            tensor = tensor.T if key.transposed else tensor
-            yield name, tensor if key.part is None else split(tensor, key.part, config)
+    directory = pretrained.find_checkpoint(id_or_dir)
+    config = pretrained.load_config(directory)
+    if problems := pretrained.check_weights(directory, config, parameter_shapes(config)):
+        raise ValueError("\n".join(problems))
+    return directory, config
 
 
-def to_hf(
-    config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) under our names -> under Hugging Face's, fused and transposed as they are."""
-    waiting: dict[str, list[Tensor]] = {}
-    for name, tensor in tensors:
-        key = hf_key(config, name)
-        if key.part is not None:
-            parts = waiting.setdefault(key.name, [])
-            assert len(parts) == key.part, "q, k, v come in the order of hf_order"
-            parts.append(tensor)
-            if len(parts) < 3:
-                continue
-            tensor = fuse(waiting.pop(key.name), config)
-        yield key.name, (tensor.T if key.transposed else tensor).contiguous()
-
-
-def write_weights(
-    directory: str | Path | None,
-    config: ModelConfig,
-    tensors: Iterable[tuple[str, Tensor]],
-    max_bytes: float = 5e9,
-) -> None:
-    """Write (name, full CPU tensor) pairs, given in `hf_order`, as safetensors files of at most
-    `max_bytes` (or one tensor), with index and config.json. Holds one file's tensors at a time.
-
-    directory   None: take all pairs and write none, on a rank that gathers along with the others
-    """
-    if directory is None:
-        for _ in tensors:
-            pass
-        return
-    directory, files, total = Path(directory), [], 0
-    for batch in batches(to_hf(config, tensors), max_bytes):
-        save_file(batch, directory / f"{len(files)}.part", metadata={"format": "pt"})
-        files.append(list(batch))
-        total += sum(tensor.nbytes for tensor in batch.values())
-        dtype = next(iter(batch.values())).dtype
-    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    if len(files) == 1:
-        names = [WEIGHTS]
-    else:
-        weight_map = {key: name for name, keys in zip(names, files, strict=True) for key in keys}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    for i, name in enumerate(names):
-        (directory / f"{i}.part").rename(directory / name)
-    dtype_key = "dtype" if "dtype" in config.hf else "torch_dtype"
-    raw = config.hf | {dtype_key: str(dtype).removeprefix("torch.")}
-    (directory / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
-
-
-def batches(
-    tensors: Iterable[tuple[str, Tensor]], max_bytes: float
-) -> Iterator[dict[str, Tensor]]:
-    """Cut a stream of tensors into dicts of at most `max_bytes`, or of one tensor."""
-    batch: dict[str, Tensor] = {}
-    for key, tensor in tensors:
-        if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > max_bytes:
-            yield batch
-            batch.clear()  # in place: the caller holds it too
-        batch[key] = tensor
-    yield batch
+def read_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """(name, full CPU tensor) of each parameter of an opened checkpoint, in the files' dtype. The
+    tensors lie in memory-mapped files: copy what is to be kept."""
+    return pretrained.read_weights(directory, config, parameter_shapes(config))
 
 
 def random_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -658,38 +472,17 @@ def from_pretrained(
     id_or_dir: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Transformer:
     """Load a hub id or a local directory, unsharded. Raises one ValueError with all problems."""
-    directory = find_checkpoint(id_or_dir)
-    config = load_config(directory)
-    if problems := check_checkpoint(directory, config):
-        raise ValueError("\n".join(problems))
+    directory, config = open_checkpoint(id_or_dir)
     return build(config, read_weights(directory, config), dtype, device)
-
-
-@contextmanager
-def written_whole(directory: str | Path) -> Iterator[Path]:
-    """A temporary directory beside `directory`, renamed to it once the block is through. Replaces
-    an earlier model; raises ValueError for a directory that holds something else."""
-    final = Path(directory)
-    if final.exists() and any(final.iterdir()) and not (final / CONFIG).exists():
-        raise ValueError(f"{final}: exists, and holds no model to replace")
-    temporary, old = (final.with_name(f".{final.name}.{end}") for end in ("new", "old"))
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    if final.exists():
-        final.rename(old)
-    temporary.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def save_pretrained(
     model: Transformer, directory: str | Path, tokenizer_dir: str | Path | None = None
 ) -> None:
     """Write an unsharded model in Hugging Face's format, with the tokenizer of `tokenizer_dir`."""
-    with written_whole(directory) as temporary:
+    with pretrained.written_whole(directory) as temporary:
         parameters = ((name, p.detach().cpu()) for name, p in model.named_parameters())
-        write_weights(temporary, model.config, parameters)
-        for pattern in TOKENIZER_FILES if tokenizer_dir else ():
+        pretrained.write_weights(temporary, model.config, parameters)
+        for pattern in pretrained.TOKENIZER_FILES if tokenizer_dir else ():
             for file in Path(tokenizer_dir).glob(pattern):
                 shutil.copy(file, temporary)

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-import model as hf
+import pretrained
 from families import ModelConfig
 from model import Transformer
 
@@ -147,13 +147,12 @@ def release(model: nn.Module) -> None:
 
 
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, full tensor on the CPU), one at a time, in the order that files are written in.
+    """(name, full tensor on the CPU), one at a time.
 
     Collective: every rank calls it and takes all of it.
     """
-    parameters = dict(model.named_parameters())
-    for name in hf.hf_order(model.config):
-        p = parameters[name].detach()
+    for name, p in model.named_parameters():
+        p = p.detach()
         yield name, (p.full_tensor() if isinstance(p, DTensor) else p).cpu()
 
 
@@ -165,11 +164,11 @@ def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None
     """
     release(model)
     if dist.get_rank() == 0:
-        with hf.written_whole(target) as directory:
-            hf.write_weights(directory, model.config, full_tensors(model))
+        with pretrained.written_whole(target) as directory:
+            pretrained.write_weights(directory, model.config, full_tensors(model))
             finish(directory)
     else:
-        hf.write_weights(None, model.config, full_tensors(model))
+        pretrained.write_weights(None, model.config, full_tensors(model))
     dist.barrier()
 
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as hf
+import pretrained
 from model import ModelConfig
 
 ROOT = Path(hf.__file__).parent
@@ -152,10 +153,8 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def llama(checkpoint, tmp_path):
-    """A copy of the llama-3.1 checkpoint that a test may spoil, and its configuration."""
-    directory = tmp_path / "llama"
-    shutil.copytree(checkpoint("llama-3.1")[1], directory)
-    return directory, hf.load_config(directory)
+    """A copy of the llama-3.1 checkpoint that a test may spoil."""
+    return shutil.copytree(checkpoint("llama-3.1")[1], tmp_path / "llama")
 
 
 def batch(pad=3):
@@ -203,7 +202,7 @@ def test_logits_losses_gradients_match_transformers(case, checkpoint):
     expected = {name: p.grad for name, p in theirs.named_parameters()}
     if case.startswith("gpt_neox") and not ours.config.tied:  # in files it has its old name
         expected["embed_out.weight"] = expected.pop("lm_head.weight")
-    grads = dict(hf.to_hf(ours.config, ((n, p.grad) for n, p in ours.named_parameters())))
+    grads = dict(pretrained.to_hf(ours.config, ((n, p.grad) for n, p in ours.named_parameters())))
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
         assert distance(grad, expected[name]) < 1e-4, name
@@ -260,9 +259,9 @@ def test_saved_model_is_bit_exact_and_opens_in_transformers(case, checkpoint, tm
 
 def test_checkpoint_in_many_files(checkpoint, tmp_path):
     theirs, directory = checkpoint("gpt_neox")
-    config = hf.load_config(directory)
+    config = pretrained.load_config(directory)
     half = ((name, tensor.bfloat16()) for name, tensor in hf.read_weights(directory, config))
-    hf.write_weights(tmp_path, config, half, max_bytes=8000)
+    pretrained.write_weights(tmp_path, config, half, max_bytes=8000)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) > 3
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
@@ -274,7 +273,7 @@ def test_checkpoint_in_many_files(checkpoint, tmp_path):
         t.nbytes for f in files for t in load_file(f).values()
     )
 
-    assert hf.check_checkpoint(tmp_path, config) == []
+    assert refusal(tmp_path) == []
     tokens, _, _ = batch()
     reopened = type(theirs).from_pretrained(tmp_path, dtype=torch.float32)
     ours = hf.from_pretrained(tmp_path)
@@ -286,9 +285,9 @@ def test_checkpoint_in_many_files(checkpoint, tmp_path):
     assert torch.equal(hf.from_pretrained(tmp_path).embed.weight, ours.embed.weight)
 
     files[1].unlink()
-    assert [files[1].name in p for p in hf.check_checkpoint(tmp_path, config)] == [True]
+    assert [files[1].name in p for p in refusal(tmp_path)] == [True]
     (tmp_path / "model.safetensors.index.json").write_text("[]")
-    assert "not an index" in hf.check_checkpoint(tmp_path, config)[0]
+    assert "not an index" in refusal(tmp_path)[0]
 
 
 def test_writing_holds_one_file_of_tensors_and_the_next_tensor(checkpoint, tmp_path):
@@ -303,11 +302,11 @@ def test_writing_holds_one_file_of_tensors_and_the_next_tensor(checkpoint, tmp_p
             most = max(most, sum(ref().nbytes for ref in alive if ref() is not None))
             yield name, tensor
 
-    hf.write_weights(tmp_path, ours.config, copies(), max_bytes=10_000)
+    pretrained.write_weights(tmp_path, ours.config, copies(), max_bytes=10_000)
     assert most < 10_000 + max(p.nbytes for p in ours.parameters())
 
     taken = len(alive)
-    hf.write_weights(None, ours.config, copies())
+    pretrained.write_weights(None, ours.config, copies())
     assert len(alive) == 2 * taken
 
 
@@ -318,7 +317,7 @@ def test_save_replaces_a_model_and_nothing_else(checkpoint, tmp_path):
         ours.norm.weight.add_(1)
     hf.save_pretrained(ours, tmp_path / "out")
     assert torch.equal(hf.from_pretrained(tmp_path / "out").norm.weight, ours.norm.weight)
-    with pytest.raises(ZeroDivisionError), hf.written_whole(tmp_path / "out") as temporary:
+    with pytest.raises(ZeroDivisionError), pretrained.written_whole(tmp_path / "out") as temporary:
         (temporary / "config.json").write_text("half")
         raise ZeroDivisionError
     assert torch.equal(hf.from_pretrained(tmp_path / "out").norm.weight, ours.norm.weight)
@@ -521,7 +520,7 @@ def test_random_weights_depend_on_seed_and_place_alone():
     config = ModelConfig.from_hf({"model_type": "gpt2"} | GPT2_SIZES)
     first, again = (dict(hf.random_weights(config, 3)) for _ in range(2))
     other = dict(hf.random_weights(config, 4))
-    assert list(first) == hf.hf_order(config)
+    assert list(first) == list(hf.parameter_shapes(config))
     assert all(torch.equal(first[name], again[name]) for name in first)
     a, b = "blocks.0.mlp.up.weight", "blocks.1.mlp.up.weight"
     assert not torch.equal(first[a], other[a]) and not torch.equal(first[a], first[b])
@@ -721,21 +720,25 @@ def test_config_ignores_what_is_off_or_harmless():
 # Checkpoints that are not what config.json says
 
 
-def problems(directory, config, change):
-    """What check_checkpoint says of a checkpoint whose tensors went through `change`."""
+def problems(directory, change):
+    """What keeps a checkpoint from being loaded, once its tensors went through `change`."""
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
     save_file(tensors, directory / "model.safetensors")
-    found = hf.check_checkpoint(directory, config)
-    if found:
-        with pytest.raises(ValueError) as error:
-            hf.from_pretrained(directory)
-        assert str(error.value).splitlines() == found
-    return found
+    return refusal(directory)
+
+
+def refusal(directory):
+    """The lines that from_pretrained refuses a checkpoint with; none if it does not."""
+    try:
+        hf.from_pretrained(directory)
+    except ValueError as error:
+        return str(error).splitlines()
+    return []
 
 
 def test_missing_extra_misshaped_and_integer_tensors_are_named(llama):
-    directory, config = llama
+    directory = llama
 
     def change(tensors):
         del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -744,7 +747,7 @@ def test_missing_extra_misshaped_and_integer_tensors_are_named(llama):
         tensors["model.embed_tokens.weight"] = torch.zeros(67, 32, dtype=torch.int8)
         tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(48, 32).to(torch.float8_e4m3fn)
 
-    found = problems(directory, config, change)
+    found = problems(directory, change)
     assert len(found) == 5
     for name, words in {
         "layers.1.mlp.up_proj": "missing",
@@ -761,7 +764,7 @@ def test_harmless_extra_tensors_are_accepted(llama, checkpoint, tmp_path):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(6)
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # tied: the same
 
-    assert problems(*llama, buffers) == []
+    assert problems(llama, buffers) == []
     for case, module in {
         "gpt2": "transformer.h.0.attn",
         "gpt_neox": "gpt_neox.layers.0.attention",
@@ -772,13 +775,13 @@ def test_harmless_extra_tensors_are_accepted(llama, checkpoint, tmp_path):
             tensors[f"{module}.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool)
             tensors[f"{module}.masked_bias"] = torch.tensor(-1e9)
 
-        assert problems(directory, hf.load_config(directory), masks) == []
+        assert problems(directory, masks) == []
 
 
 def test_misshaped_copy_of_a_tied_head_is_not_harmless(llama):
-    directory, config = llama
+    directory = llama
     head = {"lm_head.weight": torch.zeros(66, 32)}
-    found = problems(directory, config, lambda tensors: tensors.update(head))
+    found = problems(directory, lambda tensors: tensors.update(head))
     assert ["lm_head" in problem for problem in found] == [True]
 
 
@@ -793,19 +796,19 @@ def test_gpt2_keys_without_prefix(checkpoint, tmp_path):
 
 
 def test_truncated_file_is_named(llama):
-    directory, config = llama
+    directory = llama
     file = directory / "model.safetensors"
     for end in (-1, 100, 0):
         file.write_bytes(file.read_bytes()[:end])
-        assert [str(file) in p for p in hf.check_checkpoint(directory, config)] == [True]
+        assert [str(file) in p for p in refusal(directory)] == [True]
 
 
 def test_directory_without_usable_weights(llama):
-    directory, config = llama
+    directory = llama
     (directory / "model.safetensors").unlink()
-    assert "neither model.safetensors" in hf.check_checkpoint(directory, config)[0]
+    assert "neither model.safetensors" in refusal(directory)[0]
     (directory / "pytorch_model.bin").touch()
-    assert "pickle" in hf.check_checkpoint(directory, config)[0]
+    assert "pickle" in refusal(directory)[0]
     (directory / "config.json").unlink()
     with pytest.raises(ValueError, match=r"config\.json"):
         hf.from_pretrained(directory)
@@ -832,7 +835,7 @@ def test_hub_errors_say_what_to_do(monkeypatch):
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
         with pytest.raises(ValueError, match=rf"^no/such: .*{words}") as error:
-            hf.find_checkpoint("no/such")
+            pretrained.find_checkpoint("no/such")
         assert "\n" not in str(error.value)
 
 
@@ -844,7 +847,7 @@ def test_hub_is_asked_for_no_other_files(monkeypatch, tmp_path):
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda id, **kw: asked.update(kw, id=id) or tmp_path
     )
-    assert hf.find_checkpoint("some/model") == tmp_path
+    assert pretrained.find_checkpoint("some/model") == tmp_path
     wanted = "config.json model-00001-of-00002.safetensors model.safetensors.index.json merges.txt"
     wanted += " tokenizer.json tokenizer_config.json tokenizer.model vocab.json"
     others = "pytorch_model.bin original/consolidated.00.pth consolidated.safetensors tf_model.h5"
@@ -863,10 +866,10 @@ def test_offline_hub_uses_its_cache_or_says_so(checkpoint, tmp_path):
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     script = """
-import model
-print(model.find_checkpoint("some/model"))
+import pretrained
+print(pretrained.find_checkpoint("some/model"))
 try:
-    model.find_checkpoint("some/other")
+    pretrained.find_checkpoint("some/other")
 except ValueError as error:
     print(error)
 """

@@ -10,6 +10,7 @@ import torch
 
 import data
 import model as hf
+import pretrained
 import templates
 from tests.worker import FAMILIES
 
@@ -95,7 +96,8 @@ def test_loading_holds_one_full_tensor_beside_the_shards(tmp_path):
              "num_key_value_heads": 4, "vocab_size": 32000}  # fmt: skip
     config = hf.ModelConfig.from_hf(FAMILIES["llama"] | sizes)
     (tmp_path / "model").mkdir()
-    hf.write_weights(tmp_path / "model", config, hf.random_weights(config, 0), max_bytes=7e7)
+    weights = hf.random_weights(config, 0)
+    pretrained.write_weights(tmp_path / "model", config, weights, max_bytes=7e7)
     assert len(list(tmp_path.glob("model/*.safetensors"))) > 2
     slack = 16e6  # FSDP's and the allocator's own, and the interpreter's
     for ranks in (1, 2):

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data
 import model as hf
+import pretrained
 import shard
 import train
 from bilevel import PenaltyStep, SourceWeights
@@ -231,7 +232,7 @@ class AnonymousMemory(threading.Thread):
 def load(paths: list[str]) -> dict:
     """Load a checkpoint into shards; bytes of memory against the shards' and the largest tensor."""
     memory = AnonymousMemory()
-    config = hf.load_config(paths[0])
+    config = pretrained.load_config(paths[0])
     model = shard.build(config, torch.float32, torch.device("cpu"))
     shard.fill(model, hf.read_weights(Path(paths[0]), config))
     time.sleep(0.05)
