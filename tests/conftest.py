@@ -1,8 +1,13 @@
 """Fixtures shared by all tests."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Tests run side by side, and so do the ranks that they start: a thread each. Set before torch is
+# imported; the processes that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,8 +36,7 @@ def records(tmp_path):
 def run(*args, ranks: int = 0) -> subprocess.CompletedProcess:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *(launcher if ranks else []), str(ROOT / "evaluate.py")]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *map(str, args)], env=env, capture_output=True, text=True)
+    return subprocess.run([*command, *map(str, args)], capture_output=True, text=True)
 
 
 def test_loss_matches_a_loop_over_samples(checkpoint, records, tmp_path):

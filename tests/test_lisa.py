@@ -185,7 +185,7 @@ def test_frozen_ends_cost_no_gradient_below_the_lowest_active_block():
     opt = Lisa(model, n_active=1, interval=1, ends="frozen")
     reached = set()
     for i, block in enumerate(model.blocks):
-        block.register_full_backward_hook(lambda *_, i=i: reached.add(i))
+        block.register_full_backward_pre_hook(lambda *_, i=i: reached.add(i))
     for step in range(12):
         opt.switch(step)
         reached.clear()

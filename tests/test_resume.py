@@ -21,7 +21,6 @@ FLAGS = ("--steps 12 --lisa-interval 2 --lisa-layers 1 --batch-size 8 --val-batc
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def start(out: str, *flags, ranks: int = 0, restarts: int = 0) -> subprocess.Popen:
@@ -75,7 +74,6 @@ def same_result(a: str, b: str) -> None:
 def whole(tmp_path_factory):
     """A run that was never stopped."""
     out = str(tmp_path_factory.mktemp("whole") / "run")
-    os.environ["OMP_NUM_THREADS"] = "1"
     finish(out)
     return out
 

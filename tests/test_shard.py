@@ -1,6 +1,5 @@
 """Two ranks against one, and sharded models against dense ones. Real processes, on gloo."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +22,8 @@ def run(ranks: int, what: str, out: Path, *rest) -> list[dict]:
     if ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         command = [sys.executable, *launcher, str(WORKER)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, what, str(out), *map(str, rest)], env=env, capture_output=True, text=True
-    )
+    command += [what, str(out), *map(str, rest)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(f"{out}.{rank}.pt") for rank in range(ranks)]
 

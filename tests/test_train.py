@@ -28,7 +28,6 @@ def own_folder(tmp_path, monkeypatch):
     """Each test in an empty folder, with a cache of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def run(*args, ranks: int = 0) -> subprocess.CompletedProcess:
