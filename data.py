@@ -35,7 +35,7 @@ from templates import encode_conversations
 from tokenizer import Tokenizer, Turns, byte_tokenizer, load_tokenizer
 
 __all__ = ["Batches", "Dataset", "MicroBatch", "Problems", "byte_tokenizer", "eval_batches",
-           "load_dataset", "load_tokenizer", "overlap", "read_records"]
+           "json_values", "load_dataset", "load_tokenizer", "overlap", "read_records"]
 
 FORMAT_VERSION = 1  # of a cache entry; raise it when the arrays or the tokenisation change
 CHUNK = 1 << 20  # characters read at a time
@@ -81,7 +81,7 @@ def iter_records(path: str | os.PathLike, problems: Problems) -> Iterator[tuple[
     """Stream the records of a JSON array or JSON Lines file, gzipped or not."""
     kind = None
     try:
-        for line, record in _json_values(path, problems):
+        for line, record in json_values(path, problems):
             try:
                 if not isinstance(record, dict):
                     raise ValueError(f"the record is {type(record).__name__}, not an object")
@@ -166,7 +166,7 @@ FORMATS = {
 }
 
 
-def _json_values(path: str | os.PathLike, problems: Problems) -> Iterator[tuple[int, object]]:
+def json_values(path: str | os.PathLike, problems: Problems) -> Iterator[tuple[int, object]]:
     """(line, value) of each record of a JSON array or JSON Lines; broken JSON is a problem."""
     with open(path, "rb") as file:
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open

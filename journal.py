@@ -1,0 +1,57 @@
+"""A JSON Lines file that grows row by row, survives being cut off, and says what is in it already.
+
+    with Journal(path) as journal:
+        done = {row["id"] for row in journal.rows}
+        journal.append({"id": 7, …})
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import threading
+from pathlib import Path
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a file, [] if there is none; a last line without its end is left out.
+
+    Raises ValueError with path:line for any other line that is not a JSON object.
+    """
+    rows = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for n, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+            assert isinstance(rows[-1], dict)
+        except (ValueError, AssertionError):
+            raise ValueError(f"{path}:{n}: not a JSON object") from None
+    return rows
+
+
+class Journal:
+    """The rows so far, and the only writer of more. Threads may append at once."""
+
+    def __init__(self, path: Path):
+        """Raises ValueError if another process writes to the file, or see `read`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock, self.file = threading.Lock(), open(path, "ab")  # noqa: SIM115 (see __exit__)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file closes
+        except OSError:
+            raise ValueError(f"{path}: another process is writing to it") from None
+        self.rows = read(path)
+        self.file.truncate(path.read_bytes().rfind(b"\n") + 1)
+
+    def append(self, row: dict) -> None:
+        """Add a row; once this returns, killing the process does not lose it."""
+        with self.lock:
+            self.file.write(json.dumps(row).encode() + b"\n")
+            self.file.flush()
+            self.rows.append(row)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()

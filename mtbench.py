@@ -1,0 +1,309 @@
+"""MT-Bench (Zheng et al., arXiv 2306.05685): 80 two-turn questions, and a judge that grades each of
+the two answers from 1 to 10.
+
+    questions = read_questions("question.jsonl", read_references("gpt-4.jsonl"))
+    judge = Judge("http://localhost:8000/v1", "some-model")
+    with Journal(path) as journal:
+        failure = grade(questions, answers, judge, journal)
+        print(table(questions, scores(questions, answers, judge.model, journal.rows)))
+
+The judge is any endpoint that speaks OpenAI's chat completions. A score is kept with the messages
+that it was asked by, and counts only while the same would be asked: a new answer is graded anew.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import NamedTuple
+
+import data
+from journal import Journal
+
+TEMPERATURES = {  # of the answers, by category: FastChat's
+    "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
+    "reasoning": 0.0, "stem": 0.1, "humanities": 0.1,
+}  # fmt: skip
+OTHER_TEMPERATURE = 0.7  # of a category that is not MT-Bench's
+WITH_REFERENCE = ("math", "reasoning", "coding")  # graded with a reference answer at hand
+KEY = "JUDGE_API_KEY"  # the environment variable
+
+SYSTEM = """\
+You grade replies of an AI assistant. Weigh how well a reply does what the user asked for: whether \
+it is correct, helpful, relevant, deep enough, creative where that is wanted, and as detailed as it \
+should be. Its length alone counts for nothing. Be impartial and strict."""
+FORMAT = """\
+Explain your judgement in a few sentences first. Then end with the grade, a number from 1 (useless) \
+to 10 (could not be better), in double square brackets and exactly in this form: Grade: [[5]]"""
+
+
+# ---------------------------------------------------------------------------------------------
+# Questions and answers, in FastChat's formats
+
+
+class Question(NamedTuple):
+    id: int | str
+    category: str
+    turns: tuple[str, str]
+    reference: tuple[str, ...]  # a reference answer to each turn, or nothing
+
+
+def read_questions(path: str | os.PathLike, references: dict | None = None) -> list[Question]:
+    """Rows {question_id, category, turns, reference?}; the hub's copies say `prompt` for turns.
+
+    references: from `read_answers`, instead of those beside the questions. ValueError with a line
+    "path:line: …" per problem.
+    """
+
+    def question(row: dict) -> Question:
+        first, second = row["turns"] if "turns" in row else row["prompt"]
+        own = (references or {}).get(row["question_id"], row.get("reference")) or ()
+        wanted = row["category"] in WITH_REFERENCE
+        return Question(row["question_id"], row["category"], (first + "", second + ""),
+                        tuple(own) if wanted else ())  # fmt: skip
+
+    found = _rows(path, question, "question_id, category and two turns")
+    if len({q.id for q in found}) < len(found):
+        raise ValueError(f"{path}: a question_id is used twice")
+    return found
+
+
+def read_answers(path: str | os.PathLike) -> dict[int | str, tuple[str, str]]:
+    """{question_id: both answers} from rows {question_id, choices: [{turns}]}."""
+
+    def answer(row: dict) -> tuple:
+        first, second = row["choices"][0]["turns"]
+        return row["question_id"], (first + "", second + "")
+
+    return dict(_rows(path, answer, "question_id and choices[0].turns"))
+
+
+def _rows(path: str | os.PathLike, convert, expected: str) -> list:
+    problems, found = data.Problems(), []
+    try:
+        for line, row in data.json_values(path, problems):
+            try:
+                found.append(convert(row))
+            except (KeyError, TypeError, ValueError, IndexError):
+                problems.add(f"{path}:{line}: lacks {expected}")
+    except OSError as error:
+        problems.add(f"{path}: {error.strerror}")
+    if not found and not problems.count:
+        problems.add(f"{path}: no rows")
+    problems.raise_if_any()
+    return found
+
+
+def judge_messages(q: Question, answers: tuple[str, str], turn: int) -> list[dict]:
+    """What the judge is asked about the answer to turn 0 or 1."""
+
+    def part(title: str, text: str) -> str:
+        return f"<{title}>\n{text}\n</{title}>"
+
+    parts = []
+    for n in range(turn + 1):
+        parts.append(part(f"question {n + 1}", q.turns[n]))
+        if len(q.reference) > n and q.reference[n]:
+            parts.append(part(f"reference answer {n + 1}", q.reference[n]))
+        parts.append(part(f"reply {n + 1}", answers[n]))
+    task = ("Grade the assistant's reply to the question below." if turn == 0 else
+            "Grade the assistant's second reply in the conversation below. The first is shown for "
+            "context only.")  # fmt: skip
+    if q.reference:
+        task += (" The reference answer is by an expert: compare the reply with it, and find the "
+                 "mistakes.")  # fmt: skip
+    return [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": "\n\n".join([f"{task} {FORMAT}", *parts])},
+    ]
+
+
+def parse_score(reply: str) -> float | None:
+    """The last [[grade]] of a reply, or [grade]; None if there is none from 1 to 10."""
+    found = re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*\]\]", reply)
+    found = found or re.findall(r"\[(\d+(?:\.\d+)?)\]", reply)
+    return float(found[-1]) if found and 1 <= float(found[-1]) <= 10 else None
+
+
+# ---------------------------------------------------------------------------------------------
+# The judge
+
+
+class Unreachable(Exception):
+    """The endpoint does not answer, or refuses: no use in going on."""
+
+
+RETRIED = {408, 409, 425, 429}  # and 500 and above
+GARBAGE = (KeyError, TypeError, AttributeError, IndexError, ValueError)
+
+
+@dataclass
+class Judge:
+    """An OpenAI-compatible endpoint, asked again after what may pass. Threads may share it."""
+
+    url: str
+    model: str
+    timeout: float = 120.0  # seconds without a byte of the reply
+    tries: int = 8  # of a request that the endpoint fails
+    readings: int = 3  # replies without a grade, after which a question is left for another time
+    concurrency: int = 4
+    first_wait: float = 1.0  # seconds, doubled from try to try, at most a minute
+    stop: threading.Event = field(default_factory=threading.Event)
+    quiet_until: float = 0.0  # no thread asks before: the endpoint said when it may be asked again
+
+    def __post_init__(self):
+        from huggingface_hub import InferenceClient
+
+        # Without a key the client would send the user's Hugging Face token to the endpoint.
+        self.key = os.environ.get(KEY) or "none"
+        self.client = InferenceClient(base_url=self.url, api_key=self.key, timeout=self.timeout)
+
+    def ask(self, messages: list[dict], temperature: float = 0.0) -> str:
+        """The judge's reply. Raises Unreachable."""
+        from huggingface_hub import errors
+
+        for attempt in range(1, self.tries + 1):
+            self._wait(self.quiet_until - time.monotonic())
+            wait = min(60, self.first_wait * 2 ** (attempt - 1)) * random.uniform(0.75, 1.25)
+            try:
+                reply = self.client.chat_completion(
+                    messages, model=self.model, max_tokens=2048, temperature=temperature
+                )
+                return reply.choices[0].message.content + ""
+            except errors.HfHubHTTPError as error:
+                status = error.response.status_code
+                reason = f"{status} {error.response.reason_phrase}"
+                if status not in RETRIED and status < 500:
+                    detail = f": {error.server_message}" if error.server_message else ""
+                    raise Unreachable(self._told(f"refuses: {reason}{detail}")) from None
+                if (asked := retry_after(error.response.headers.get("retry-after"))) is not None:
+                    wait = asked
+                    self.quiet_until = max(self.quiet_until, time.monotonic() + asked)
+            except (errors.HTTPError, OSError) as error:  # no connection, cut off, timed out
+                reason = type(error).__name__
+            except GARBAGE:
+                reason = "its reply is not a chat completion"
+            if attempt < self.tries:
+                self._wait(wait)
+        raise Unreachable(self._told(f"{reason}, {self.tries} times"))
+
+    def score(self, messages: list[dict]) -> dict:
+        """{score, reply, temperature, asked}; the score is None if no reply has a grade."""
+        for reading in range(self.readings):
+            # A judge that is deterministic would repeat what could not be read.
+            temperature = 0.7 if reading else 0.0
+            reply = self.ask(messages, temperature)
+            if (score := parse_score(reply)) is not None:
+                break
+        return {"score": score, "reply": reply, "temperature": temperature, "asked": reading + 1}
+
+    def _wait(self, seconds: float) -> None:
+        if self.stop.wait(max(0, seconds)):
+            raise Unreachable(self._told("not asked any more"))
+
+    def _told(self, what: str) -> str:
+        return f"judge {self.url}: {' '.join(what.split())}".replace(self.key, "***")
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds, from a Retry-After header in either of its forms; at most an hour."""
+    try:
+        seconds = float(value)
+    except TypeError:
+        return None
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError):
+            return None
+    return min(max(seconds, 0.0), 3600.0) if math.isfinite(seconds) else None
+
+
+def grade(
+    questions: list[Question],
+    answers: dict[int | str, tuple[str, str]],
+    judge: Judge,
+    journal: Journal,
+    progress=lambda: None,
+) -> str | None:
+    """Ask for every score that the journal lacks, and append each as it comes. Returns why it
+    ended early, None if it did not. `progress` is called after each."""
+    have = scores(questions, answers, judge.model, journal.rows)
+    missing = [(q, turn) for q in questions for turn in (0, 1) if (q.id, turn) not in have]
+    failures = []
+
+    def one(q: Question, turn: int) -> None:
+        messages = judge_messages(q, answers[q.id], turn)
+        try:
+            result = judge.score(messages)
+        except Unreachable as error:
+            failures.append(str(error))
+            judge.stop.set()
+            return
+        about = {"question_id": q.id, "turn": turn + 1, "category": q.category}
+        journal.append({**about, "judge": judge.model, **result, "messages": messages})
+        progress()
+
+    with ThreadPoolExecutor(judge.concurrency) as pool:
+        futures = [pool.submit(one, q, turn) for q, turn in missing]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:  # Ctrl-C: what is being asked is still kept, what waits is not asked
+            judge.stop.set()
+            raise
+    return failures[0] if failures else None
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores
+
+
+def scores(
+    questions: list[Question], answers: dict, judge_model: str, rows: list[dict]
+) -> dict[tuple[int | str, int], float]:
+    """{(question id, turn 0 or 1): score} of the rows that grade these answers as asked today."""
+    asked = {(q.id, turn): judge_messages(q, answers[q.id], turn)
+             for q in questions if q.id in answers for turn in (0, 1)}  # fmt: skip
+    found = {}
+    for row in rows:
+        key = row.get("question_id"), row.get("turn", 0) - 1
+        if row.get("score") is not None and row.get("judge") == judge_model:
+            if row.get("messages") == asked.get(key):
+                found.setdefault(key, row["score"])
+    return found
+
+
+def table(questions: list[Question], scored: dict[tuple[int | str, int], float]) -> list[str]:
+    """Mean ± standard error over questions, by category and turn; "both" is over all answers."""
+    lines = [f"{'category':12}  {'turn 1':14}  {'turn 2':14}  {'both':14}  scored"]
+    categories = list(dict.fromkeys(q.category for q in questions))
+    for name in [*categories, "all"]:
+        ids = [q.id for q in questions if name in (q.category, "all")]
+        cells = [mean_se([[scored[i, t] for t in turns if (i, t) in scored] for i in ids])
+                 for turns in ((0,), (1,), (0, 1))]  # fmt: skip
+        n = sum((i, t) in scored for i in ids for t in (0, 1))
+        cells = "  ".join(f"{cell:14}" for cell in cells)
+        lines.append(f"{name:12}  {cells}  {n} of {2 * len(ids)}")
+    return lines
+
+
+def mean_se(groups: list[list[float]]) -> str:
+    """Mean of all values, and its standard error by question: a question's turns go together."""
+    groups = [g for g in groups if g]
+    if not groups:
+        return "-"
+    n = sum(map(len, groups))
+    mean = sum(map(sum, groups)) / n
+    if len(groups) < 2:
+        return f"{mean:.2f}"
+    spread = sum((sum(g) - len(g) * mean) ** 2 for g in groups)
+    se = math.sqrt(spread * len(groups) / (len(groups) - 1)) / n
+    return f"{mean:.2f} ± {se:.2f}"
