@@ -118,7 +118,7 @@ def put(
 # The final answer of a reply
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-SAID = re.compile(r"answer(?:\s+is|\s*[:=])\s*:?\s*([^\n]+)", re.I)
+SAID = re.compile(r"answer\**(?:\s+is|\s*[:=])\s*:?\**\s*([^\n]+)", re.I)
 SENTENCE_END = re.compile(r"\.(?:\s|$)")
 NUMBER = re.compile(r"-?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 
@@ -196,7 +196,7 @@ INNERMOST = re.compile(r"\\frac\{([^{}]*)\}\{([^{}]*)\}|\\sqrt\{([^{}]*)\}|([\^_
 
 @functools.lru_cache(maxsize=8192)
 def normalise(answer: str) -> str:
-    """An answer without what does not change it: spaces, delimiters, units, ways to write \\frac."""
+    """An answer without what does not change it: spaces, delimiters, units, spellings of \\frac."""
     a = answer.strip()
     if (boxed := last_box(a)) is not None:
         a = boxed

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -26,13 +25,7 @@ import model as hf
 import shard
 import templates
 import tokenizer
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-
-
-def cache_dir() -> Path:
-    """Where tokenised data is kept: $XDG_CACHE_HOME/scalebio, by default in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "scalebio"
+from inputs import DTYPES, cache_dir
 
 
 class Loss(NamedTuple):

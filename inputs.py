@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 
 import data
-import evaluate
 import model as hf
 import pretrained
 import tasks
@@ -28,6 +27,7 @@ import templates
 import tokenizer
 from lisa import ENDS
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 TINY = {  # a llama of 0.9M parameters; the vocabulary is the byte tokenizer's
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -62,6 +62,11 @@ DEFAULTS = {
 HARMLESS = {"out", "timeout", "save_every", "keep", "resume", "activation_checkpointing"}
 HARMLESS |= {"plan", "gpus", "gpu_memory", "json", "skip_nonfinite"}
 HARMLESS |= {"train", "val", "test"}  # paths: the records themselves are compared
+
+
+def cache_dir() -> Path:
+    """Where tokenised data is kept: $XDG_CACHE_HOME/scalebio, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "scalebio"
 
 
 @dataclass
@@ -140,7 +145,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(g, "lisa-coupling", "w and u train the same blocks, or draw their own", default="shared",
         choices=("shared", "independent"))
     add(g, "dtype", "storage of parameters; auto is bf16 on CUDA and fp32 on CPU", default="auto",
-        choices=("auto", *evaluate.DTYPES))
+        choices=("auto", *DTYPES))
     add(g, "activation-checkpointing", "keep only the inputs of blocks for backward, and compute "
         "the rest again", action="store_true")
     add(g, "save-every", "steps between two checkpoints; 0 = only when asked to stop by a signal",
@@ -347,7 +352,7 @@ def open_data(
                 data.read_records(path)
             else:
                 datasets[name] = data.load_dataset(
-                    path, tok, args.template, args.max_length, evaluate.cache_dir()
+                    path, tok, args.template, args.max_length, cache_dir()
                 )
         except ValueError as error:
             problems += str(error).splitlines()

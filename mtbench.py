@@ -35,13 +35,16 @@ OTHER_TEMPERATURE = 0.7  # of a category that is not MT-Bench's
 WITH_REFERENCE = ("math", "reasoning", "coding")  # graded with a reference answer at hand
 KEY = "JUDGE_API_KEY"  # the environment variable
 
-SYSTEM = """\
-You grade replies of an AI assistant. Weigh how well a reply does what the user asked for: whether \
-it is correct, helpful, relevant, deep enough, creative where that is wanted, and as detailed as it \
-should be. Its length alone counts for nothing. Be impartial and strict."""
-FORMAT = """\
-Explain your judgement in a few sentences first. Then end with the grade, a number from 1 (useless) \
-to 10 (could not be better), in double square brackets and exactly in this form: Grade: [[5]]"""
+SYSTEM = (
+    "You grade replies of an AI assistant. Weigh how well a reply does what the user asked for: "
+    "whether it is correct, helpful, relevant, deep enough, creative where that is wanted, and as "
+    "detailed as it should be. Its length alone counts for nothing. Be impartial and strict."
+)
+FORMAT = (
+    "Explain your judgement in a few sentences first. Then end with the grade, a number from 1 "
+    "(useless) to 10 (could not be better), in double square brackets and exactly in this form: "
+    "Grade: [[5]]"
+)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -275,9 +278,9 @@ def scores(
     found = {}
     for row in rows:
         key = row.get("question_id"), row.get("turn", 0) - 1
-        if row.get("score") is not None and row.get("judge") == judge_model:
-            if row.get("messages") == asked.get(key):
-                found.setdefault(key, row["score"])
+        asked_so = row.get("judge") == judge_model and row.get("messages") == asked.get(key)
+        if asked_so and row.get("score") is not None:
+            found.setdefault(key, row["score"])
     return found
 
 

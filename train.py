@@ -32,7 +32,7 @@ import report
 import shard
 import templates
 from bilevel import PenaltyStep, SourceWeights
-from inputs import Inputs, check_flags, parse, prepare, read_config, record
+from inputs import DTYPES, Inputs, check_flags, parse, prepare, read_config, record
 from lisa import Lisa
 
 
@@ -58,7 +58,7 @@ class Stopped(Exception):
 def load_copies(args: argparse.Namespace, inputs: Inputs, device: torch.device):
     """The sharded copies (w, u), equal to the last bit. Collective: every rank calls it."""
     auto = "bf16" if device.type == "cuda" else "fp32"
-    dtype = evaluate.DTYPES[auto if args.dtype == "auto" else args.dtype]
+    dtype = DTYPES[auto if args.dtype == "auto" else args.dtype]
     w, u = (shard.build(inputs.config, dtype, device) for _ in "wu")
     if inputs.checkpoint:
         shard.fill(w, hf.read_weights(inputs.checkpoint, inputs.config))
@@ -246,7 +246,7 @@ def show_plan(args: argparse.Namespace) -> int:
             raise ValueError("\n".join(problems))
         settings = {
             "ranks": args.gpus,
-            "dtype": evaluate.DTYPES["bf16" if args.dtype == "auto" else args.dtype],
+            "dtype": DTYPES["bf16" if args.dtype == "auto" else args.dtype],
             "micro_batch_size": args.micro_batch_size,
             "max_length": args.max_length,
             "lisa_layers": args.lisa_layers,

@@ -1,6 +1,6 @@
 """Final answers: found in replies, and recognised however they are spelled.
 
-    python -m tests.test_answers gsm8k.jsonl math.jsonl     # the rate reached on every rewritten form
+    python -m tests.test_answers gsm8k.jsonl math.jsonl   # the rate reached on every form
 """
 
 import random
@@ -147,6 +147,103 @@ def mistaken(references: list[str], grader: Grader) -> list[tuple[str, str]]:
         (a, b) for a, b in zip(references, others, strict=True)
         if plain(a) != plain(b) and grader.equal(a, b)
     ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# Tests
+
+FILES = "math/gsm8k/test.jsonl", "scalebio/eval_math/math_test.jsonl"
+ALGEBRA = list(REWRITES)[-5:]  # the forms that strings alone need not recognise
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        ("So 3 + 4 = \\boxed{7}. Check: 7 - 4 = 3.", "7"),
+        ("First \\boxed{1}, then \\boxed{\\frac{1}{\\sqrt{2}}}, so", "\\frac{1}{\\sqrt{2}}"),
+        ("It is \\boxed 5 and that is all.", "5"),
+        ("Cut off: \\boxed{12", "12"),
+        ("We add.\n#### 1,234\n\nQuestion: 99?", "1,234"),
+        ("The answer is $18. She buys 5 more.", "$18"),
+        ("**Final Answer**: $x = \\frac{1}{2}$.\nThat took 3 steps.", "x = \\frac{1}{2}"),
+        ("There are 3 cars and 4.50 dollars.", "4.50"),
+        ("Half: 1/2", "1/2"),
+        ("It falls to -3", "-3"),
+        ("I do not know.", None),
+        ("", None),
+    ],
+)
+def test_extract_finds_the_final_answer(reply, answer):
+    assert answers.extract(reply) == answer
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("31/2", "3\\frac{1}{2}"), ("3", "3x"), ("5", "5\\pi"), ("2\\pi", "2"), ("(1,2)", "(2,1)"),
+        ("[0,1)", "(0,1]"), ("12", "1,2"), ("-5", "5"), ("\\sqrt{2}", "2"), ("x^2", "x^3"),
+        ("0.5", "5"), ("\\frac{1}{2}", "\\frac{2}{1}"), ("1/(2x)", "\\frac{1}{2}x"), ("E", "F"),
+        ("2^{10}", "2^1"), ("10_3", "11_3"), ("\\text{even}", "\\text{odd}"), ("1:2", "2:1"),
+        ("2\\sqrt{3}", "\\sqrt[3]{2}"), ("7", ""), ("100", "1"), ("18", "18 or 20"),
+        ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix} 1 & 2 \\end{pmatrix}"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("math_verify", [True, False])
+def test_different_answers_are_not_equal(a, b, math_verify):
+    grader = Grader(math_verify)
+    assert not grader.equal(a, b) and not grader.equal(b, a)
+
+
+def test_math_verify_sees_what_strings_do_not():
+    pytest.importorskip("math_verify")
+    grader, strings = Grader(), Grader(use_math_verify=False)
+    assert "math-verify" in grader.method and "strings only" in strings.method
+    for a, b in (("1 + \\sqrt{2}", "\\sqrt{2} + 1"), ("(x - 1)(x + 1)", "x^2 - 1"),
+                 ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt{2}}")):  # fmt: skip
+        assert grader.equal(a, b) and not strings.equal(a, b)
+
+
+def test_an_answer_that_math_verify_cannot_finish_is_wrong():
+    pytest.importorskip("math_verify")
+    grader = Grader()
+    grader.seconds = 1
+    assert not grader.equal("3x", "9^{9^{9^{9}}}x") and not grader.equal("3x", "(" * 150)
+    assert not grader.equal("3x", "\\frac{" * 9) and not grader.equal("3x", "x" * 10_000)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_reference_answer_is_recognised_in_other_spellings(asset, file):
+    grader = Grader(use_math_verify=False)
+    problems = answers.read_problems(asset(file))
+    assert len(problems) == {"math": 1319, "scalebio": 5000}[file.partition("/")[0]]
+    assert all(grader.right(p.solution, p.answer) for p in problems)
+    for form, (right, n) in rates([p.answer for p in problems], grader).items():
+        assert form in ALGEBRA or right == n, form
+    # One pair of the 5000 really is the same: 1/2 and $0.50.
+    assert len(mistaken([p.answer for p in problems], grader)) == (len(problems) == 5000)
+
+
+def test_math_verify_recognises_what_needs_algebra(asset):
+    pytest.importorskip("math_verify")
+    problems = answers.read_problems(asset(FILES[1]))
+    found = rates([p.answer for p in problems[::50]], Grader())
+    assert all(right == n for form, (right, n) in found.items() if form not in ALGEBRA)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"question": "1 + 1?"}', "x.jsonl:1: lacks question and answer, or problem and solution"),
+        ('{"question": "1?", "answer": "none"}', "x.jsonl:1: its solution has no final answer"),
+        ('\n{"question', "x.jsonl:2: broken JSON"),
+        ("", "x.jsonl: no problems"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path, text, problem):
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="x.jsonl") as error:
+        answers.read_problems(tmp_path / "x.jsonl")
+    assert problem in str(error.value) and "\n" not in str(error.value)
 
 
 def main(paths: list[str], grader: Grader) -> None:
