@@ -20,8 +20,10 @@ The inner maximum over u is −α min_u L2(λ, u), so u tracks w*(λ), and one s
     λ ← Adam (λ, g_λ)   g_λ = α ∇_λ [L2(λ, w) − L2(λ, u)] = α Jᵀ (ℓ(w) − ℓ(u)),   J = ∂p/∂λ
 
 with all three gradients taken at the old (λ, w, u). Source: Pan et al., ScaleBiO, ACL 2025,
-arXiv 2406.19976. This file knows nothing of language models, shards or LISA: w and u are any two
-modules, and a micro-batch is any object with a field `group`.
+arXiv 2406.19976. PlainStep trains a single module on what the weights have chosen.
+
+This file knows nothing of language models, shards or LISA: w and u are any two modules, and a
+micro-batch is any object with a field `group`.
 
 Shapes: S sources, b samples of one micro-batch.
 """
@@ -79,15 +81,64 @@ class StepStats:
     """What one step saw, all at the old (λ, w, u), over the global batch."""
 
     source_loss_w: Tensor  # (S,), NaN for a source that is absent from the batch
-    source_loss_u: Tensor  # (S,), likewise
-    val_loss: float
     grad_norm_w: float  # of g_w / alpha, before clipping
-    grad_norm_u: float  # of g_u / alpha, before clipping
     finite: bool  # if not, nothing was updated
     stop: bool  # some rank asked to stop
+    source_loss_u: Tensor | None = None  # like w's; of PenaltyStep, as what follows
+    grad_norm_u: float | None = None
+    val_loss: float | None = None
 
 
-class PenaltyStep:
+class Step:
+    """The parts of a step: gradients from micro-batches, totals over the ranks, updates."""
+
+    def __init__(self, losses: Callable[..., Tensor], clip: float, on_micro: Callable):
+        self.losses, self.clip, self.on_micro = losses, clip, on_micro
+
+    def _backward(self, model: nn.Module, batches: list, coef: Tensor) -> Tensor:
+        """Gradients of Σ_j coef[group_j] ℓ_j over all ranks; returns the local Σ ℓ_j by group."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        sums = None
+        for i, batch in enumerate(batches):
+            self.on_micro(model, i == len(batches) - 1)
+            losses = self.losses(model, batch)  # (b,)
+            group = batch.group.to(losses.device)
+            if sums is None:
+                # FSDP and DDP average gradients over the ranks; the objective is their sum.
+                scale = (coef * world).to(losses.device)
+                groups = torch.arange(len(coef), device=losses.device)[:, None]
+                sums = torch.zeros_like(scale)
+            (scale[group] * losses).sum().backward()
+            # A masked sum, not a scatter: the same bits each time on every device, so that the gap
+            # of two equal copies is exactly zero.
+            sums += torch.where(groups == group, losses.detach(), 0).sum(1)  # (S + 1,)
+        return sums
+
+    def _over_all_ranks(
+        self, sums: Tensor, opts: list, stop: bool
+    ) -> tuple[Tensor, list[float], bool, bool]:
+        """(totals of `sums`, each optimiser's gradient norm, whether all are finite, whether a
+        rank asks to stop), the same on all ranks and on the host. Collective."""
+        norms = torch.stack([_local_square_norm(opt).to(sums) for opt in opts])
+        total = torch.cat([sums, norms, torch.tensor([float(stop)]).to(sums)])
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        total = total.cpu()  # the step's one wait for the device
+        sums, norms, asked = total.split([len(sums), len(opts), 1])
+        return sums, norms.sqrt().tolist(), bool(total.isfinite().all()), asked.item() > 0
+
+    def _update(self, opt, norm: float) -> None:
+        """One optimiser step on gradients scaled down to norm `clip`."""
+        if self.clip and norm > self.clip:
+            torch._foreach_mul_(_local_grads(opt), self.clip / norm)
+        opt.step()
+
+
+def sample_losses(model: nn.Module, batch) -> Tensor:
+    return model(batch.tokens, batch.labels)
+
+
+class PenaltyStep(Step):
     """One single-loop step of the penalty problem on any two modules.
 
     A toy problem: two sources that pull a scalar to 0 and to 1, validation at 0.8.
@@ -122,13 +173,18 @@ class PenaltyStep:
         opt_u,
         sources: SourceWeights,
         alpha: float,
-        losses: Callable[..., Tensor] = lambda model, batch: model(batch.tokens, batch.labels),
+        losses: Callable[..., Tensor] = sample_losses,
         clip: float = 0.0,
         on_micro: Callable[[nn.Module, bool], None] = lambda model, last: None,
     ):
+        super().__init__(losses, clip, on_micro)
         self.w, self.u, self.opt_w, self.opt_u = w, u, opt_w, opt_u
-        self.sources, self.alpha, self.losses = sources, alpha, losses
-        self.clip, self.on_micro = clip, on_micro
+        self.sources, self.alpha = sources, alpha
+
+    @property
+    def copies(self) -> dict[str, tuple]:
+        """{name: (module, its optimiser)}"""
+        return {"w": (self.w, self.opt_w), "u": (self.u, self.opt_u)}
 
     def step(self, train: list, val: list, counts: Tensor, stop: bool = False) -> StepStats:
         """Update u, w and λ once. Collective: every rank calls it.
@@ -149,17 +205,12 @@ class PenaltyStep:
         sum_u = self._backward(self.u, train, coef)
         sum_w = self._backward(self.w, [*train, *val], coef)
 
-        norms = torch.stack([_local_square_norm(opt).to(sum_u) for opt in (self.opt_u, self.opt_w)])
-        asked = torch.tensor([float(stop)]).to(sum_u)
-        total = torch.cat([sum_u[:-1], sum_w, norms, asked])  # (2S + 4,)
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        total = total.to(probs.device)  # the step's one wait for the device
-        sum_u, sum_w, norms, asked = total.split([n_sources, n_sources + 1, 2, 1])
+        sums = torch.cat([sum_u[:-1], sum_w])  # (2S + 1,)
+        opts = [self.opt_u, self.opt_w]
+        sums, (norm_u, norm_w), finite, asked = self._over_all_ranks(sums, opts, stop)
+        sum_u, sum_w = sums.to(probs).split([n_sources, n_sources + 1])
 
         loss_u, loss_w = sum_u / n[:-1], sum_w[:-1] / n[:-1]  # 0 / 0 = NaN where absent
-        norm_u, norm_w = norms.sqrt().tolist()
-        finite = bool(total.isfinite().all())
         if finite:
             self._update(self.opt_u, norm_u)
             self._update(self.opt_w, norm_w)
@@ -168,32 +219,45 @@ class PenaltyStep:
         self.opt_u.zero_grad()
         self.opt_w.zero_grad()
         val_loss = (sum_w[-1] / n[-1]).item()
-        return StepStats(loss_w, loss_u, val_loss, norm_w, norm_u, finite, asked.item() > 0)
+        return StepStats(loss_w, norm_w, finite, asked, loss_u, norm_u, val_loss)
 
-    def _backward(self, model: nn.Module, batches: list, coef: Tensor) -> Tensor:
-        """Gradients of Σ_j coef[group_j] ℓ_j over all ranks; returns the local Σ ℓ_j by group."""
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        sums = None
-        for i, batch in enumerate(batches):
-            self.on_micro(model, i == len(batches) - 1)
-            losses = self.losses(model, batch)  # (b,)
-            group = batch.group.to(losses.device)
-            if sums is None:
-                # FSDP and DDP average gradients over the ranks; the objective is their sum.
-                scale = (coef * world).to(losses.device)
-                groups = torch.arange(len(coef), device=losses.device)[:, None]
-                sums = torch.zeros_like(scale)
-            (scale[group] * losses).sum().backward()
-            # A masked sum, not a scatter: the same bits each time on every device, so that the gap
-            # of two equal copies is exactly zero.
-            sums += torch.where(groups == group, losses.detach(), 0).sum(1)  # (S + 1,)
-        return sums
 
-    def _update(self, opt, norm: float) -> None:
-        """One optimiser step on gradients scaled down to norm `clip`."""
-        if self.clip and norm > self.clip:
-            torch._foreach_mul_(_local_grads(opt), self.clip / norm)
-        opt.step()
+class PlainStep(Step):
+    """Fine-tuning of one module: w ← AdamW(w, g_w), g_w = ∇_w of the global batch's mean loss.
+
+    Sources have no weights here: the mixture holds as many samples of each as it should. Arguments
+    as PenaltyStep's.
+    """
+
+    def __init__(
+        self,
+        w: nn.Module,
+        opt_w,
+        losses: Callable[..., Tensor] = sample_losses,
+        clip: float = 0.0,
+        on_micro: Callable[[nn.Module, bool], None] = lambda model, last: None,
+    ):
+        super().__init__(losses, clip, on_micro)
+        self.w, self.opt_w = w, opt_w
+
+    @property
+    def copies(self) -> dict[str, tuple]:
+        """{name: (module, its optimiser)}"""
+        return {"w": (self.w, self.opt_w)}
+
+    def step(self, train: list, val: list, counts: Tensor, stop: bool = False) -> StepStats:
+        """Update w once. Arguments as PenaltyStep's, with an empty `val`; samples of group -1 are
+        fillers and count nothing. Collective: every rank calls it."""
+        wide = torch.promote_types(next(self.w.parameters()).dtype, torch.float32)
+        n = counts.to(wide)
+        coef = torch.full_like(n, 1 / n.sum())  # (S + 1,)
+        coef[-1] = 0  # where the fillers' group -1 points
+        sums = self._backward(self.w, train, coef)
+        sums, (norm,), finite, asked = self._over_all_ranks(sums, [self.opt_w], stop)
+        if finite:
+            self._update(self.opt_w, norm)
+        self.opt_w.zero_grad()
+        return StepStats(sums[:-1] / n[:-1], norm, finite, asked)
 
 
 def _local_grads(opt) -> list[Tensor]:

@@ -24,7 +24,7 @@ import re
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -493,7 +493,7 @@ Sample = tuple[int, int]  # (group, index within its dataset)
 
 
 def _collate(
-    datasets: list[Dataset], samples: list[Sample], pad_to: int, groups: list[int] | None = None
+    datasets: list[Dataset], samples: Sequence[Sample], pad_to: int, groups: Sequence[int]
 ) -> MicroBatch:
     examples = [datasets[group].example(i) for group, i in samples]
     longest = max(len(tokens) for tokens, _ in examples)
@@ -504,7 +504,7 @@ def _collate(
     for row, (ids, targets) in enumerate(examples):
         tokens[row, : len(ids)] = torch.from_numpy(ids)
         labels[row, : len(ids)] = torch.from_numpy(targets)
-    return MicroBatch(tokens, labels, torch.tensor(groups or [group for group, _ in samples]))
+    return MicroBatch(tokens, labels, torch.tensor(groups))
 
 
 class Batches:
@@ -568,14 +568,18 @@ class Batches:
         return self._permutations[group][1]
 
     def _deal(self, samples: list[Sample]) -> list[MicroBatch]:
-        """This rank's share: by length, to ranks 0 … W−1, W−1 … 0, 0 … so that work is even."""
+        """This rank's share: by length, to ranks 0 … W−1, W−1 … 0, 0 … so that work is even.
+
+        All ranks get the same number: fillers, of group -1, complete what W does not divide.
+        """
         samples = sorted(samples, key=lambda s: -self.datasets[s[0]].lengths[s[1]])  # stable
+        places = [(s, s[0]) for s in samples]
+        places += [(s, -1) for s in samples[-1:]] * (-len(samples) % self.world)
         turn = [*range(self.world), *reversed(range(self.world))]
-        own = [s for n, s in enumerate(samples) if turn[n % len(turn)] == self.rank]
-        return [
-            _collate(self.datasets, own[n : n + self.micro_batch_size], self.pad_to)
-            for n in range(0, len(own), self.micro_batch_size)
-        ]
+        own = [place for n, place in enumerate(places) if turn[n % len(turn)] == self.rank]
+        parts = (zip(*own[n : n + self.micro_batch_size], strict=True)
+                 for n in range(0, len(own), self.micro_batch_size))  # fmt: skip
+        return [_collate(self.datasets, part, self.pad_to, groups) for part, groups in parts]
 
 
 def eval_batches(

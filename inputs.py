@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import data
+import mixture
 import model as hf
 import pretrained
 import tasks
@@ -57,10 +58,18 @@ DEFAULTS = {
     "schedule": ("cosine", "constant"),
     "lisa_interval": (20, 5),
     "template": ("alpaca", "plain"),
+    "samples": (10_000, 6400),
 }
+# Flags of one mode alone.
+ONLY = {
+    "bilevel": ("val_batch_size", "alpha", "tau", "outer_rounds", "lr_u", "lr_lambda",
+                "lisa_coupling"),
+    "finetune": ("weights", "samples", "repeat"),
+}  # fmt: skip
 # Flags that do not change what a run computes.
 HARMLESS = {"out", "timeout", "save_every", "keep", "resume", "activation_checkpointing"}
 HARMLESS |= {"plan", "gpus", "gpu_memory", "json", "skip_nonfinite"}
+HARMLESS |= {"weights"}  # the numbers themselves are compared
 HARMLESS |= {"train", "val", "test"}  # paths: the records themselves are compared
 
 
@@ -77,20 +86,24 @@ class Inputs:
     checkpoint: Path | None  # None: random weights
     tokenizer: tokenizer.Tokenizer
     sources: dict[str, data.Dataset]
-    val: data.Dataset
+    val: data.Dataset | None
     test: data.Dataset | None
     notes: list[str]  # warnings that do not stop the run
+    weights: dict[str, float] | None = None  # of the sources, as --weights states them
+    mixture: dict[str, data.Dataset] | None = None  # what is drawn from the sources by them
 
     @property
     def all(self) -> dict[str, data.Dataset]:
         named = {f"train {name}": source for name, source in self.sources.items()}
-        return named | {"val": self.val} | ({"test": self.test} if self.test else {})
+        held = {"val": self.val, "test": self.test}
+        return named | {name: dataset for name, dataset in held.items() if dataset}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, with the defaults of the chosen model filled in."""
     parser = argparse.ArgumentParser(
-        description="Learn source weights by first-order bilevel optimisation (ScaleBiO).",
+        description="Learn source weights by first-order bilevel optimisation (ScaleBiO), and "
+        "fine-tune on the mixture that they make.",
         epilog="'A (tiny: B)' is the default A, and B for the built-in model.",
     )
 
@@ -102,21 +115,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             text += f" [{a}]"
         group.add_argument(f"--{flag}", help=text.replace("%", "%%"), **kwargs)
 
+    add(parser, "mode", "'bilevel' learns source weights; 'finetune' trains on samples drawn by "
+        "--weights", default="bilevel", choices=tuple(ONLY))
+
     g = parser.add_argument_group("model and data")
     add(g, "model", "'tiny', a local Hugging Face directory, or a hub id", default="tiny")
     add(g, "train", "sources, as NAME=PATH ..., or one directory or quoted glob of train_*.json(l)",
         nargs="+", metavar="NAME=PATH")
-    add(g, "val", "validation records, JSON or JSONL: the weights minimise their loss")
+    add(g, "val", "validation records, JSON or JSONL: the weights minimise their loss; finetune "
+        "watches it")
     add(g, "test", "held-out records, for the report")
     add(g, "task", "built-in data, used without --train", default="denoising", choices=tasks.TASKS)
     add(g, "template", "how a conversation becomes text", choices=templates.TEMPLATES)
     add(g, "max-length", "tokens at which a sample is cut", type=int)
     add(g, "drop-overlap", "remove training records that are validation or test records",
         action="store_true")
-    add(g, "out", "directory of the run [runs/<task or model>-seed<seed>]")
+    add(g, "out", "directory of the run [runs/<task or model>-seed<seed>; finetune: "
+        "runs/<task or model>-finetune-seed<seed>]")
 
     g = parser.add_argument_group("optimisation")
-    add(g, "epochs", "passes over as many samples as all sources hold", type=float)
+    add(g, "epochs", "passes over as many samples as all sources hold, or over the mixture",
+        type=float)
     add(g, "steps", "steps of an outer round, instead of --epochs", type=int)
     add(g, "batch-size", "training samples of a step, over all ranks", type=int, default=64)
     add(g, "val-batch-size", "validation samples of a step, over all ranks", type=int, default=64)
@@ -136,6 +155,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=0)
     add(g, "skip-nonfinite", "pass over a step whose loss or gradient is not finite, and count it",
         action="store_true")
+
+    g = parser.add_argument_group("--mode finetune")
+    add(g, "weights", "what to draw samples by: " + mixture.PERMITTED)
+    add(g, "samples", "size of the mixture, drawn without replacement", type=int)
+    add(g, "repeat", "repeat the records of a source that is short, instead of taking more of the "
+        "others", action="store_true")
 
     g = parser.add_argument_group("memory and devices")
     add(g, "lisa-layers", "blocks that train at a time; 0 = train everything", type=int, default=2)
@@ -163,19 +188,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(g, "gpu-memory", "of each, in 10^9 bytes; 2 are kept back", type=float)
     add(g, "json", "the plan as JSON", action="store_true")
 
-    args = parser.parse_args(argv)
+    defaults = vars(parser.parse_args([]))
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))
     given_epochs = args.epochs is not None and args.steps is None
-    for flag, (usual, tiny) in DEFAULTS.items():
+    args.mode, args.model = args.mode or defaults["mode"], args.model or defaults["model"]
+    defaults |= {flag: pair[args.model == "tiny"] for flag, pair in DEFAULTS.items()}
+    for flag in other_modes(args.mode):  # they stay None, unless they are given by mistake
+        del defaults[flag]
+    for flag, default in defaults.items():
         if getattr(args, flag) is None:
-            setattr(args, flag, tiny if args.model == "tiny" else usual)
+            setattr(args, flag, default)
     if given_epochs:
         args.steps = None
     source = args.task if args.model == "tiny" and not args.train else Path(args.model).name
+    source += "-finetune" * (args.mode == "finetune")
     args.out = Path(args.out or f"runs/{source}-seed{args.seed}")
     if args.resume == "never":
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         args.out = fresh(args.out, restarted)
     return args
+
+
+def other_modes(mode: str) -> list[str]:
+    """Flags that make no sense in a mode."""
+    return [flag for other, flags in ONLY.items() if other != mode for flag in flags]
 
 
 def fresh(out: Path, restarted: bool) -> Path:
@@ -192,7 +228,11 @@ def fresh(out: Path, restarted: bool) -> Path:
 def prepare(args: argparse.Namespace, world: int) -> Inputs:
     """Check flags, model and data. Raises one ValueError with a line for each problem."""
     problems = check_flags(args, world) + check_out(args)
-    config, checkpoint, tok = None, None, None
+    config, checkpoint, tok, weights = None, None, None, None
+    try:
+        weights = read_weights(args)
+    except ValueError as error:
+        problems += str(error).splitlines()
     try:
         config, checkpoint, tok = open_model(args)
         problems += check_fit(args, config, tok)
@@ -205,16 +245,43 @@ def prepare(args: argparse.Namespace, world: int) -> Inputs:
     if problems:
         raise ValueError("\n".join(problems))
     sources = {k.removeprefix("train "): v for k, v in named.items() if k.startswith("train ")}
-    inputs = Inputs(config, checkpoint, tok, sources, named["val"], named.get("test"), [])
+    inputs = Inputs(config, checkpoint, tok, sources, named.get("val"), named.get("test"), [])
     describe(args, inputs)
     problems = [
         f"{name}: no record is left" + (" after --drop-overlap" if args.drop_overlap else "")
         for name, dataset in inputs.all.items()
         if not len(dataset)
     ]
+    if args.mode == "finetune" and not problems:
+        draw_mixture(args, inputs, weights)
     if problems := problems + changed_data(args, inputs):
         raise ValueError("\n".join(problems))
     return inputs
+
+
+def read_weights(args: argparse.Namespace) -> dict[str, float] | None:
+    """The weights that --weights states; None for "proportional", and in the other mode."""
+    if args.mode != "finetune":
+        return None
+    if not args.weights:
+        raise ValueError(f"--weights is missing: --mode finetune needs {mixture.PERMITTED}")
+    try:
+        names = list(source_paths(args.train) if args.train else tasks.task(args.task, 0)[0])
+    except ValueError:  # which `open_data` reports
+        return None
+    return mixture.read_weights(args.weights, names)
+
+
+def draw_mixture(args: argparse.Namespace, inputs: Inputs, weights: dict | None) -> None:
+    """Draw --samples by the weights."""
+    if weights is None:
+        total = sum(map(len, inputs.sources.values()))
+        weights = {name: len(source) / total for name, source in inputs.sources.items()}
+    inputs.weights = weights
+    inputs.mixture, notes = mixture.draw(
+        inputs.sources, weights, args.samples, args.repeat, args.seed
+    )
+    inputs.notes += notes
 
 
 def check_flags(args: argparse.Namespace, world: int) -> list[str]:
@@ -225,21 +292,31 @@ def check_flags(args: argparse.Namespace, world: int) -> list[str]:
             value = getattr(args, flag.replace("-", "_"))
             problems.append(f"--{flag} {value}: permitted is {permitted}")
 
-    for flag in ("batch-size", "val-batch-size"):
+    bilevel = args.mode == "bilevel"
+    problems += [
+        f"--{flag.replace('_', '-')} makes no sense with --mode {args.mode}"
+        for flag in other_modes(args.mode)
+        if getattr(args, flag) is not None
+    ]
+    for flag in ("batch-size", "val-batch-size")[: 1 + bilevel]:
         value = getattr(args, flag.replace("-", "_"))
         need(value > 0, flag, "a whole number above 0")
         if value > 0 and value % world:
             below, above = value // world * world, -(-value // world) * world
             near = " or ".join(str(v) for v in (below, above) if v)
             problems.append(f"--{flag} {value} is not divisible by {world} ranks: take {near}")
-    for flag in ("micro-batch-size", "outer-rounds", "lisa-interval", "max-length"):
+    for flag in ("micro-batch-size", "lisa-interval", "max-length"):
         need(getattr(args, flag.replace("-", "_")) > 0, flag, "a whole number above 0")
-    for flag in ("alpha", "tau", "epochs", "timeout"):
+    for flag in ("epochs", "timeout", *["alpha", "tau"] * bilevel):
         need(0 < getattr(args, flag) < 1e9, flag, "a number above 0 and below 1e9")
-    if args.alpha > 0 and args.tau > 0:
+    if bilevel:
+        need(args.outer_rounds > 0, "outer-rounds", "a whole number above 0")
+    else:
+        need(args.samples > 0, "samples", "a whole number above 0")
+    if bilevel and args.alpha > 0 and args.tau > 0:
         last = math.log(args.alpha) + (args.outer_rounds - 1) * math.log(args.tau)  # ln alpha
         need(last < math.log(1e9), "tau", "what leaves alpha below 1e9 in the last outer round")
-    for flag in ("lr-w", "lr-u", "lr-lambda", "weight-decay", "clip"):
+    for flag in ("lr-w", "weight-decay", "clip", *["lr-u", "lr-lambda"] * bilevel):
         value = getattr(args, flag.replace("-", "_"))
         need(0 <= value < math.inf, flag, "a number of at least 0")
     need(args.seed >= 0, "seed", "a whole number of at least 0")
@@ -252,7 +329,7 @@ def check_flags(args: argparse.Namespace, world: int) -> list[str]:
     if torch.cuda.is_available() and local > torch.cuda.device_count():
         problems.append(f"{local} ranks on a machine of {torch.cuda.device_count()} GPUs: take as "
                         "many as there are GPUs, or hide them with CUDA_VISIBLE_DEVICES=")
-    if args.train and not args.val:
+    if bilevel and args.train and not args.val:
         problems.append("--val is missing: --train needs validation records beside it")
     if not args.train and (args.val or args.test):
         problems.append("--train is missing: --val and --test do not go with a built-in task")
@@ -377,7 +454,7 @@ def describe(args: argparse.Namespace, inputs: Inputs) -> None:
                 notes.append(f"{name}: {count} records dropped: {reason}")
         if dataset.duplicates:
             notes.append(f"{name}: {dataset.duplicates} records are repetitions")
-    for held in ("val", "test") if inputs.test else ("val",):
+    for held in [name for name in ("val", "test") if name in inputs.all]:
         for name, source in inputs.sources.items():
             shared = data.overlap(source, inputs.all[held])
             if not shared.any():
@@ -402,7 +479,16 @@ def record(args: argparse.Namespace, inputs: Inputs) -> dict:
     }
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     world = int(os.environ.get("WORLD_SIZE", 1))
-    return {"flags": plain(args), "data": files, "versions": versions, "world_size": world}
+    content = {"flags": plain(args), "data": files, "versions": versions, "world_size": world}
+    return content | {"mixture": shares(inputs)}
+
+
+def shares(inputs: Inputs) -> dict | None:
+    """What the mixture of a fine-tuning run is made of, for config.json."""
+    if inputs.mixture is None:
+        return None
+    drawn = {name: len(inputs.mixture.get(name, ())) for name in inputs.weights}
+    return {name: {"weight": p, "samples": drawn[name]} for name, p in inputs.weights.items()}
 
 
 def held_run(out: Path) -> dict | None:
@@ -437,9 +523,16 @@ def changed_data(args: argparse.Namespace, inputs: Inputs) -> list[str]:
     held = held_run(args.out)
     if held is None:
         return []
+    was, now = held.get("mixture") or {}, shares(inputs) or {}
+    problems = [
+        f"--out {args.out} holds another run: the weight of {name} was "
+        f"{was.get(name, {}).get('weight')}, now {now[name]['weight']}"
+        for name in now
+        if was.get(name, {}).get("weight") != now[name]["weight"]
+    ]
     old = {name: entry["sha256"] for name, entry in held["data"].items()}
     new = {name: dataset.sha256 for name, dataset in inputs.all.items()}
-    return [
+    return problems + [
         f"--out {args.out} holds another run: the records of {name} "
         + ("are not the same" if name in old and name in new else
            "were not there" if name in new else "are missing now")

@@ -276,12 +276,14 @@ def plan(
     lisa_ends: str,
     activation_checkpointing: bool,
     cpu_offload: bool,
+    copies: int = 2,
     response_tokens: int | None = None,
     lisa: bool = True,
     rank: int = 0,
 ) -> Plan:
     """The peak of w's pass, while u's gradients wait for the update, in the worst of LISA's draws.
 
+    copies            of the model: 2 learn weights, 1 is fine-tuned
     response_tokens   positions of a sample that carry loss; None: all
     lisa              False: everything trains, as with lisa_layers = 0 and lisa_ends = "always"
     """
@@ -293,16 +295,16 @@ def plan(
     plans = []
     for draw in draws[lisa_ends if lisa else "always"]:
         one = state(config, ranks, dtype, *draw, rank)
-        copies = {name: n_bytes * (2 - cpu_offload) for name, n_bytes in one.items()}
+        all_copies = {name: n_bytes * (copies - cpu_offload) for name, n_bytes in one.items()}
         step = Step(
             config, dtype, ranks, B, T, response_tokens or T, *draw, activation_checkpointing
         )
         for moment in step.moments():
             if "w's gradients" in moment:
-                u = copies["gradients"] - one["gradients"]
+                u = all_copies["gradients"] - one["gradients"]
                 moment["gradients"] = u + moment.pop("w's gradients")
             # Validation micro-batches are part of this pass and as large as the others.
-            components = copies | moment | {"validation pass": 0}
+            components = all_copies | moment | {"validation pass": 0}
             plans.append(Plan(components, sum(one.values()) if cpu_offload else 0))
     return max(plans, key=lambda p: p.peak)
 

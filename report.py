@@ -1,9 +1,10 @@
 """The record of a run: metrics.jsonl and weights.json while it goes on, and the printed report,
-which is made from those files alone.
+which is made from those files and config.json alone.
 
 Row t of metrics.jsonl holds the losses at the point from which step t starts, and the weights that
 it ends with. The first row has the `test_loss` of the model as loaded, the last one that of the
-model as saved.
+model as saved. A fine-tuning run has the `train_loss` of its batches, and now and then the
+`val_loss` on all validation records, the last one again of the model as saved.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bilevel import StepStats
+import mixture
+from bilevel import PenaltyStep, StepStats
 
 BATCHES = 10  # batch means, for standard errors of series that are autocorrelated
 SETTLED = 0.1  # largest drift of a logit over the last fifth of a run that has settled
@@ -30,9 +32,9 @@ MIXTURE = 10_000  # samples in the mixture that the report proposes
 class Log:
     """Writes a run's files as it goes on and draws the progress bar. Only rank 0 does either."""
 
-    def __init__(self, out: Path, about: dict, start: int, total: int, main: bool):
-        """about: what weights.json says besides the results; start: steps already done, whose rows
-        are kept, and those after them dropped."""
+    def __init__(self, out: Path, about: dict | None, start: int, total: int, main: bool):
+        """about: what weights.json says besides the results, None for a run that learns none;
+        start: steps already done, whose rows are kept, and those after them dropped."""
         self.out, self.about, self.total, self.main = out, about, total, main
         self.rows: list[dict] = []
         if main:
@@ -55,36 +57,56 @@ class Log:
         last = row["step"] == self.total - 1
         if last or row["step"] % 10 == 0:
             self.write_weights()
-        leading = sorted(row["weights"].items(), key=lambda item: -item[1])[:3]
-        weights = " ".join(f"{name} {p:.2f}" for name, p in leading)
-        val = math.nan if row["val_loss"] is None else row["val_loss"]
-        self.bar.set_postfix_str(f"val {val:.3f} | {weights}", refresh=False)
+        self.bar.set_postfix_str(gist(row), refresh=False)
         self.bar.update()
         if last:
             self.bar.close()
 
     def write_weights(self) -> None:
-        if self.rows and self.main:
+        if self.rows and self.main and self.about is not None:
             write_json(self.out / "weights.json", self.about | summarise(self.rows))
 
 
-def row(step: int, stats: StepStats, names: list[str], probs: Tensor) -> dict:
+def gist(row: dict) -> str:
+    """What the progress bar says of a step."""
+    def number(x: float | None) -> str:
+        return f"{math.nan if x is None else x:.3f}"
+
+    if "weights" not in row:
+        return f"train {number(row['train_loss'])}"
+    leading = sorted(row["weights"].items(), key=lambda item: -item[1])[:3]
+    weights = " ".join(f"{name} {p:.2f}" for name, p in leading)
+    return f"val {number(row['val_loss'])} | {weights}"
+
+
+def row(step: int, stats: StepStats, counts: Tensor, names: list[str]) -> dict:
     """A row of metrics.jsonl; null where a source is absent from the batch, or not finite."""
-
-    def by_name(values: Tensor) -> dict:
-        return dict(zip(names, map(finite, values.tolist()), strict=True))
-
-    return {
+    losses = by_name(names, stats.source_loss_w)
+    common = {
         "step": step,
-        "val_loss": finite(stats.val_loss),
-        "source_loss_w": by_name(stats.source_loss_w),
-        "source_loss_u": by_name(stats.source_loss_u),
-        "weights": by_name(probs),
+        "source_loss_w": losses,
         "grad_norm_w": finite(stats.grad_norm_w),
-        "grad_norm_u": finite(stats.grad_norm_u),
         "finite": stats.finite,
         "peak_memory": peak_memory(),
     }
+    if stats.source_loss_u is None:
+        n = counts[:-1].to(stats.source_loss_w)
+        total = torch.where(n > 0, n * stats.source_loss_w, 0).sum() / n.sum()
+        return common | {"train_loss": finite(total.item())}
+    return common | {
+        "val_loss": finite(stats.val_loss),
+        "source_loss_u": by_name(names, stats.source_loss_u),
+        "grad_norm_u": finite(stats.grad_norm_u),
+    }
+
+
+def weights_row(penalty: PenaltyStep, names: list[str]) -> dict:
+    """What a row says of the weights after the step."""
+    return {"weights": by_name(names, penalty.sources.probs()), "alpha": penalty.alpha}
+
+
+def by_name(names: list[str], values: Tensor) -> dict:
+    return dict(zip(names, map(finite, values.tolist()), strict=True))
 
 
 def finite(x: float) -> float | None:
@@ -100,19 +122,22 @@ def peak_memory() -> int:
 
 def blame(row: dict, counts: Tensor, out: Path) -> str:
     """Why a step was not finite, and what is left of the run."""
-    present = dict(zip(row["weights"], counts.tolist(), strict=False))
+    learns = "weights" in row
+    present = dict(zip(row["source_loss_w"], counts.tolist(), strict=False))
     bad = [
         f"the loss of source {name} under {copy}"
-        for copy in "wu"
+        for copy in ("wu" if learns else "w")
         for name, loss in row[f"source_loss_{copy}"].items()
         if present[name] and loss is None
     ]
-    bad += ["the validation loss"] * (row["val_loss"] is None)
+    bad += ["the validation loss"] * (learns and row["val_loss"] is None)
+    files = "metrics.jsonl and weights.json" if learns else "metrics.jsonl"
     return (
         f"step {row['step']}: not finite: {', '.join(bad) or 'a gradient'}. This step changed "
-        f"nothing; metrics.jsonl and weights.json in {out} hold the {row['step']} steps before it. "
-        "The same command with --skip-nonfinite passes over such steps; lower --lr-w and --lr-u, "
-        "or --clip, need another --out."
+        f"nothing; {files} in {out}: the {row['step']} steps before it. "
+        "The same command with --skip-nonfinite passes over such steps; "
+        f"{'lower --lr-w and --lr-u' if learns else 'a lower --lr-w'}, or --clip, need another "
+        "--out."
     )
 
 
@@ -161,9 +186,13 @@ def summarise(rows: list[dict]) -> dict:
         "step": rows[-1]["step"] + 1,
         "skipped": sum(not row["finite"] for row in rows),
         "alpha": rows[-1]["alpha"],
-        "test_loss": [rows[0].get("test_loss") if len(rows) > 1 else None,
-                      rows[-1].get("test_loss")],
+        "test_loss": before_and_after(rows, "test_loss"),
     }
+
+
+def before_and_after(rows: list[dict], key: str) -> list[float | None]:
+    """A held-out loss of the model as loaded and as saved; None where it was not evaluated."""
+    return [rows[0].get(key) if len(rows) > 1 else None, rows[-1].get(key)]
 
 
 def standard_error(series: list[float]) -> float | None:
@@ -188,23 +217,15 @@ def slope(series: np.ndarray) -> tuple[float, float]:
     return drift, math.sqrt(residual @ residual / (BATCHES - 2) / (t @ t))
 
 
-def apportion(weights: dict[str, float], total: int) -> dict[str, int]:
-    """`total` in whole parts proportional to the weights, by largest remainder."""
-    scale = total / sum(weights.values())
-    parts = {name: math.floor(p * scale) for name, p in weights.items()}
-    by_remainder = sorted(weights, key=lambda name: parts[name] - weights[name] * scale)
-    for name in by_remainder[: total - sum(parts.values())]:
-        parts[name] += 1
-    return parts
-
-
 def plot(out: Path) -> None:
     """weights.png: weights and losses over the steps, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(out)
+    if "weights" not in rows[0]:
+        return
     steps, names = [row["step"] for row in rows], list(rows[0]["weights"])
     figure = Figure(figsize=(11, 4 + 0.15 * max(0, len(names) - 12)), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -223,6 +244,53 @@ def plot(out: Path) -> None:
 
 def render(out: Path) -> str:
     """The report of a finished run, from its files."""
+    shares = json.loads((out / "config.json").read_text()).get("mixture")
+    lines = render_mixture(out, shares) if shares else render_weights(out)
+    files = ", ".join(sorted(p.name for p in out.iterdir()))
+    return "\n".join([*lines, "", f"Files in {out}: {files}"])
+
+
+def render_mixture(out: Path, shares: dict[str, dict]) -> list[str]:
+    """The report of a fine-tuning run."""
+    rows = read_rows(out)
+    width = max(len("source"), *map(len, shares))
+    lines = [f"{'source':{width}}  weight  {'':30}  samples"]
+    for name, share in shares.items():
+        lines.append(f"{name:{width}}  {share['weight']:6.4f}  {bar(share['weight']):30}  "
+                     f"{share['samples']:7}")  # fmt: skip
+    losses = [row["train_loss"] for row in rows if row["train_loss"] is not None]
+    if losses:
+        tail = losses[-max(1, len(losses) // 5) :]
+        lines += ["", f"training loss:      {losses[0]:.4f} at first, {np.mean(tail):.4f} over the "
+                  "last fifth of the steps"]  # fmt: skip
+    for what, key in ("validation loss", "val_loss"), ("held-out test loss", "test_loss"):
+        lines += loss_lines(f"{what + ':':19}", before_and_after(rows, key))
+    return lines + skipped_lines(sum(not row["finite"] for row in rows))
+
+
+def loss_lines(what: str, before_after: list[float | None]) -> list[str]:
+    before, after = before_after
+    if before is None or after is None:
+        return []
+    return [f"{what} {before:.4f} before, {after:.4f} after"]
+
+
+def skipped_lines(skipped: int) -> list[str]:
+    if not skipped:
+        return []
+    return ["", f"steps passed over because something was not finite: {skipped}"]
+
+
+def bar(p: float) -> str:
+    return "█" * round(30 * p) or "▏"
+
+
+def read_rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def render_weights(out: Path) -> list[str]:
+    """The report of a run that learned weights."""
     result = json.loads((out / "weights.json").read_text())
     weights = result["weights"]
     width = max(len("source"), *map(len, weights))
@@ -231,17 +299,14 @@ def render(out: Path) -> str:
         gap, se = result["gap"][name], result["gap_se"][name]
         gap = f"{gap:+.4f}" if gap is not None else "-"
         se = f" ± {se:.4f}" if se is not None else ""
-        bar = "█" * round(30 * p) or "▏"
         lines.append(
-            f"{name:{width}}  {p:6.4f}  {bar:30}  {result['sources'][name]['samples']:7}  "
+            f"{name:{width}}  {p:6.4f}  {bar(p):30}  {result['sources'][name]['samples']:7}  "
             f"{gap + se:18}  {'yes' if result['settled'][name] else 'drifts'}"
         )
-    if None not in result["test_loss"]:
-        before, after = result["test_loss"]
-        lines += ["", f"held-out test loss: {before:.4f} before, {after:.4f} after"]
-    if result["skipped"]:
-        lines += ["", f"steps passed over because something was not finite: {result['skipped']}"]
-    parts = apportion(weights, MIXTURE)  # so that the printed probabilities sum to one
+    test = loss_lines("held-out test loss:", result["test_loss"])
+    lines += ["", *test] if test else []
+    lines += skipped_lines(result["skipped"])
+    parts = mixture.apportion(weights, MIXTURE)  # so that the printed probabilities sum to one
     probs = ",".join(f"{n / MIXTURE:.4f}" for n in parts.values())
     mixer = json.dumps(parts)
     lines += [
@@ -251,7 +316,5 @@ def render(out: Path) -> str:
         "                  mix_strategy: interleave_under",
         f"                  interleave_probs: {probs}",
         f"  open-instruct   dataset_mixer: {mixer}",
-        "",
-        f"Files in {out}: {', '.join(sorted(p.name for p in out.iterdir()))}",
     ]
-    return "\n".join(lines)
+    return lines

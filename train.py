@@ -1,11 +1,13 @@
-"""Learn how much of each data source to train on, with the ScaleBiO bilevel loop.
+"""Learn how much of each data source to train on, with the ScaleBiO bilevel loop; fine-tune on it.
 
     torchrun --standalone --nproc_per_node=2 train.py         # built-in task and model, no download
     torchrun --nproc_per_node=8 train.py --model meta-llama/Meta-Llama-3-8B \\
         --train alpaca=a.json math=b.jsonl --val val.json --test test.json --out runs/x
+    torchrun --nproc_per_node=8 train.py --mode finetune --model meta-llama/Meta-Llama-3-70B \\
+        --train alpaca=a.json math=b.jsonl --weights runs/x/weights.json --out runs/y
 
 The training loop; the algorithm is in bilevel.py and lisa.py, the flags in inputs.py. Writes to
---out: config.json, metrics.jsonl, weights.json, weights.png, checkpoints/ and model/.
+--out: config.json, metrics.jsonl, weights.json or mixture.jsonl, weights.png, checkpoints/, model/.
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ import torch.distributed.checkpoint as dcp
 
 import data
 import evaluate
+import mixture
 import model as hf
 import plan
 import report
 import shard
 import templates
-from bilevel import PenaltyStep, SourceWeights
+from bilevel import PenaltyStep, PlainStep, SourceWeights
 from inputs import DTYPES, Inputs, check_flags, parse, prepare, read_config, record
 from lisa import Lisa
 
@@ -55,114 +58,144 @@ class Stopped(Exception):
     """A signal asked the run to stop, and its state is saved."""
 
 
-def load_copies(args: argparse.Namespace, inputs: Inputs, device: torch.device):
-    """The sharded copies (w, u), equal to the last bit. Collective: every rank calls it."""
+WATCHED = 10  # evaluations on the validation records in a fine-tuning run, evenly spaced
+Trainer = PenaltyStep | PlainStep
+
+
+def load_copies(args: argparse.Namespace, inputs: Inputs, device: torch.device, names: str):
+    """Sharded copies of the model, equal to the last bit. Collective: every rank calls it."""
     auto = "bf16" if device.type == "cuda" else "fp32"
     dtype = DTYPES[auto if args.dtype == "auto" else args.dtype]
-    w, u = (shard.build(inputs.config, dtype, device) for _ in "wu")
+    w, *others = copies = [shard.build(inputs.config, dtype, device) for _ in names]
     if inputs.checkpoint:
         shard.fill(w, hf.read_weights(inputs.checkpoint, inputs.config))
     else:
         shard.fill(w, hf.random_weights(inputs.config, args.seed))
-    shard.copy_shards(u, w)
-    w.recompute = u.recompute = args.activation_checkpointing
-    return w, u
+    for copy in others:
+        shard.copy_shards(copy, w)
+    for copy in copies:
+        copy.recompute = args.activation_checkpointing
+    return copies
 
 
-def make_penalty(args: argparse.Namespace, inputs: Inputs, device: torch.device) -> PenaltyStep:
-    """Both copies with their optimisers, and the source weights. Collective."""
-    w, u = load_copies(args, inputs, device)
+def make_trainer(args: argparse.Namespace, inputs: Inputs, device: torch.device) -> Trainer:
+    """The model with its optimiser, or both copies with theirs and the source weights. Collective.
+    """
     lisa = (args.lisa_layers, args.lisa_interval, args.seed, args.lisa_ends)
+    rest = {"clip": args.clip, "on_micro": shard.once_per_pass}
+    if args.mode == "finetune":
+        (w,) = load_copies(args, inputs, device, "w")
+        opt_w = Lisa(w, *lisa, lr=args.lr_w, weight_decay=args.weight_decay)
+        return PlainStep(w, opt_w, **rest)
+    w, u = load_copies(args, inputs, device, "wu")
     copy = int(args.lisa_coupling == "independent")
     opt_w = Lisa(w, *lisa, copy=0, lr=args.lr_w, weight_decay=args.weight_decay)
     opt_u = Lisa(u, *lisa, copy=copy, lr=args.lr_u, weight_decay=args.weight_decay)
     wide = torch.promote_types(next(w.parameters()).dtype, torch.float32)
     sources = SourceWeights(len(inputs.sources), wide, args.lr_lambda)
-    return PenaltyStep(
-        w, u, opt_w, opt_u, sources, args.alpha, clip=args.clip, on_micro=shard.once_per_pass
-    )
+    return PenaltyStep(w, u, opt_w, opt_u, sources, args.alpha, **rest)
+
+
+def make_batches(args: argparse.Namespace, inputs: Inputs) -> data.Batches:
+    """This rank's batches: stratified over the sources, or of the mixture drawn from them."""
+    ranks = dist.get_rank(), dist.get_world_size()
+    if args.mode == "finetune":
+        return mixture.MixtureBatches(
+            list(inputs.mixture.values()), args.batch_size, args.micro_batch_size, args.seed, *ranks
+        )
+    return data.Batches(
+        list(inputs.sources.values()), inputs.val, args.batch_size, args.val_batch_size,
+        args.micro_batch_size, args.seed, *ranks,
+    )  # fmt: skip
+
+
+def begin_step(
+    args: argparse.Namespace, trainer: Trainer, step: int, per_round: int, factor: float
+) -> None:
+    """Learning rates, the blocks that train, and alpha of this outer round."""
+    if args.mode == "bilevel":
+        trainer.alpha = args.alpha * args.tau ** (step // per_round)
+        if step and step % per_round == 0 and args.tau != 1:
+            trainer.sources.reset_optimizer()
+        trainer.sources.opt.param_groups[0]["lr"] = factor * args.lr_lambda
+    for name, (_, opt) in trainer.copies.items():
+        opt.param_groups[0]["lr"] = factor * getattr(args, f"lr_{name}")
+        opt.switch(step)
 
 
 def train(
     args: argparse.Namespace, inputs: Inputs, device: torch.device, signals: list[int] | None = None
-) -> PenaltyStep:
-    """The bilevel loop, from loading to the saved model. Collective: every rank calls it.
+) -> Trainer:
+    """The loop of both modes, from loading to the saved model. Collective: every rank calls it.
 
     signals: grows when this process is asked to stop; one rank's is enough
     """
-    penalty = make_penalty(args, inputs, device)
-    w, opt_w, opt_u, sources = penalty.w, penalty.opt_w, penalty.opt_u, penalty.sources
-    batches = data.Batches(
-        list(inputs.sources.values()), inputs.val, args.batch_size, args.val_batch_size,
-        args.micro_batch_size, args.seed, dist.get_rank(), dist.get_world_size(),
-    )  # fmt: skip
+    trainer = make_trainer(args, inputs, device)
+    batches = make_batches(args, inputs)
+    names = list(inputs.mixture or inputs.sources)
     per_round = args.steps or math.ceil(args.epochs * batches.steps_per_epoch)
-    total = args.outer_rounds * per_round
-    start = resume(args, penalty)
+    total = (args.outer_rounds or 1) * per_round
+    start = resume(args, trainer)
     log = report.Log(args.out, about(args, inputs), start, total, main=dist.get_rank() == 0)
-    before = test_loss(args, inputs, w) if start == 0 else None
 
     for step in range(start, total):
-        penalty.alpha = args.alpha * args.tau ** (step // per_round)
-        if step and step % per_round == 0 and args.tau != 1:
-            sources.reset_optimizer()
         factor = lr_factor(step, total, args.warmup, args.schedule)
-        for opt, lr in (opt_w, args.lr_w), (opt_u, args.lr_u), (sources.opt, args.lr_lambda):
-            opt.param_groups[0]["lr"] = factor * lr
-        opt_w.switch(step)
-        opt_u.switch(step)
+        begin_step(args, trainer, step, per_round, factor)
+        held_out = held_out_losses(args, inputs, trainer.w, step, total)
         began = time.perf_counter()
         train_part, val_part, counts = batches.step(step)
-        # Padded tokens of this rank that go through a forward and a backward, of u and of w.
-        tokens = sum(b.tokens.numel() for b in [*train_part, *train_part, *val_part])
+        # Padded tokens of this rank that go through a forward and a backward, in every copy.
+        copies = len(trainer.copies)
+        tokens = sum(b.tokens.numel() for b in [*copies * train_part, *val_part])
         train_part, val_part = ([b.to(device) for b in part] for part in (train_part, val_part))
-        stats = penalty.step(train_part, val_part, counts, stop=bool(signals))
+        stats = trainer.step(train_part, val_part, counts, stop=bool(signals))
 
         seconds = time.perf_counter() - began
-        row = report.row(step, stats, list(inputs.sources), sources.probs())
-        row |= {"lr": factor * args.lr_w, "alpha": penalty.alpha, "seconds": seconds}
+        row = report.row(step, stats, counts, names)
+        row |= {"lr": factor * args.lr_w, "seconds": seconds}
+        if args.mode == "bilevel":
+            row |= report.weights_row(trainer, names)
         row["tokens_per_s"] = tokens * dist.get_world_size() / seconds
         if not (stats.finite or args.skip_nonfinite):
             log.write_weights()
             raise NonFinite(report.blame(row, counts, args.out))
-        if step == 0:
-            row["test_loss"] = before
         if step == total - 1:
-            opt_w.finish(total)
-            row["test_loss"] = test_loss(args, inputs, w)
-        log.write(row)
+            trainer.opt_w.finish(total)
+            held_out = held_out_losses(args, inputs, trainer.w, total, total)
+        log.write(row | held_out)
         if step < total - 1:
             if stats.stop or (args.save_every and (step + 1) % args.save_every == 0):
-                save(args, penalty, step + 1)
+                save(args, trainer, step + 1)
             if stats.stop:
                 raise Stopped(f"stopped after {step + 1} of {total} steps")
 
     def add_tokenizer(directory: Path) -> None:
         templates.save_tokenizer(inputs.tokenizer, directory, args.template)
 
-    shard.save(w, args.out / "model", add_tokenizer)
-    return penalty
+    shard.save(trainer.w, args.out / "model", add_tokenizer)
+    return trainer
 
 
-def state_of(penalty: PenaltyStep) -> dict[str, torch.Tensor]:
-    """The sharded state of a run: both copies' parameters, and their active sets' AdamW state."""
-    copies = {"w": (penalty.w, penalty.opt_w), "u": (penalty.u, penalty.opt_u)}
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The sharded state of a run: the copies' parameters, and their active sets' AdamW state."""
     state = {}
-    for copy, (model, opt) in copies.items():
+    for copy, (model, opt) in trainer.copies.items():
         state |= {f"{copy}.{name}": p.detach() for name, p in model.named_parameters()}
         state |= {f"{copy}.lisa.{name}": tensor for name, tensor in opt.state_dict().items()}
     return state
 
 
-def save(args: argparse.Namespace, penalty: PenaltyStep, done: int) -> None:
+def save(args: argparse.Namespace, trainer: Trainer, done: int) -> None:
     """Write the checkpoint of a run of which `done` steps are done. Collective."""
     if dist.get_rank() == 0:
         shard.sync(args.out / "metrics.jsonl")
-    run = {"done": done, "sources": penalty.sources.state_dict()}
-    shard.save_checkpoint(args.out / "checkpoints", done, state_of(penalty), run, args.keep)
+    run = {"done": done}
+    if args.mode == "bilevel":
+        run["sources"] = trainer.sources.state_dict()
+    shard.save_checkpoint(args.out / "checkpoints", done, state_of(trainer), run, args.keep)
 
 
-def resume(args: argparse.Namespace, penalty: PenaltyStep) -> int:
+def resume(args: argparse.Namespace, trainer: Trainer) -> int:
     """Go on from the newest whole checkpoint in --out; returns the steps done. Collective."""
     checkpoint, complaints = shard.newest_checkpoint(args.out / "checkpoints")
     if dist.get_rank() == 0:
@@ -170,22 +203,35 @@ def resume(args: argparse.Namespace, penalty: PenaltyStep) -> int:
     if checkpoint is None:
         return 0
     run = shard.read_run(checkpoint)
-    for opt in (penalty.opt_w, penalty.opt_u):
+    for _, opt in trainer.copies.values():
         opt.switch(run["done"] - 1)  # the blocks that were active when it was saved
-    shard.load_checkpoint(checkpoint, state_of(penalty))
-    penalty.sources.load_state_dict(run["sources"])
+    shard.load_checkpoint(checkpoint, state_of(trainer))
+    if args.mode == "bilevel":
+        trainer.sources.load_state_dict(run["sources"])
     if dist.get_rank() == 0:
         print(f"goes on from {checkpoint}")
     return run["done"]
 
 
-def test_loss(args: argparse.Namespace, inputs: Inputs, w: hf.Transformer) -> float | None:
-    """Mean sample loss on the held-out records; None without any. Collective."""
-    return evaluate.loss(w, inputs.test, args.micro_batch_size).mean if inputs.test else None
+def held_out_losses(
+    args: argparse.Namespace, inputs: Inputs, w: hf.Transformer, done: int, total: int
+) -> dict:
+    """The mean sample losses that are due after `done` steps: on the test records before and after
+    the run; in a fine-tuning run on the validation records, also now and then. Collective."""
+    due = {"test_loss": (inputs.test, done in (0, total))}
+    if args.mode == "finetune":
+        due["val_loss"] = inputs.val, done == total or done % math.ceil(total / WATCHED) == 0
+    return {
+        name: evaluate.loss(w, dataset, args.micro_batch_size).mean if dataset else None
+        for name, (dataset, now) in due.items()
+        if now
+    }
 
 
-def about(args: argparse.Namespace, inputs: Inputs) -> dict:
-    """What weights.json says of the run beside its results."""
+def about(args: argparse.Namespace, inputs: Inputs) -> dict | None:
+    """What weights.json says of the run beside its results; None: the run learns no weights."""
+    if args.mode == "finetune":
+        return None
     files = record(args, inputs)["data"]
     sources = {k.removeprefix("train "): v for k, v in files.items() if k.startswith("train ")}
     return {"model": args.model, "sources": sources}
@@ -217,6 +263,8 @@ def main(argv: list[str] | None = None) -> int:
             announce(args, inputs)
             args.out.mkdir(parents=True, exist_ok=True)
             report.write_json(args.out / "config.json", record(args, inputs))
+            if inputs.mixture:
+                report.replace(args.out / "mixture.jsonl", mixture.as_jsonl(inputs.mixture))
         train(args, inputs, device, signals)
         if first:
             report.plot(args.out)
@@ -253,6 +301,7 @@ def show_plan(args: argparse.Namespace) -> int:
             "lisa_ends": args.lisa_ends,
             "activation_checkpointing": args.activation_checkpointing,
             "cpu_offload": False,
+            "copies": 1 if args.mode == "finetune" else 2,
         }
         needed = plan.plan(config, **settings)
     except ValueError as error:
@@ -293,9 +342,11 @@ def show_problems(problems: list[str]) -> None:
 
 def announce(args: argparse.Namespace, inputs: Inputs) -> None:
     """Say what the run is made of, and what should be known of it."""
-    sizes = ", ".join(f"{name} {len(source)}" for name, source in inputs.sources.items())
-    print(f"ScaleBiO: {args.model}, {dist.get_world_size()} rank(s); sources: {sizes}; "
-          f"validation {len(inputs.val)}; {args.out}")  # fmt: skip
+    used = inputs.mixture or inputs.sources
+    sizes = ", ".join(f"{name} {len(source)}" for name, source in used.items())
+    validation = f"; validation {len(inputs.val)}" if inputs.val else ""
+    print(f"ScaleBiO: {args.mode} of {args.model}, {dist.get_world_size()} rank(s); "
+          f"{'mixture' if inputs.mixture else 'sources'}: {sizes}{validation}; {args.out}")
     for note in inputs.notes:
         print(f"note: {note}")
 

@@ -403,11 +403,6 @@ def test_learning_rate_schedule():
     assert train.lr_factor(99, 100, 0.1, "constant") == 1
 
 
-def test_apportion_by_largest_remainder():
-    assert report.apportion({"a": 0.5, "b": 0.3, "c": 0.2}, 10) == {"a": 5, "b": 3, "c": 2}
-    parts = report.apportion({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, 10_000)
-    assert sorted(parts.values()) == [3333, 3333, 3334]
-
 
 def test_settled_and_drifting_weights():
     def history(p_of_t):

@@ -1,0 +1,200 @@
+"""From source weights to a mixture to fine-tune on: how many samples of each source, which, and in
+which batches.
+
+    weights = read_weights("runs/x/weights.json", ["alpaca", "math"])
+    drawn, notes = draw({"alpaca": dataset, "math": dataset}, weights, samples=10_000, seed=0)
+    batches = MixtureBatches(list(drawn.values()), batch_size=64, micro_batch_size=8, seed=0)
+
+The paper fine-tunes on 10,000 samples drawn by the weights that it learned on 3,000 of each source
+(Pan et al., arXiv 2406.19976). S sources.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import Batches, Dataset, MicroBatch
+
+PERMITTED = "a weights.json, uniform, proportional, or NAME=WEIGHT,..."
+
+
+def read_weights(spec: str, names: list[str]) -> dict[str, float] | None:
+    """The weights of the sources `names` that `spec` states, summing to 1; None for "proportional".
+
+    spec: the weights.json of a run, which must be about these sources; "uniform"; "proportional" to
+    the sources' sizes; or NAME=WEIGHT,... where sources that are not named get nothing.
+    ValueError with a line per problem.
+    """
+    if spec == "proportional":
+        return None
+    if spec == "uniform":
+        return dict.fromkeys(names, 1 / len(names))
+    if "=" in spec and not Path(spec).exists():
+        stated, problems = _from_list(spec)
+        unknown = [name for name in stated if name not in names]
+        if unknown:
+            problems.append(
+                f"no source is called {', '.join(unknown)}: there are {', '.join(names)}"
+            )
+    else:
+        stated, problems = _from_file(spec)
+        if stated and set(stated) != set(names):
+            problems.append(f"it is about the sources {', '.join(sorted(stated))}, "
+                            f"but those to train on are {', '.join(sorted(names))}")  # fmt: skip
+    for name, p in stated.items():
+        number = isinstance(p, (int, float)) and not isinstance(p, bool)
+        if not (number and 0 <= p < math.inf):
+            problems.append(f"the weight of {name} is {p}: permitted is a number of at least 0")
+    if stated and not problems and sum(stated.values()) == 0:
+        problems.append("all weights are 0")
+    if problems:
+        raise ValueError("\n".join(f"--weights {spec}: {problem}" for problem in problems))
+    total = sum(stated.values())
+    return {name: stated.get(name, 0) / total for name in names}
+
+
+def _from_list(spec: str) -> tuple[dict, list[str]]:
+    """(weights, problems) of NAME=WEIGHT,..."""
+    stated, problems = {}, []
+    for item in spec.split(","):
+        name, _, text = item.rpartition("=")
+        if not name:
+            problems.append(f"{item!r} is not NAME=WEIGHT")
+        elif name in stated:
+            problems.append(f"{name} is named twice")
+        else:
+            try:
+                stated[name] = float(text)
+            except ValueError:
+                problems.append(f"the weight of {name} is {text!r}, which is not a number")
+    return stated, problems
+
+
+def _from_file(path: str) -> tuple[dict, list[str]]:
+    """(weights, problems) of a weights.json."""
+    try:
+        weights = json.loads(Path(path).read_text())["weights"]
+        assert isinstance(weights, dict) and weights
+        return weights, []
+    except FileNotFoundError:
+        return {}, [f"no such file; permitted is {PERMITTED}"]
+    except OSError as error:
+        return {}, [error.strerror]
+    except (ValueError, KeyError, TypeError, AssertionError):
+        return {}, ["not the weights.json of a run"]
+
+
+def apportion(weights: dict[str, float], total: int) -> dict[str, int]:
+    """`total` in whole parts proportional to the weights, by largest remainder."""
+    whole = sum(weights.values())
+    exact = {name: total * (p / whole) for name, p in weights.items()}
+    parts = {name: math.floor(x) for name, x in exact.items()}
+    by_remainder = sorted(weights, key=lambda name: parts[name] - exact[name])
+    for name in by_remainder[: total - sum(parts.values())]:
+        parts[name] += 1
+    return parts
+
+
+def count(
+    weights: dict[str, float], sizes: dict[str, int], samples: int, repeat: bool = False
+) -> tuple[dict[str, int], list[str]]:
+    """How many samples of each source, and a note on each source that is short.
+
+    Without `repeat` no source gives more than it has: what it lacks goes to the others, in
+    proportion to their weights.
+    """
+    wanted = parts = apportion(weights, samples)
+    if repeat:
+        return parts, []
+    full = {}
+    while short := {name: sizes[name] for name, n in parts.items() if n > sizes[name]}:
+        full |= short
+        rest = {name: p for name, p in weights.items() if name not in full}
+        left = samples - sum(full.values())
+        parts = full | (apportion(rest, left) if sum(rest.values()) else dict.fromkeys(rest, 0))
+    notes = [
+        f"{name} is short: {wanted[name]} samples by its weight, but it has {full[name]}"
+        for name in weights
+        if name in full
+    ]
+    if notes:
+        got = sum(parts.values())
+        notes[-1] += (
+            "; the rest is spread over the others by their weights" if got == samples else
+            f"; the mixture has {got} samples instead of {samples}"
+        ) + " (--repeat would repeat records)"  # fmt: skip
+    return {name: parts[name] for name in weights}, notes
+
+
+def draw(
+    sources: dict[str, Dataset],
+    weights: dict[str, float],
+    samples: int,
+    repeat: bool = False,
+    seed: int = 0,
+) -> tuple[dict[str, Dataset], list[str]]:
+    """The sources cut down to a mixture, those without a sample left out; and notes for the user.
+
+    Drawn without replacement; with `repeat`, all of a short source as often as it fits, and then
+    the rest without replacement. What is drawn from a source depends on seed, its name, its size
+    and the count, and on nothing else.
+    """
+    sizes = {name: len(source) for name, source in sources.items()}
+    parts, notes = count(weights, sizes, samples, repeat)
+    drawn = {}
+    for name, n in parts.items():
+        if n:
+            rng = np.random.default_rng([seed, *name.encode()])
+            picked = [rng.permutation(sizes[name]) for _ in range(math.ceil(n / sizes[name]))]
+            drawn[name] = sources[name].select(np.sort(np.concatenate(picked)[:n]))
+    return drawn, notes
+
+
+def as_jsonl(drawn: dict[str, Dataset]) -> str:
+    """A line for each sample: its source, and the line of its record in the source's file."""
+    return "".join(
+        json.dumps({"source": name, "line": line}, ensure_ascii=False) + "\n"
+        for name, source in drawn.items()
+        for line in source.lines.tolist()
+    )
+
+
+class MixtureBatches(Batches):
+    """Global batches of a mixture: its sources as one set, shuffled anew for each epoch.
+
+    Every sample comes once an epoch; the last batch of an epoch is what is left for it.
+    """
+
+    def __init__(
+        self,
+        sources: list[Dataset],
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        pad_to: int = 8,
+    ):
+        super().__init__(sources, None, batch_size, 0, micro_batch_size, seed, rank, world, pad_to)
+        self.ends = np.cumsum([len(source) for source in sources])  # in the mixture, of each source
+
+    def step(self, t: int) -> tuple[list[MicroBatch], list[MicroBatch], torch.Tensor]:
+        """As Batches.step, without validation."""
+        epoch, n = divmod(t, self.steps_per_epoch)
+        picked = self._order(epoch)[n * self.batch_size : (n + 1) * self.batch_size]
+        groups = np.searchsorted(self.ends, picked, side="right")
+        starts = self.ends - [len(source) for source in self.datasets]
+        samples = list(zip(groups.tolist(), (picked - starts[groups]).tolist(), strict=True))
+        counts = torch.from_numpy(np.bincount(groups, minlength=self.n_sources + 1))
+        return self._deal(samples), [], counts
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._permutations:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.ends[-1])
+            self._permutations = {epoch: order}
+        return self._permutations[epoch]

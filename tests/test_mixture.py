@@ -1,0 +1,168 @@
+"""From weights to a mixture: what --weights may say, what is drawn, and in which batches."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+import mixture
+
+NAMES = ["a", "b", "c"]
+
+
+def dataset(n: int, word: str = "x") -> data.Dataset:
+    records = [[("text", f"{word} {i} {'y' * (i % 7)}")] for i in range(n)]
+    return data.Dataset.from_records(records, data.byte_tokenizer(), "plain", 64)
+
+
+def test_what_weights_may_be(tmp_path):
+    assert mixture.read_weights("uniform", NAMES) == dict.fromkeys(NAMES, 1 / 3)
+    assert mixture.read_weights("proportional", NAMES) is None
+    assert mixture.read_weights("c=3,a=1", NAMES) == {"a": 0.25, "b": 0.0, "c": 0.75}
+    file = tmp_path / "lr=3.json"  # a path may hold a "="
+    file.write_text(json.dumps({"weights": {"c": 0.5, "b": 0.25, "a": 0.25}, "step": 9}))
+    assert mixture.read_weights(str(file), NAMES) == {"a": 0.25, "b": 0.25, "c": 0.5}
+
+
+@pytest.mark.parametrize(
+    "spec, expected",
+    [
+        ("a=1,b=-0.5", ["the weight of b is -0.5: permitted is a number of at least 0"]),
+        ("a=nan", ["the weight of a is nan: permitted is a number of at least 0"]),
+        ("a=1,b=x,,c=inf", ["the weight of b is 'x', which is not a number",
+                            "'' is not NAME=WEIGHT",
+                            "the weight of c is inf: permitted is a number of at least 0"]),
+        ("a=1,d=1,e=2", ["no source is called d, e: there are a, b, c"]),
+        ("a=1,a=2", ["a is named twice"]),
+        ("a=0,b=0", ["all weights are 0"]),
+        ("nowhere.json", [f"no such file; permitted is {mixture.PERMITTED}"]),
+        ("uniformly", [f"no such file; permitted is {mixture.PERMITTED}"]),
+        ({"a": 0.5, "b": 0.2, "d": 0.3},
+         ["it is about the sources a, b, d, but those to train on are a, b, c"]),
+        ({"a": 0.5, "b": None, "c": "much"},
+         ["the weight of b is None: permitted is a number of at least 0",
+          "the weight of c is much: permitted is a number of at least 0"]),
+        ({"a": 1.5, "b": float("nan"), "c": -0.5},
+         ["the weight of b is nan: permitted is a number of at least 0",
+          "the weight of c is -0.5: permitted is a number of at least 0"]),
+        ({}, ["not the weights.json of a run"]),
+        ("[1, 2]", ["not the weights.json of a run"]),
+        ("{", ["not the weights.json of a run"]),
+        ("", ["not the weights.json of a run"]),
+    ],
+)  # fmt: skip
+def test_weights_that_are_refused(tmp_path, monkeypatch, spec, expected):
+    monkeypatch.chdir(tmp_path)
+    if not isinstance(spec, str) or spec[:1] in ("[", "{", ""):
+        text = spec if isinstance(spec, str) else json.dumps({"weights": spec})
+        Path("weights.json").write_text(text)
+        spec = "weights.json"
+    with pytest.raises(ValueError) as refusal:
+        mixture.read_weights(spec, NAMES)
+    assert str(refusal.value).splitlines() == [f"--weights {spec}: {line}" for line in expected]
+
+
+def test_apportion_by_largest_remainder():
+    assert mixture.apportion({"a": 0.5, "b": 0.3, "c": 0.2}, 10) == {"a": 5, "b": 3, "c": 2}
+    parts = mixture.apportion({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, 10_000)
+    assert sorted(parts.values()) == [3333, 3333, 3334]
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 50)), min_size=1, max_size=6),
+       st.integers(1, 200))  # fmt: skip
+def test_counts(sources, samples):
+    """No source gives more than it has or, without weight, anything; nothing is left that could
+    have been had; what is not short keeps its proportions."""
+    weights = {str(i): p for i, (p, _) in enumerate(sources)}
+    sizes = {str(i): n for i, (_, n) in enumerate(sources)}
+    if sum(weights.values()) < 1e-3:
+        weights["0"] = 1.0
+    parts, notes = mixture.count(weights, sizes, samples)
+    assert list(parts) == list(weights)
+    assert all(0 <= parts[name] <= sizes[name] for name in parts)
+    assert all(parts[name] == 0 for name in parts if weights[name] == 0)
+    assert sum(parts.values()) == min(samples, sum(sizes[n] for n in parts if weights[n] > 0))
+    wanted = mixture.apportion(weights, samples)
+    assert bool(notes) == any(wanted[name] > sizes[name] for name in parts)
+    open_ones = [name for name in parts if parts[name] < sizes[name]]
+    for a in open_ones:
+        for b in open_ones:
+            share = weights[a] * parts[b] - weights[b] * parts[a]
+            assert abs(share) <= weights[a] + weights[b]  # within one sample of each
+    assert sum(mixture.count(weights, sizes, samples, repeat=True)[0].values()) == samples
+
+
+def test_a_short_source_is_named_and_the_rest_is_spread():
+    weights, sizes = {"a": 0.8, "b": 0.15, "c": 0.05}, {"a": 10, "b": 100, "c": 100}
+    parts, notes = mixture.count(weights, sizes, 50)
+    assert parts == {"a": 10, "b": 30, "c": 10}
+    assert notes == [
+        "a is short: 40 samples by its weight, but it has 10; the rest is spread over the others "
+        "by their weights (--repeat would repeat records)"
+    ]
+    parts, notes = mixture.count({"a": 1, "b": 0, "c": 0}, sizes, 50)
+    assert parts == {"a": 10, "b": 0, "c": 0}
+    assert "the mixture has 10 samples instead of 50" in notes[0]
+
+
+def test_a_draw_is_without_replacement_and_depends_on_its_own_source_alone():
+    sources = {"a": dataset(40), "b": dataset(30, "b"), "c": dataset(5, "c")}
+    weights = {"a": 0.5, "b": 0.5, "c": 0.0}
+    drawn, notes = mixture.draw(sources, weights, 40, seed=3)
+    assert list(drawn) == ["a", "b"] and not notes
+    for name, source in drawn.items():
+        assert len(set(source.lines.tolist())) == len(source) == 20
+        for line, i in zip(source.lines, range(20), strict=True):  # the records go with their lines
+            whole = sources[name].example(line - 1)[0]
+            assert np.array_equal(source.example(i)[0], whole)
+    again = mixture.draw(dict(reversed(sources.items())), weights, 40, seed=3)[0]
+    other = mixture.draw(sources, weights, 40, seed=4)[0]
+    assert again["a"].lines.tolist() == drawn["a"].lines.tolist()
+    assert other["a"].lines.tolist() != drawn["a"].lines.tolist()
+
+    repeated = mixture.draw(sources, {"a": 0, "b": 0, "c": 1}, 13, repeat=True)[0]["c"]
+    assert sorted(Counter(repeated.lines.tolist()).values()) == [2, 2, 3, 3, 3]
+    lines = mixture.as_jsonl(drawn).splitlines()
+    assert json.loads(lines[0]) == {"source": "a", "line": drawn["a"].lines[0]}
+    assert [json.loads(line)["source"] for line in lines] == ["a"] * 20 + ["b"] * 20
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_each_sample_comes_once_an_epoch_whatever_the_number_of_ranks(world):
+    sources = [dataset(17), dataset(9, "b")]
+    ranks = [mixture.MixtureBatches(sources, 6, 2, 5, rank, world) for rank in range(world)]
+    assert ranks[0].steps_per_epoch == 5
+    orders = []
+    for epoch in range(2):
+        seen = []
+        for t in range(5):
+            parts = [batches.step(5 * epoch + t) for batches in ranks]
+            assert len({tuple(counts.tolist()) for _, _, counts in parts}) == 1
+            shapes = {tuple(len(micro.group) for micro in train) for train, _, _ in parts}
+            assert len(shapes) == 1  # all ranks make the same forwards
+            batch = [
+                tuple(micro.tokens[row][micro.tokens[row] > 0].tolist())
+                for train, val, _ in parts for micro in train for row in range(len(micro.group))
+                if micro.group[row] >= 0
+            ]  # fmt: skip
+            groups = torch_cat([micro.group for train, _, _ in parts for micro in train])
+            counts = parts[0][2].tolist()
+            assert [groups.count(0), groups.count(1), 0] == counts
+            assert sum(counts) == len(batch) == (6 if t < 4 else 2)
+            seen.append(sorted(batch))
+        flat = [sample for batch in seen for sample in batch]
+        assert len(flat) == len(set(flat)) == 26
+        orders.append(seen)
+    assert orders[0] != orders[1]
+    one = mixture.MixtureBatches(sources, 6, 6, 5)
+    batch = one.step(3)[0][0]
+    assert orders[0][3] == sorted(tuple(r[r > 0].tolist()) for r in batch.tokens)
+
+
+def torch_cat(tensors) -> list[int]:
+    return [x for t in tensors for x in t.tolist()]
