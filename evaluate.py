@@ -1,9 +1,14 @@
-"""Judge a model, or listen to it: the loss on held-out records, and generation.
+"""Judge a model: its loss on held-out records, its answers to GSM8K, MATH and MT-Bench, its talk.
 
     python evaluate.py loss --model runs/x/model gpt2 --data val.json math=test.jsonl
+    python evaluate.py gsm8k --model runs/x/model --data test.jsonl --limit 50
+    python evaluate.py mt-bench --model runs/x/model --questions question.jsonl \\
+        --judge-url http://localhost:8000/v1 --judge-model some-model
     python evaluate.py generate --model runs/x/model --prompt "Once upon a time"
 
-Runs on one process, or under torchrun with the model sharded by FSDP2 over the ranks.
+Runs on one process, or under torchrun with the model sharded by FSDP2 over the ranks. Whatever is
+generated is appended to a file as it comes: the same command goes on from there, and a file can be
+scored again without a model.
 
 n samples, b of one micro-batch.
 """
@@ -12,20 +17,45 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import re
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlparse
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import answers
 import data
+import journal
 import model as hf
+import mtbench
 import shard
 import templates
-import tokenizer
-from inputs import DTYPES, cache_dir
+from inputs import DTYPES, cache_dir, source_paths
+from replies import (
+    Checkpoint,
+    Writer,
+    fingerprint,
+    load,
+    open_checkpoint,
+    other_settings,
+    progress_bar,
+    respond,
+    settings_of,
+    shared,
+)
+
+Work = Callable[[torch.device], int]  # what a command does once all is checked: its exit code
+
+# --------------------------------------------------------------------------------------------------
+# Losses
 
 
 class Loss(NamedTuple):
@@ -42,7 +72,7 @@ class Loss(NamedTuple):
 def sample_losses(
     model: hf.Transformer, dataset: data.Dataset, micro_batch_size: int = 8
 ) -> tuple[Tensor, Tensor]:
-    """Each sample's loss and number of response tokens, (n,) fp64, longest sample first.
+    """Each sample's loss and number of response tokens, (n,) fp64, in the dataset's order.
 
     Collective: every rank calls it and computes its part; all get the whole.
     """
@@ -59,121 +89,499 @@ def sample_losses(
     if dist.is_initialized():
         every = [torch.empty_like(table) for _ in range(world)]
         dist.all_gather(every, table)
-        table = torch.stack(every, 1).flatten(0, 1)  # back into the order of the dataset
+        table = torch.stack(every, 1).flatten(0, 1)  # longest sample first, as eval_batches deals
     table = table[table[:, 2] >= 0].cpu()  # without the fillers of the last micro-batch
+    order = np.argsort(-dataset.lengths, kind="stable")
+    table[torch.from_numpy(order)] = table.clone()
     return table[:, 0], table[:, 1]
+
+
+def summarise(x: Tensor, tokens: Tensor) -> Loss:
+    """Of samples with losses x (n,) over so many tokens (n,)."""
+    n, token_mean = len(x), (tokens @ x / tokens.sum()).item()
+    spread = (tokens * (x - token_mean)).norm() / tokens.sum()  # of a ratio of sums over samples
+    se = x.std().item() / math.sqrt(n) if n > 1 else math.nan
+    token_se = spread.item() * math.sqrt(n / (n - 1)) if n > 1 else math.nan
+    return Loss(n, x.mean().item(), se, token_mean, token_se)
 
 
 def loss(model: hf.Transformer, dataset: data.Dataset, micro_batch_size: int = 8) -> Loss:
     """The loss of a model on a dataset. Collective: every rank calls it."""
-    x, tokens = sample_losses(model, dataset, micro_batch_size)
-    n, token_mean = len(x), (tokens @ x / tokens.sum()).item()
-    spread = (tokens * (x - token_mean)).norm() / tokens.sum()  # of a ratio of sums over samples
-    se = x.std().item() / math.sqrt(n) if n > 1 else math.nan
-    return Loss(n, x.mean().item(), se, token_mean, spread.item())
+    return summarise(*sample_losses(model, dataset, micro_batch_size))
 
 
-def load(id_or_dir: str, dtype: str, device: torch.device) -> tuple[hf.Transformer, Path]:
-    """A model, sharded where there are several ranks, and its directory. Collective."""
-    directory, config = hf.open_checkpoint(id_or_dir)
-    weights = hf.read_weights(directory, config)
-    if dist.get_world_size() == 1:
-        return hf.build(config, weights, DTYPES[dtype], device), directory
-    model = shard.build(config, DTYPES[dtype], device)
-    shard.fill(model, weights)
-    return model, directory
+def data_paths(items: list[str]) -> dict[str, Path]:
+    """{label: path} from [NAME=]PATH …; a directory or glob stands for its train_*.json(l)."""
+    paths, problems = {}, []
+    for item in items:
+        name, _, path = item.rpartition("=")
+        if not name and (Path(path).is_dir() or re.search(r"[*?[]", path)):
+            found = attempt(problems, source_paths, [path]) or {}
+        else:
+            found = {name or Path(path).stem: Path(path)}
+        problems += [f"--data {found[label]}: the name {label} is used twice: give NAME=PATH"
+                     for label in found.keys() & paths.keys()]  # fmt: skip
+        paths |= found
+    if problems:
+        raise ValueError("\n".join(line.replace("--train", "--data") for line in problems))
+    return paths
 
 
-def loss_table(args: argparse.Namespace, device: torch.device) -> list[str]:
-    """Models side by side on every file."""
-    lines = [f"{'model':30} {'data':20} {'samples':>7}  mean sample loss   perplexity"]
-    for name in args.model:
-        model, directory = load(name, args.dtype, device)
-        tok = tokenizer.load_tokenizer(directory)
-        for item in args.data:
-            label, _, path = item.rpartition("=")
-            template = args.template or templates.trained_with(directory)
-            length = min(args.max_length, model.config.max_positions)
-            dataset = data.load_dataset(path, tok, template, length, cache_dir())
-            r = loss(model, dataset, args.micro_batch_size)
-            perplexity = math.exp(r.token_mean)
-            lines.append(
-                f"{name:30} {label or Path(path).stem:20} {r.n:7}  "
-                f"{r.mean:.4f} ± {r.mean_se:.4f}    {perplexity:.3f} ± "
-                f"{perplexity * r.token_mean_se:.3f}"
+def source_of_line(path: Path) -> dict[int, str]:
+    """{line: source} of a file whose records say which source they are from, like a mixture."""
+    sources = {}
+    for line, record in data.json_values(path, data.Problems()):
+        if not isinstance(record.get("source"), str):
+            return {}
+        sources[line] = record["source"]
+    return sources
+
+
+def loss_command(args: argparse.Namespace) -> Work:
+    """Models side by side on every file, and on every source within a file."""
+    problems: list[str] = []
+    paths = attempt(problems, data_paths, args.data) or {}
+    opened = [attempt(problems, open_checkpoint, name, args.template) for name in args.model]
+    checkpoints = [c for c in opened if c]
+    datasets = {}
+    for c in checkpoints:
+        length = min(args.max_length, c.config.max_positions)
+        for label, path in paths.items():
+            datasets[c.name, label] = attempt(
+                problems, data.load_dataset, path, c.tokenizer, c.template, length, cache_dir()
             )
+    raise_all(problems)
+    sources = {label: source_of_line(path) for label, path in paths.items()}
+
+    def work(device: torch.device) -> int:
+        rows: dict[tuple[str, str], dict[str, Loss]] = {}  # (file, source or ""): {model: loss}
+        for c in checkpoints:
+            model = load(c, args.dtype, device)
+            for label in paths:
+                dataset = datasets[c.name, label]
+                x, tokens = sample_losses(model, dataset, args.micro_batch_size)
+                rows.setdefault((label, ""), {})[c.name] = summarise(x, tokens)
+                names = np.array([sources[label].get(line, "") for line in dataset.lines.tolist()])
+                for source in sorted({*names} - {""}):
+                    mine = torch.from_numpy(names == source)
+                    part = summarise(x[mine], tokens[mine])
+                    rows.setdefault((label, source), {})[c.name] = part
+            del model  # before the next one is loaded
+        say(*loss_table(rows, [c.name for c in checkpoints]))
+        say(*(f"note: {name}, {label}: {count} records left out: {reason}"
+              for (name, label), dataset in datasets.items()
+              for reason, count in dataset.dropped.items() if count))  # fmt: skip
+        return 0
+
+    return work
+
+
+def loss_table(rows: dict[tuple[str, str], dict[str, Loss]], models: list[str]) -> list[str]:
+    """A line for each file and source, and in it three columns for each model."""
+    labels = [f"  {source}" if source else label for label, source in rows]
+    width = max(4, *map(len, labels))
+    lines = [f"{label:{width}}" for label in ("", "data", *labels)]
+    for name in models:
+        block = [("samples", "mean sample loss", "perplexity")]
+        for row in rows.values():
+            r = row.get(name)  # no sample of a source may be left under one model's tokenizer
+            cells = r and (str(r.n), f"{r.mean:.4f} ± {r.mean_se:.4f}", perplexity(r))
+            block.append(cells or ("0", "-", "-"))
+        widths = [max(map(len, column)) for column in zip(*block, strict=True)]
+        room = sum(widths) + 4
+        title = name if len(name) <= room else "…" + name[len(name) - room + 1 :]
+        lines[0] += f"   {title:{room}}"
+        for n, row in enumerate(block, start=1):
+            lines[n] += "   " + "  ".join(f"{x:>{w}}" for x, w in zip(row, widths, strict=True))
+    return [line.rstrip() for line in lines]
+
+
+def perplexity(r: Loss) -> str:
+    """exp of the token mean, and its standard error to first order."""
+    value = math.exp(r.token_mean) if r.token_mean < 700 else math.inf
+    return f"{value:.3f} ± {value * r.token_mean_se:.3f}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Generation
+
+
+def generate_command(args: argparse.Namespace) -> Work:
+    """What the model says to each prompt."""
+    c = open_checkpoint(args.model, args.template)
+    tok = c.tokenizer
+    if args.template:
+        prompts = [templates.render_prompt(tok, args.template, [("user", p)]) for p in args.prompt]
+        stops = c.stops
+    else:  # the prompt is text to go on with
+        prompts = [[tok.bos_id] * tok.add_bos + tok.encode(p) for p in args.prompt]
+        stops = [*tok.eos_ids, *c.config.eos_ids]
+
+    def work(device: torch.device) -> int:
+        new = hf.generate(
+            load(c, args.dtype, device), prompts, args.max_new_tokens, args.temperature, args.top_p,
+            stops, args.seed, device=device,
+        )  # fmt: skip
+        joint = "\n-> " if args.template else ""
+        for prompt, ids in zip(args.prompt, new, strict=True):
+            say(f"{prompt}{joint}{tok.decode(ids)}\n")
+        return 0
+
+    return work
+
+
+# --------------------------------------------------------------------------------------------------
+# GSM8K and MATH
+
+
+def problems_command(args: argparse.Namespace) -> Work:
+    """Accuracy on word problems; every generation is kept, so that it can be scored again."""
+    if args.rescore:
+        rows = journal.read(args.rescore)
+        if not rows or any({"index", "answer", "output", "settings"} - row.keys() for row in rows):
+            raise ValueError(f"--rescore {args.rescore}: not a file of generations")
+        return lambda device: say(*accuracy(rows, args.command))
+    raise_all([f"--{flag} is missing" for flag in ("model", "data") if not getattr(args, flag)])
+    problems: list[str] = []
+    c = attempt(problems, open_checkpoint, args.model, args.template)
+    asked = attempt(problems, lambda: answers.read_problems(local_file(args.data))) or []
+    exemplars = answers.EXEMPLARS[args.command]
+    if args.exemplars:
+        read = attempt(problems, lambda: answers.read_problems(local_file(args.exemplars))) or []
+        exemplars = [(p.question, p.solution) for p in read]
+    if args.shots > len(exemplars):
+        problems.append(f"--shots {args.shots}: there are {len(exemplars)} exemplars: "
+                        "--exemplars names a file with more")  # fmt: skip
+    raise_all(problems)
+    asked, exemplars = asked[: args.limit], exemplars[: args.shots]
+    settings = settings_of(c, args.max_new_tokens, args.dtype)
+    settings |= {"shots": args.shots, "instruction": args.instruction,
+                 "exemplars": fingerprint(exemplars)}  # fmt: skip
+    out = out_directory(args) / f"{args.command}.jsonl"
+    raise_all(other_settings(out, settings))
+    for row in journal.read(out):
+        if row["index"] < len(asked) and row["question"] != asked[row["index"]].question:
+            raise ValueError(f"{out} holds answers to other questions: take another --out")
+
+    def work(device: torch.device) -> int:
+        rows = shared(lambda: journal.read(out))
+        todo = sorted({*range(len(asked))} - {row["index"] for row in rows})
+        chats = [answers.put(asked[i].question, exemplars, args.instruction) for i in todo]
+        with Writer(out, len(todo)) as writer:
+            model = load(c, args.dtype, device) if todo else None
+            for n, reply in respond(model, c, chats, args.max_new_tokens, args.batch_size):
+                p = asked[todo[n]]
+                row = {"index": todo[n], "question": p.question, "answer": p.answer,
+                       "output": reply.text, "tokens": reply.tokens, "end": reply.end,
+                       "settings": settings}  # fmt: skip
+                writer.append(row)
+                rows.append(row)
+        if dist.get_rank() == 0:
+            say(*accuracy([row for row in rows if row["index"] < len(asked)], args.command))
+            say(f"{out} keeps every reply; --rescore {out} scores them again")
+        return 0
+
+    return work
+
+
+def accuracy(rows: list[dict], task: str) -> list[str]:
+    """The report on generations."""
+    rows = list({row["index"]: row for row in rows}.values())
+    grader, n = answers.Grader(), len(rows)
+    right = sum(grader.right(row["output"], row["answer"]) for row in rows)
+    p = right / n
+    se = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan
+    lines = [
+        f"{task}: accuracy {p:.4f} ± {se:.4f} ({right} of {n})   {rows[0]['settings']['model']}",
+        f"compared by {grader.method}",
+    ]
+    silent = sum(answers.extract(row["output"]) is None for row in rows)
+    cut, tight = (sum(row.get("end") == end for row in rows) for end in ("length", "no room"))
+    if silent or cut or tight:
+        lines.append(f"{silent} replies without an answer; {cut} replies cut by length; "
+                     f"{tight} questions too long for the model")  # fmt: skip
     return lines
 
 
-def replies(args: argparse.Namespace, device: torch.device) -> list[str]:
-    """What the model says to each prompt."""
-    (name,) = args.model
-    model, directory = load(name, args.dtype, device)
-    tok = tokenizer.load_tokenizer(directory)
-    if args.template:
-        prompts = [templates.render_prompt(tok, args.template, [("user", p)]) for p in args.prompt]
-        stops = templates.stop_ids(tok, args.template)
-    else:  # the prompt is text to go on with
-        prompts = [[tok.bos_id] * tok.add_bos + tok.encode(p) for p in args.prompt]
-        stops = [*tok.eos_ids, *model.config.eos_ids]
-    new = hf.generate(
-        model, prompts, args.max_new_tokens, args.temperature, args.top_p, stops, args.seed,
-        device=device,
-    )  # fmt: skip
-    answers = [tok.decode(ids) for ids in new]
-    if args.template:
-        return [f"{p}\n-> {a}\n" for p, a in zip(args.prompt, answers, strict=True)]
-    return [f"{p}{a}\n" for p, a in zip(args.prompt, answers, strict=True)]
+# --------------------------------------------------------------------------------------------------
+# MT-Bench
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: permitted is a whole number above 0")
-    return int(text)
+def mtbench_command(args: argparse.Namespace) -> Work:
+    """Answers to both turns of every question, and what a judge thinks of them."""
+    problems: list[str] = []
+    if not args.questions or not (args.model or args.answers):
+        raise ValueError("needs --questions, and --model or --answers")
+    references = args.reference and attempt(
+        problems, lambda: mtbench.read_answers(local_file(args.reference))
+    )
+    questions = attempt(
+        problems, lambda: mtbench.read_questions(local_file(args.questions), references or {})
+    )
+    questions = (questions or [])[: args.limit]
+    c, given = None, {}
+    if args.answers:
+        given = attempt(problems, mtbench.read_answers, args.answers) or {}
+        if given and (lacking := [q.id for q in questions if q.id not in given]):
+            problems.append(f"--answers {args.answers}: lacks question {lacking[0]} (and "
+                            f"{len(lacking) - 1} more)")  # fmt: skip
+    else:
+        c = attempt(problems, open_checkpoint, args.model, args.template)
+    problems += judge_problems(args)
+    raise_all(problems)
+    out = out_directory(args)
+    if c:
+        settings = settings_of(c, args.max_new_tokens, args.dtype)
+        raise_all(other_settings(out / "mt-bench-answers.jsonl", settings))
+
+    def work(device: torch.device) -> int:
+        replies = given or answer_questions(args, c, questions, out, device)
+        if dist.get_rank() != 0:
+            return 0
+        if not args.judge_url:
+            say(f"{out}/mt-bench-answers.jsonl holds the answers; --judge-url has them graded")
+            return 0
+        bare = [q.id for q in questions if q.category in mtbench.WITH_REFERENCE and not q.reference]
+        if bare:
+            say(f"note: {len(bare)} questions of {', '.join(mtbench.WITH_REFERENCE)} are graded "
+                "without a reference answer: --reference gives them")  # fmt: skip
+        judge = mtbench.Judge(args.judge_url, args.judge_model, args.judge_timeout,
+                              args.judge_tries, concurrency=args.judge_concurrency)  # fmt: skip
+        return have_graded(questions, replies, judge, out / "mt-bench-scores.jsonl")
+
+    return work
+
+
+def judge_problems(args: argparse.Namespace) -> list[str]:
+    if bool(args.judge_url) != bool(args.judge_model):
+        return ["--judge-url and --judge-model go together"]
+    if not args.judge_url:
+        return ["--answers needs a judge: --judge-url and --judge-model"] if args.answers else []
+    try:
+        url = urlparse(args.judge_url)
+        fine = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:
+        fine = False
+    return [] if fine else [f"--judge-url {args.judge_url}: expected the like of http://host:8000/v1"]
+
+
+def answer_questions(
+    args: argparse.Namespace,
+    c: Checkpoint,
+    questions: list[mtbench.Question],
+    out: Path,
+    device: torch.device,
+) -> dict[int | str, tuple[str, str]]:
+    """{question id: both answers}, those that are kept and the rest. Collective."""
+    file, settings = out / "mt-bench-answers.jsonl", settings_of(c, args.max_new_tokens, args.dtype)
+    given = {}
+    asked = {q.id: list(q.turns) for q in questions}
+    for row in shared(lambda: journal.read(file)):
+        if asked.get(row["question_id"]) == row["questions"]:
+            given[row["question_id"]] = tuple(row["choices"][0]["turns"])
+    todo: dict[float, list[mtbench.Question]] = {}
+    for q in questions:
+        if q.id not in given:
+            heat = mtbench.TEMPERATURES.get(q.category, mtbench.OTHER_TEMPERATURE)
+            todo.setdefault(heat, []).append(q)
+    size = args.batch_size * dist.get_world_size()
+    parts = [(heat, group[n : n + size])
+             for heat, group in todo.items() for n in range(0, len(group), size)]  # fmt: skip
+    with Writer(file, sum(len(part) for _, part in parts)) as writer:
+        model = load(c, args.dtype, device) if parts else None
+        for heat, part in parts:
+            options = args.max_new_tokens, args.batch_size, heat, args.seed
+            chats = [[("user", q.turns[0])] for q in part]
+            first = dict(respond(model, c, chats, *options))
+            for i, chat in enumerate(chats):
+                chat += [("assistant", first[i].text), ("user", part[i].turns[1])]
+            for i, second in respond(model, c, chats, *options):
+                q, turns = part[i], (first[i].text, second.text)
+                given[q.id] = turns
+                writer.append({
+                    "question_id": q.id, "model_id": c.name, "tstamp": time.time(),
+                    "choices": [{"index": 0, "turns": turns}], "questions": q.turns,
+                    "ends": [first[i].end, second.end], "temperature": heat, "settings": settings,
+                })  # fmt: skip
+    return given
+
+
+def have_graded(
+    questions: list[mtbench.Question], given: dict, judge: mtbench.Judge, file: Path
+) -> int:
+    """Grade, and print the table. Returns 1 if scores are missing at the end."""
+    with journal.Journal(file) as scores_file:
+        have = mtbench.scores(questions, given, judge.model, scores_file.rows)
+        bar = progress_bar(2 * len(questions) - len(have))
+        failure = mtbench.grade(questions, given, judge, scores_file, bar.update)
+        bar.close()
+        scored = mtbench.scores(questions, given, judge.model, scores_file.rows)
+    say(*mtbench.table(questions, scored), f"graded by {judge.model}; {file} keeps every judgement")
+    lacking = 2 * len(questions) - len(scored)
+    if lacking:
+        why = failure or f"no grade in {judge.readings} replies of the judge"
+        print(f"{lacking} scores are missing ({why}); the same command asks for them again",
+              file=sys.stderr)  # fmt: skip
+    return int(lacking > 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Input and output
+
+
+def attempt(problems: list[str], make: Callable, *args) -> object | None:
+    """make(*args); where it raises ValueError, None, and its lines are among the problems."""
+    try:
+        return make(*args)
+    except ValueError as error:
+        problems += str(error).splitlines()
+        return None
+
+
+def raise_all(problems: list[str]) -> None:
+    """One ValueError with all lines, each once."""
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+
+
+def out_directory(args: argparse.Namespace) -> Path:
+    """--out, by default runs/eval-<name of the model or of its run>."""
+    if args.out:
+        return Path(args.out)
+    parts = [p for p in Path(args.model or args.answers or "").parts if p != "model"]
+    return Path("runs") / f"eval-{Path(parts[-1]).stem if parts else 'model'}"
+
+
+def local_file(name: str) -> Path:
+    """A file, or one of a hub dataset: owner/name/path/in/it. Raises ValueError."""
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+/[\w./-]+", name):
+        return Path(name)
+    from huggingface_hub import errors, hf_hub_download
+
+    owner, dataset, file = name.split("/", 2)
+    try:
+        return Path(hf_hub_download(f"{owner}/{dataset}", file, repo_type="dataset"))
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        reason = "nor is there such a dataset on huggingface.co"
+    except errors.RemoteEntryNotFoundError:
+        reason = f"nor does the hub's dataset {owner}/{dataset} have it"
+    except (errors.HfHubHTTPError, OSError) as error:
+        reason = f"and the hub's datasets are out of reach ({type(error).__name__})"
+    raise ValueError(f"{name}: there is no such file, {reason}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+
+def say(*lines: str) -> int:
+    """Print on rank 0. Returns 0, the exit code of a command that ends well."""
+    if lines and dist.get_rank() == 0:
+        print(*lines, sep="\n", flush=True)
+    return 0
+
+
+def at_least(least: float, kind: type = int) -> Callable[[str], float]:
+    """A type for argparse."""
+
+    def number(text: str) -> float:
+        if kind(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: permitted is a number of at least {least}")
+        return kind(text)
+
+    return number
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    positive, natural = at_least(1), at_least(0)
     parser = argparse.ArgumentParser(description="Judge a model on held-out data, or let it talk.")
     commands = parser.add_subparsers(dest="command", required=True)
-    both = argparse.ArgumentParser(add_help=False)
-    both.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the parameters [fp32]")
+    shape = argparse.ArgumentParser(add_help=False)
+    shape.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
+                       help="of the parameters; auto: bf16 on GPUs, fp32 on CPUs [auto]")
+    shape.add_argument("--template", choices=templates.TEMPLATES,
+                       help="[the one that the model was trained with, else alpaca]")
 
-    p = commands.add_parser("loss", parents=[both], help="mean sample loss and perplexity")
+    p = commands.add_parser("loss", parents=[shape], help="mean sample loss and perplexity")
     p.add_argument("--model", nargs="+", required=True, help="directories or hub ids")
-    p.add_argument("--data", nargs="+", required=True, metavar="[NAME=]PATH", help="records")
-    p.add_argument("--template", choices=templates.TEMPLATES,
-                   help="[the one that the model was trained with, else alpaca]")
+    p.add_argument("--data", nargs="+", required=True, metavar="[NAME=]PATH",
+                   help="records; a directory or quoted glob stands for its train_*.json(l)")
     p.add_argument("--max-length", type=positive, default=512,
                    help="tokens of a sample, at most the model's positions [512]")
     p.add_argument("--micro-batch-size", type=positive, default=8, help="samples of a forward [8]")
 
-    p = commands.add_parser("generate", parents=[both], help="continue prompts")
-    p.add_argument("--model", nargs=1, required=True, help="a directory or hub id")
-    p.add_argument("--prompt", nargs="+", required=True)
-    p.add_argument("--template", choices=templates.TEMPLATES,
-                   help="put each prompt as a user's turn; else it is text to go on with")
-    p.add_argument("--max-new-tokens", type=int, default=128, help="[128]")
+    kept = argparse.ArgumentParser(add_help=False, parents=[shape])
+    kept.add_argument("--model", help="a directory or hub id")
+    kept.add_argument("--limit", type=positive, help="take the first so many questions [all]")
+    kept.add_argument("--max-new-tokens", type=positive, default=1024, help="of a reply [1024]")
+    kept.add_argument("--batch-size", type=positive, default=16, help="replies at a time, on each "
+                      "rank [16]")
+    kept.add_argument("--out", help="directory of the replies [runs/eval-<model>]")
+    for name, keys in (("gsm8k", "question, answer"), ("math", "problem, solution")):
+        p = commands.add_parser(name, parents=[kept], help=f"accuracy on {name.upper()}")
+        p.add_argument("--data", help=f"JSON or JSONL of {{{keys}}}, or owner/dataset/file "
+                       "of the hub")
+        p.add_argument("--shots", type=natural, default=0, help="worked examples before each "
+                       "question [0]")
+        p.add_argument("--exemplars", help="a file to take them from, like --data [4 of our own]")
+        p.add_argument("--instruction", default=answers.INSTRUCTION, help="what follows a question "
+                       f"[{answers.INSTRUCTION}]")
+        p.add_argument("--rescore", type=Path, metavar="FILE", help="score the replies of an "
+                       "earlier run again; needs no model and no other flag")
+
+    p = commands.add_parser("mt-bench", parents=[kept], help="two-turn questions, and a judge")
+    p.add_argument("--questions", help="question.jsonl in FastChat's format, or owner/dataset/file "
+                   "of the hub")
+    p.add_argument("--reference", help="reference answers for reasoning, math and coding, like "
+                   "FastChat's gpt-4.jsonl [those in --questions]")
+    p.add_argument("--answers", help="grade these, in FastChat's format, instead of a --model's")
+    p.add_argument("--judge-url", help="an OpenAI-compatible endpoint; its key, if it needs one, "
+                   f"is read from the environment variable {mtbench.KEY}")
+    p.add_argument("--judge-model", help="the endpoint's name of the judge")
+    p.add_argument("--judge-concurrency", type=positive, default=4, help="requests at a time [4]")
+    p.add_argument("--judge-timeout", type=at_least(1e-3, float), default=120,
+                   help="seconds without a byte [120]")
+    p.add_argument("--judge-tries", type=positive, default=8, help="of a request, before giving up "
+                   "[8]")
+    p.add_argument("--seed", type=natural, default=0, help="of the answers at temperature > 0 [0]")
+
+    p = commands.add_parser("generate", parents=[shape], help="continue prompts")
+    p.add_argument("--model", required=True, help="a directory or hub id")
+    p.add_argument("--prompt", nargs="+", required=True,
+                   help="put as users' turns with --template; else text to go on with")
+    p.add_argument("--max-new-tokens", type=positive, default=128, help="[128]")
     p.add_argument("--temperature", type=float, default=0.0, help="0 = the likeliest token [0]")
     p.add_argument("--top-p", type=float, default=1.0, help="nucleus of the distribution [1]")
-    p.add_argument("--seed", type=int, default=0, help="[0]")
+    p.add_argument("--seed", type=natural, default=0, help="[0]")
     return parser.parse_args(argv)
 
 
+COMMANDS = {"loss": loss_command, "gsm8k": problems_command, "math": problems_command,
+            "mt-bench": mtbench_command, "generate": generate_command}  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 bad input."""
+    """Returns the exit code: 0 done, 1 a judge that failed, 2 bad input."""
     args = parse(argv)
-    device = shard.start(timeout=1800)
-    try:
-        lines = {"loss": loss_table, "generate": replies}[args.command](args, device)
-        if dist.get_rank() == 0:
-            print(*lines, sep="\n")
+    first = os.environ.get("RANK", "0") == "0"
+    try:  # before the process group, whose ranks would time out while data is tokenised
+        work = COMMANDS[args.command](args)
     except ValueError as error:
-        if dist.get_rank() == 0:
+        if not first:
+            time.sleep(10)  # rank 0 prints, and torchrun ends the other ranks when it leaves
+        else:
             print(error, file=sys.stderr)
         return 2
+    device = shard.start(timeout=1800)
+    try:
+        return work(device)
+    except ValueError as error:
+        print(error, file=sys.stderr, end="\n" * first)
+        return 2
+    except KeyboardInterrupt:
+        shard.leave(130)
     finally:
         dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

@@ -33,9 +33,13 @@ class Journal:
     """The rows so far, and the only writer of more. Threads may append at once."""
 
     def __init__(self, path: Path):
-        """Raises ValueError if another process writes to the file, or see `read`."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.lock, self.file = threading.Lock(), open(path, "ab")  # noqa: SIM115 (see __exit__)
+        """Raises ValueError if the file cannot be written to, or another process does; see `read`
+        for what else."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock, self.file = threading.Lock(), open(path, "ab")  # noqa: SIM115 (see __exit__)
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from None
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file closes
         except OSError:

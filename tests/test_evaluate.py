@@ -1,7 +1,10 @@
-"""evaluate.py: losses with their standard errors, and generation, as a user starts them."""
+"""evaluate.py: losses with their standard errors, accuracy, generation, as a user starts them."""
 
+import dataclasses
 import json
 import math
+import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -9,21 +12,35 @@ from pathlib import Path
 import pytest
 import torch
 
+import answers
 import data
 import evaluate
 import model as hf
+import replies
+import shard
 import templates
+from journal import Journal, read
 from tests.worker import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
+def make_checkpoint(folder: Path, template: str, seed: int = 0) -> Path:
+    """A tiny random model with the byte tokenizer."""
     config = hf.ModelConfig.from_hf(FAMILIES["llama"])
-    hf.save_pretrained(hf.build(config, hf.random_weights(config, 0)), tmp_path / "model")
-    templates.save_tokenizer(data.byte_tokenizer(), tmp_path / "model", "plain")
-    return tmp_path / "model"
+    hf.save_pretrained(hf.build(config, hf.random_weights(config, seed)), folder / "model")
+    templates.save_tokenizer(data.byte_tokenizer(), folder / "model", template)
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), "plain")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("other"), "plain", seed=1)
 
 
 @pytest.fixture
@@ -33,10 +50,32 @@ def records(tmp_path):
     return tmp_path / "val.jsonl"
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def run(*args, ranks: int = 0) -> subprocess.CompletedProcess:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *(launcher if ranks else []), str(ROOT / "evaluate.py")]
-    return subprocess.run([*command, *map(str, args)], capture_output=True, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *map(str, args)], env=env, capture_output=True, text=True)
+
+
+@pytest.fixture
+def here(capsys):
+    """here(flags…) runs evaluate.py in this process: (exit code, stdout, stderr)."""
+
+    def call(*args):
+        code = evaluate.main([*map(str, args)])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+# ---------------------------------------------------------------------------------------------
+# Losses
 
 
 def test_loss_matches_a_loop_over_samples(checkpoint, records, tmp_path):
@@ -48,53 +87,248 @@ def test_loss_matches_a_loop_over_samples(checkpoint, records, tmp_path):
         losses.append(model(tokens, labels).item())
         counts.append((labels[:, 1:] != -100).sum().item())
     losses, counts = torch.tensor(losses).double(), torch.tensor(counts).double()
+    x, tokens = evaluate.sample_losses(model, dataset, micro_batch_size=3)
+    torch.testing.assert_close(x, losses, check_dtype=False)
+    assert tokens.tolist() == counts.tolist()
     result = evaluate.loss(model, dataset, micro_batch_size=3)
     assert result.n == 7
     assert result.mean == pytest.approx(losses.mean().item(), 1e-6)
     assert result.mean_se == pytest.approx(losses.std().item() / math.sqrt(7), 1e-5)
-    token_mean = (losses @ counts / counts.sum()).item()
-    assert result.token_mean == pytest.approx(token_mean, 1e-6)
-    # The jackknife, an estimate of the same standard error by another road.
-    left_out = [
-        ((losses @ counts - losses[i] * counts[i]) / (counts.sum() - counts[i])).item()
-        for i in range(7)
-    ]
-    jackknife = math.sqrt(6 / 7 * sum((x - sum(left_out) / 7) ** 2 for x in left_out))
-    assert result.token_mean_se == pytest.approx(jackknife, rel=1)
+    assert result.token_mean == pytest.approx((losses @ counts / counts.sum()).item(), 1e-6)
 
 
-def test_loss_table_is_the_same_on_one_process_and_two(checkpoint, records, tmp_path):
-    args = ("loss", "--model", checkpoint, "--data", records, f"again={records}",
-            "--template", "plain", "--micro-batch-size", 2)  # fmt: skip
-    one, two = run(*args), run(*args, ranks=2)
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    assert one.stdout == two.stdout
-    assert "again" in one.stdout and one.stdout.count("±") == 4
+def test_standard_error_of_the_token_mean_matches_the_jackknife():
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 50, (400,), generator=g).double()
+    x = torch.rand(400, generator=g).double() + 20 / tokens
+    total, count = tokens @ x, tokens.sum()
+    left_out = (total - tokens * x) / (count - tokens)
+    jackknife = math.sqrt(399 / 400 * ((left_out - left_out.mean()) ** 2).sum())
+    # Both estimate the same to O(1/n).
+    assert evaluate.summarise(x, tokens).token_mean_se == pytest.approx(jackknife, rel=0.02)
 
 
-def test_generation_is_the_same_on_one_process_and_two(checkpoint):
+def test_loss_table_is_the_same_on_one_process_and_two(checkpoint, other, records, here):
+    mixture = [{"text": "x" * n, "source": "short" if n < 9 else "long"} for n in range(3, 20)]
+    Path("mix.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixture))
+    args = ("loss", "--model", checkpoint, other, "--data", records, "both=mix.jsonl",
+            "--micro-batch-size", 2)  # fmt: skip
+    (code, one, _), two = here(*args), run(*args, ranks=2)
+    assert code == two.returncode == 0, two.stderr
+    assert one == two.stdout
+    title, head, val, both, long, short = one.splitlines()
+    assert head.split() == ["data", *2 * "samples mean sample loss perplexity".split()]
+    assert [line.split()[0] for line in (val, both, long, short)] == "val both long short".split()
+    for column, path in enumerate((checkpoint, other)):
+        assert str(path).endswith(title.split()[column].lstrip("…"))
+        model = hf.from_pretrained(path)
+        for line, texts in (
+            (both, [row["text"] for row in mixture]),
+            (short, [row["text"] for row in mixture if row["source"] == "short"]),
+        ):
+            turns = [[("text", text)] for text in texts]
+            dataset = data.Dataset.from_records(turns, data.byte_tokenizer(), "plain", 128)
+            r = evaluate.loss(model, dataset)
+            words = line.replace("±", "").split()[1:][5 * column : 5 * column + 5]
+            p = math.exp(r.token_mean)
+            wanted = [r.n, r.mean, r.mean_se, p, p * r.token_mean_se]
+            assert [float(w) for w in words] == pytest.approx(wanted, abs=6e-4)
+
+
+def test_loss_takes_a_directory_of_sources(checkpoint, records, here):
+    Path("sources").mkdir()
+    for name in ("math", "code"):
+        Path(f"sources/train_{name}.jsonl").write_text(records.read_text())
+    code, out, _ = here("loss", "--model", checkpoint, "--data", "sources", records)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[2:]] == ["code", "math", "val"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Generation
+
+
+def test_generation_is_the_same_on_one_process_and_two(checkpoint, here):
     args = ("generate", "--model", checkpoint, "--prompt", "Hi", "Tell me more",
             "--max-new-tokens", 8)  # fmt: skip
-    one, two = run(*args), run(*args, ranks=2)
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    assert one.stdout == two.stdout and one.stdout.startswith("Hi")
+    (code, one, _), two = here(*args), run(*args, ranks=2)
+    assert code == two.returncode == 0, two.stderr
+    assert one == two.stdout and one.startswith("Hi")
 
 
-def test_a_story_by_a_real_model(asset):
+def test_a_story_by_a_real_model(asset, here):
     pytest.importorskip("tokenizers")
-    done = run("generate", "--model", asset("model/stories260K-hf"), "--prompt",
-               "Once upon a time", "--max-new-tokens", 30)  # fmt: skip
-    assert "there was a little girl named Lily" in done.stdout
+    _, out, _ = here("generate", "--model", asset("model/stories260K-hf"), "--prompt",
+                     "Once upon a time", "--max-new-tokens", 30)  # fmt: skip
+    assert "there was a little girl named Lily" in out
 
 
-def test_bad_input_is_one_line(checkpoint, records):
-    for args in (
-        ("loss", "--model", "no/such/model", "--data", records),
-        ("loss", "--model", checkpoint, "--data", "missing.json"),
-        ("generate", "--model", checkpoint, "--prompt", "Hi", "--template", "llama3"),
-        ("generate", "--model", checkpoint, "--prompt", "Hi", "--max-new-tokens", 9999),
-    ):
-        done = run(*args)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+# ---------------------------------------------------------------------------------------------
+# GSM8K and MATH
 
 
+@pytest.fixture
+def sums():
+    """A file of sums, some of which have the same length."""
+    problems = [{"question": f"{a} + {a * a}?", "answer": f"So.\n#### {a + a * a}"}
+                for a in range(1, 12)]  # fmt: skip
+    Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    return "sums.jsonl"
+
+
+FLAGS = ("--instruction", "Go.", "--max-new-tokens", 6, "--batch-size", 2, "--template", "plain")
+
+
+def of_index(file: str) -> dict[int, dict]:
+    rows = read(Path(file))
+    assert len({row["index"] for row in rows}) == len(rows)
+    return {row["index"]: row for row in rows}
+
+
+def test_gsm8k_is_the_same_on_two_ranks_and_goes_on_where_it_was_cut(
+    checkpoint, sums, here, monkeypatch
+):
+    args = ("gsm8k", "--model", checkpoint, "--data", sums, *FLAGS, "--out")
+    two = run(*args, "two", ranks=2)
+    assert two.returncode == 0, two.stderr
+    code, out, _ = here(*args, "one")
+    rows = of_index("one/gsm8k.jsonl")
+    assert code == 0 and rows == of_index("two/gsm8k.jsonl") and rows.keys() == set(range(11))
+    assert out.replace("one/", "two/") == two.stdout
+    model = hf.from_pretrained(checkpoint)
+    tok = data.byte_tokenizer()
+    for row in rows.values():  # the batch and its padding make no difference
+        prompt = templates.render_prompt(tok, "plain", [("user", row["question"] + "\nGo.")])
+        (alone,) = hf.generate(model, [prompt], 6, eos_id=tok.eos_id)
+        assert row["output"] == tok.decode(alone).strip() and row["tokens"] == len(alone)
+
+    whole = Path("one/gsm8k.jsonl").read_bytes()
+    Path("one/gsm8k.jsonl").write_bytes(whole[: len(whole) * 2 // 3])  # within a line
+    left, generate, asked = len(read(Path("one/gsm8k.jsonl"))), hf.generate, []
+    assert 0 < left < 11
+
+    def counted(model, prompts, *args, **kwargs):
+        asked.extend(prompts)
+        return generate(model, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(hf, "generate", counted)
+    assert here(*args, "one")[1] == out and of_index("one/gsm8k.jsonl") == rows
+    assert len(asked) == 11 - left
+    monkeypatch.setattr(hf, "generate", None)  # what is complete needs no generation
+    assert here(*args, "one")[1] == out
+    assert here("gsm8k", "--rescore", "one/gsm8k.jsonl")[1] == "".join(out.splitlines(True)[:-1])
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math"])
+def test_accuracy_of_a_model_that_knows_every_third_answer(checkpoint, task, here, monkeypatch):
+    rows = [{"problem": f"{a} + 2?", "solution": f"\\boxed{{{a + 2}}}"} for a in range(30)]
+    Path("p.json").write_text(json.dumps(rows))
+    tok = data.byte_tokenizer()
+
+    def knows(model, prompts, *args, **kwargs):
+        numbers = [int(tok.decode(p).rsplit("\n", 2)[-3].split()[0]) for p in prompts]
+        return [tok.encode(f"It is {n + 2 + (n % 3 > 0)}.") for n in numbers]
+
+    monkeypatch.setattr(hf, "generate", knows)
+    code, out, _ = here(task, "--model", checkpoint, "--data", "p.json", *FLAGS, "--shots", 0)
+    se = math.sqrt(1 / 3 * 2 / 3 / 29)
+    assert code == 0 and f"accuracy 0.3333 ± {se:.4f} (10 of 30)" in out
+    assert answers.Grader().method in out
+
+
+def test_exemplars_are_turns_before_the_question():
+    turns = answers.put("7?", answers.EXEMPLARS["math"][:2], "Go.")
+    assert [role for role, _ in turns] == ["user", "assistant"] * 2 + ["user"]
+    assert turns[-1][1] == "7?\nGo."
+    for task, exemplars in answers.EXEMPLARS.items():
+        assert len(exemplars) >= 4, task
+        for _, solution in exemplars:
+            assert answers.last_box(solution)
+
+
+def test_questions_too_long_for_the_model_count_as_wrong(checkpoint, here):
+    rows = [{"question": "1?", "answer": "#### 1"}, {"question": "2" * 300, "answer": "#### 2"}]
+    Path("p.json").write_text(json.dumps(rows))
+    code, out, _ = here("gsm8k", "--model", checkpoint, "--data", "p.json", *FLAGS)
+    assert code == 0 and "of 2)" in out and "1 questions too long for the model" in out
+    assert of_index("runs/eval-checkpoint0/gsm8k.jsonl")[1]["end"] == "no room"
+
+
+def test_replies_end_where_the_model_goes_on_with_a_question_of_its_own(checkpoint, monkeypatch):
+    tok = data.byte_tokenizer()
+    monkeypatch.setattr(hf, "generate", lambda *a, **k: [tok.encode("4\n\n### Instruction:\n5?")])
+    c = replies.open_checkpoint(str(checkpoint), "alpaca")
+    c = c._replace(config=dataclasses.replace(c.config, max_positions=512))
+    shard.start(60)
+    found = dict(replies.respond(torch.nn.Linear(1, 1), c, [[("user", "?")]], 8, 4))
+    torch.distributed.destroy_process_group()
+    assert found[0].text == "4"
+
+
+def test_other_settings_and_other_questions_are_refused(checkpoint, sums, here):
+    args = ("gsm8k", "--model", checkpoint, "--data", sums, *FLAGS, "--out", "out")
+    assert here(*args, "--limit", 2)[0] == 0
+    before = Path("out/gsm8k.jsonl").read_bytes()
+    code, _, err = here(*args, "--shots", 3, "--dtype", "fp64")
+    assert code == 2 and [line.split(": ")[1] for line in err.splitlines()] == [
+        "dtype was 'auto', now 'fp64'", err.splitlines()[1].split(": ")[1], "shots was 0, now 3"]
+    Path(sums).write_text(Path(sums).read_text().replace("1 + 1?", "1 plus 1?"))
+    code, _, err = here(*args)
+    assert code == 2 and "holds answers to other questions" in err
+    assert Path("out/gsm8k.jsonl").read_bytes() == before
+
+
+def test_fifty_questions_by_a_real_model(asset, here):
+    pytest.importorskip("tokenizers")
+    model = asset("model/stories260K-hf")
+    code, out, _ = here("gsm8k", "--model", model, "--data", asset("math/gsm8k/test.jsonl"),
+                        "--limit", 50, "--max-new-tokens", 16, "--batch-size", 25)  # fmt: skip
+    assert code == 0 and "of 50)" in out
+    code, out, _ = here("loss", "--model", model, "--data", asset("scalebio/math_exp/test.json"))
+    n, mean = out.splitlines()[2].split()[1:3]
+    assert code == 0 and int(n) > 100 and 0 < float(mean) < 20
+
+
+# ---------------------------------------------------------------------------------------------
+# Files and bad input
+
+
+def test_a_journal_drops_a_torn_line_and_has_one_writer(tmp_path):
+    file = tmp_path / "new" / "x.jsonl"
+    with Journal(file) as journal:
+        for n in range(3):
+            journal.append({"n": n, "text": "\ud800 ü\n"})
+        with pytest.raises(ValueError, match="another process"):
+            Journal(file)
+    for cut in random.Random(0).sample(range(file.stat().st_size), 10):
+        torn = tmp_path / "torn.jsonl"
+        torn.write_bytes(file.read_bytes()[:cut])
+        with Journal(torn) as journal:
+            kept = len(journal.rows)
+            journal.append({"n": 9})
+        assert [row["n"] for row in read(torn)] == [*range(kept), 9]
+    torn.write_text('{"n": 1}\n{"n"\n{"n": 2}\n')
+    with pytest.raises(ValueError, match="torn.jsonl:2"):
+        read(torn)
+
+
+def test_bad_input_is_a_line_for_each_problem_and_writes_nothing(checkpoint, records, here):
+    Path("bad.jsonl").write_text('{"question": 1}\n')
+    for n, args in (
+        (3, ("loss", "--model", "no/such/model", checkpoint, "--data", "missing.json", "no.json")),
+        (1, ("loss", "--model", checkpoint, checkpoint, "--data", "a=missing.json")),
+        (1, ("loss", "--model", checkpoint, "--data", records, records)),
+        (1, ("loss", "--model", checkpoint, "--data", "nothing*.json")),
+        (1, ("generate", "--model", checkpoint, "--prompt", "Hi", "--template", "llama3")),
+        (1, ("generate", "--model", checkpoint, "--prompt", "Hi", "--max-new-tokens", 9999)),
+        (2, ("gsm8k",)),
+        (3, ("gsm8k", "--model", "no/such", "--data", "bad.jsonl", "--shots", 9)),
+        (1, ("math", "--rescore", "bad.jsonl")),
+        (1, ("mt-bench", "--model", checkpoint)),
+        (3, ("mt-bench", "--model", "no/such", "--questions", "bad.jsonl", "--judge-url", "x")),
+        (2, ("mt-bench", "--answers", "no", "--questions", "no", "--judge-url", "x",
+             "--judge-model", "y")),
+    ):  # fmt: skip
+        code, out, err = here(*args)
+        assert code == 2 and out == "" and len(err.splitlines()) == n, (args, err)
+    assert not Path("runs").exists()

@@ -1,0 +1,298 @@
+"""MT-Bench: questions, what the judge is asked, its failures, and the table.
+
+The judge is an HTTP server on loopback that answers in the format of OpenAI's chat completions, and
+fails in every way there is.
+"""
+
+import json
+import re
+import statistics
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+
+import evaluate
+import mtbench
+from journal import Journal, read
+from mtbench import Judge, Question
+from tests.test_evaluate import make_checkpoint, run
+
+QUESTIONS = [
+    Question(n, category, (f"Q{n} first?", f"Q{n} second?"), reference)
+    for n, category, reference in (
+        (81, "writing", ()), (82, "writing", ()), (101, "reasoning", ("R one", "R two")),
+        (111, "math", ("M one", "")), (121, "coding", ()), (151, "humanities", ()),
+    )
+]  # fmt: skip
+ANSWERS = {q.id: (f"first of {q.id}", f"second of {q.id} [[10]]") for q in QUESTIONS}
+
+
+def right_score(key: tuple[int, int]) -> int:
+    return 1 + (key[0] + 3 * key[1]) % 10
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        content = body["messages"][-1]["content"]
+        key = int(re.search(r"Q(\d+) first", content)[1]), 1 + ("<reply 2>" in content)
+        server = self.server
+        with server.lock:
+            n = server.asked[key]
+            server.asked[key] += 1
+            entry = {"key": key, "at": time.monotonic(), "body": body, "path": self.path}
+            server.log.append(SimpleNamespace(**entry, headers=dict(self.headers)))
+        faults = server.faults.get(key, [])
+        fault = faults[n] if n < len(faults) else server.fault
+        if fault is None or fault == "late":
+            if fault:
+                time.sleep(2.5)  # longer than the client waits
+            self.reply(200, completion(f"[[2]] was it at first. Grade: [[{right_score(key)}]]"))
+        elif fault == "cut":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b'{"choices": [{"message"')
+            self.close_connection = True
+        elif fault == "gone":
+            self.connection.close()
+            self.close_connection = True
+        elif isinstance(fault, int):
+            headers = {"Retry-After": str(server.retry_after)} if fault == 429 else {}
+            key_sent = self.headers.get("Authorization", "")
+            self.reply(fault, {"error": {"message": f"no: {key_sent}"}}, headers)
+        else:
+            self.reply(200, fault if isinstance(fault, dict) else completion(fault))
+
+    def reply(self, status: int, body: dict | str, headers: dict | None = None) -> None:
+        data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        try:
+            self.send_response(status)
+            for name, value in {**(headers or {}), "Content-Length": str(len(data))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
+        except OSError:
+            pass  # the client did not wait
+
+    def log_message(self, *_):
+        pass
+
+
+def completion(text: str) -> dict:
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    return {"id": "x", "object": "chat.completion", "created": 1, "model": "m",
+            "choices": [choice], "usage": {}}  # fmt: skip
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.lock, server.asked, server.log = threading.Lock(), Counter(), []
+    server.faults, server.fault, server.retry_after = {}, None, 0.4
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def ask(server, tmp_path, monkeypatch):
+    """ask(**of the judge): grade all questions; returns why it ended early, and the rows."""
+    monkeypatch.setenv("HF_TOKEN", "hf_not_for_judges")
+    monkeypatch.setenv(mtbench.KEY, "sk-secret")
+
+    def grade(**options):
+        options = {"timeout": 2, "first_wait": 0.01, "tries": 4, "concurrency": 3} | options
+        judge = Judge(server.url, "the-judge", **options)
+        with Journal(tmp_path / "scores.jsonl") as journal:
+            why = mtbench.grade(QUESTIONS, ANSWERS, judge, journal)
+            return why, list(journal.rows)
+
+    return grade
+
+
+EVERY = {(q.id, turn) for q in QUESTIONS for turn in (1, 2)}
+
+
+def scored(rows: list[dict]) -> dict:
+    """{(question, turn): score}; no pair may be scored twice."""
+    pairs = [(row["question_id"], row["turn"]) for row in rows if row["score"] is not None]
+    assert len(pairs) == len(set(pairs))
+    return {(row["question_id"], row["turn"]): row["score"] for row in rows if row["score"]}
+
+
+def test_no_failure_loses_a_score_or_doubles_it(server, ask):
+    server.faults = {
+        (81, 1): ["I cannot grade this.", "Grade: [[eleven]]"],
+        (81, 2): ["Grade: [[11]]"],
+        (82, 1): [429, 429],
+        (82, 2): [500, 503, 502],
+        (101, 1): ["late"],
+        (101, 2): ["cut"],
+        (111, 1): ["gone", "late", 429],
+        (111, 2): [{"choices": []}, {"error": "busy"}],
+        (121, 1): [{**completion(""), "choices": None}],
+        (121, 2): ["", "no", 500],
+    }
+    why, rows = ask()
+    assert why is None and scored(rows) == {key: right_score(key) for key in EVERY}
+    assert len(rows) == len(EVERY)
+    assert server.asked == {key: 1 + len(server.faults.get(key, [])) for key in EVERY}
+    assert {row["asked"] for row in rows} == {1, 2, 3}
+    # After a 429 nobody asks before the time that it names, but who had asked already.
+    limited = [i for i, entry in enumerate(server.log) if entry.key == (82, 1)]
+    for i, j in zip(limited, limited[1:], strict=False):
+        assert server.log[j].at - server.log[i].at > 0.35
+
+
+def test_a_judge_without_a_grade_is_asked_again_another_time(server, ask):
+    server.faults = {(81, 1): ["?"] * 3}
+    why, rows = ask()
+    assert why is None and scored(rows).keys() == EVERY - {(81, 1)}
+    assert [row["reply"] for row in rows if row["score"] is None] == ["?"]
+    before = server.asked.copy()
+    why, rows = ask()
+    assert why is None and scored(rows).keys() == EVERY
+    assert server.asked - before == {(81, 1): 1}
+
+
+@pytest.mark.parametrize("fault", [401, 404, 500, "gone", "<html>not a judge</html>"])
+def test_a_judge_that_is_out_of_reach_ends_the_run_and_the_next_goes_on(server, ask, fault):
+    server.faults = {key: [None] for key in [(81, 1), (81, 2), (82, 1)]}
+    server.fault = fault if fault != "<html>not a judge</html>" else {"html": 1}
+    why, rows = ask(tries=2, concurrency=1)
+    assert "\n" not in why and "sk-secret" not in why and server.url in why
+    assert scored(rows).keys() == {(81, 1), (81, 2), (82, 1)}
+    assert sum(server.asked.values()) <= 3 + 2
+    before, server.fault = server.asked.copy(), None
+    why, rows = ask()
+    assert why is None and scored(rows) == {key: right_score(key) for key in EVERY}
+    assert server.asked - before == Counter(EVERY - {(81, 1), (81, 2), (82, 1)})
+
+
+def test_nobody_at_the_address_is_one_line(ask, server):
+    server.shutdown()
+    server.server_close()
+    why, rows = ask(tries=2)
+    assert rows == [] and "2 times" in why and "\n" not in why
+
+
+def test_a_score_counts_only_for_the_answer_that_was_graded(server, ask):
+    _, rows = ask()
+    changed = ANSWERS | {81: ("first of 81", "another")}
+    kept = mtbench.scores(QUESTIONS, changed, "the-judge", rows)
+    assert kept.keys() == {(n, t - 1) for n, t in EVERY - {(81, 2)}}
+    assert mtbench.scores(QUESTIONS, ANSWERS, "another judge", rows) == {}
+
+
+def test_the_key_is_sent_and_never_written(server, ask, tmp_path):
+    ask()
+    sent = server.log[0]
+    assert sent.path == "/v1/chat/completions" and sent.body["model"] == "the-judge"
+    assert sent.body["temperature"] == 0
+    assert {e.headers["authorization" if "authorization" in e.headers else "Authorization"]
+            for e in server.log} == {"Bearer sk-secret"}  # fmt: skip
+    assert "sk-secret" not in (tmp_path / "scores.jsonl").read_text()
+
+
+def test_the_users_hugging_face_token_is_not_sent(server, ask, monkeypatch):
+    monkeypatch.delenv(mtbench.KEY)
+    ask()
+    assert "hf_not_for_judges" not in str([e.headers for e in server.log])
+
+
+def test_what_the_judge_is_asked():
+    q, answers = QUESTIONS[2], ("my one", "my two")
+    first, second = (mtbench.judge_messages(q, answers, turn)[1]["content"] for turn in (0, 1))
+    for text, present in ((first, "first?,R one,my one"), (second, "second?,R two,my two")):
+        assert all(part in text for part in present.split(","))
+    assert "second" not in first.split("Grade: [[5]]")[1] and "my two" not in first
+    assert "R one" in second and "my one" in second
+    assert "reference" not in mtbench.judge_messages(QUESTIONS[0], answers, 1)[1]["content"].lower()
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("Good. Grade: [[7]]", 7), ("[[7.5]]", 7.5), ("First [[3]], no: [[ 8 ]]", 8),
+        ("Rating: [6]", 6), ("[[9/10]]", 9), ("[[0]]", None), ("[[11]]", None), ("[[ten]]", None),
+        ("10", None), ("", None),
+    ],
+)  # fmt: skip
+def test_parse_score(reply, score):
+    assert mtbench.parse_score(reply) == score
+
+
+def test_retry_after_in_both_forms():
+    in_a_minute = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))
+    assert mtbench.retry_after("2.5") == 2.5 and 50 < mtbench.retry_after(in_a_minute) <= 60
+    assert mtbench.retry_after("9999999") == 3600 and mtbench.retry_after("-5") == 0
+    assert [mtbench.retry_after(x) for x in (None, "soon", "nan")] == [None] * 3
+
+
+def test_table_has_means_and_standard_errors_by_category_and_turn():
+    values = {(81, 0): 8, (81, 1): 4, (82, 0): 6, (82, 1): 5, (101, 0): 3}
+    rows = {line.split()[0]: line for line in mtbench.table(QUESTIONS, values)[1:]}
+    assert rows["writing"].split() == "writing 7.00 ± 1.00 4.50 ± 0.50 5.75 ± 0.25 4 of 4".split()
+    assert rows["reasoning"].split() == "reasoning 3.00 - 3.00 1 of 2".split()
+    assert rows["coding"].split() == "coding - - - 0 of 2".split()
+    se = statistics.stdev([8, 6, 3]) / 3**0.5
+    assert rows["all"].startswith(f"all           5.67 ± {se:.2f}") and "5 of 12" in rows["all"]
+
+
+def test_fastchats_files(asset):
+    references = mtbench.read_answers(asset("mtbench/reference_answer/gpt-4.jsonl"))
+    questions = mtbench.read_questions(asset("mtbench/question.jsonl"), references)
+    assert len(questions) == 80 and len({q.category for q in questions}) == 8
+    assert {q.category for q in questions} == mtbench.TEMPERATURES.keys()
+    graded = [q for q in questions if all(q.reference) and len(q.reference) == 2]
+    assert Counter(q.category for q in graded) == {"math": 10, "reasoning": 10, "coding": 10}
+    assert graded[0].reference[0].startswith("If you have just overtaken the second person")
+
+
+def test_bad_rows_are_named_by_line(tmp_path):
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"question_id": 1, "category": "math", "turns": ["one"]}\n[]\n{"a": 2}\n')
+    with pytest.raises(ValueError, match="two turns") as error:
+        mtbench.read_questions(file)
+    assert [line.split(":")[1] for line in str(error.value).splitlines()] == ["1", "2", "3"]
+
+
+def test_answers_and_grades_from_two_ranks(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(mtbench.KEY, "sk-secret")
+    model = make_checkpoint(tmp_path, "plain")
+    rows = [dict(zip(("question_id", "category", "turns", "reference"), q, strict=True))
+            for q in QUESTIONS]  # fmt: skip
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ("mt-bench", "--model", model, "--questions", "q.jsonl", "--batch-size", 2,
+            "--max-new-tokens", 8, "--judge-model", "m", "--out", "out")  # fmt: skip
+    server.fault = 401
+    done = run(*args, "--judge-url", server.url, ranks=2)
+    kept = (tmp_path / "out/mt-bench-answers.jsonl").read_text()
+    assert done.returncode == 1 and "401" in done.stderr and "sk-secret" not in done.stderr
+    answers = mtbench.read_answers(tmp_path / "out/mt-bench-answers.jsonl")
+    assert answers.keys() == {q.id for q in QUESTIONS}
+    rows = read(tmp_path / "out/mt-bench-answers.jsonl")
+    temperatures = {row["question_id"]: row["temperature"] for row in rows}
+    assert temperatures == {q.id: mtbench.TEMPERATURES[q.category] for q in QUESTIONS}
+    server.fault = None
+    # On one process now; nothing is generated again.
+    assert evaluate.main([*map(str, args), "--judge-url", server.url]) == 0
+    out = capsys.readouterr().out
+    assert (tmp_path / "out/mt-bench-answers.jsonl").read_text() == kept
+    assert "12 of 12" in out and "note: 1 questions" in out
+    assert scored(read(tmp_path / "out/mt-bench-scores.jsonl")) == {
+        key: right_score(key) for key in EVERY
+    }
+    assert "sk-secret" not in "".join(p.read_text() for p in (tmp_path / "out").iterdir())
