@@ -20,7 +20,10 @@ FORMS = (
     "ask {x} {a}", "find {x} {a}", "get {x} {a}", "show {x} {a}", "tell {x} {a}", "name {x} {a}",
 )  # fmt: skip
 CONSONANTS = "bdfgklmnprstvz"
-JUNK = "chjqwxy"  # consonants of words without meaning
+# Share of answers swapped within each source of `denoising`. The authors' part k of ten has 0.2 k,
+# at most 1.
+NOISE = {"clean": 0.0, "noisy20": 0.2, "noisy40": 0.4, "noisy60": 0.6, "noisy80": 0.8}
+NOISE |= {f"random{n}": 1.0 for n in range(1, 6)}
 
 
 def task(name: str, seed: int) -> Task:
@@ -58,13 +61,15 @@ def facts(rng: random.Random, consonants: str = CONSONANTS, n_attributes: int = 
 
 
 def denoising(rng: random.Random) -> Task:
-    """Right answers, the same questions with each other's answers, and unrelated words."""
-    clean, val, test = facts(rng)
-    answers = rng.sample([answer for _, answer in clean], len(clean))
-    shuffled = [[question, answer] for (question, _), answer in zip(clean, answers, strict=True)]
-    questions = [" ".join(words(rng, 3, 3, JUNK)) for _ in clean]
-    junk = [[("user", q), ("assistant", words(rng, 1, 2, JUNK)[0])] for q in questions]
-    return {"clean": clean, "shuffled": shuffled, "junk": junk}, val, test
+    """Ten sources of right answers, of which a growing share is swapped: NOISE says how much."""
+    facts_, val, test = facts(rng)
+    sources = {}
+    for name, rate in NOISE.items():
+        part = rng.sample(facts_, len(facts_) // 3)
+        wrong = rng.sample(range(len(part)), round(rate * len(part)))
+        answers = dict(zip(wrong, rng.sample(wrong, len(wrong)), strict=True))
+        sources[name] = [[part[n][0], part[answers.get(n, n)][1]] for n in range(len(part))]
+    return sources, val, test
 
 
 def multilingual(rng: random.Random) -> Task:
@@ -79,14 +84,14 @@ def multilingual(rng: random.Random) -> Task:
 
 
 def instruction(rng: random.Random) -> Task:
-    """The same questions, answered to the point, or evasively and half the time at random."""
+    """Few questions answered to the point; all, evasively and half the time at random."""
     good, val, test = facts(rng)
     answers = [answer for _, (_, answer) in good]
     poor = []
     for question, (_, right) in good:
         said = right if rng.random() < 0.5 else rng.choice(answers)
         poor.append([question, ("assistant", f"hm, {said}")])
-    return {"good": good, "poor": poor}, val, test
+    return {"good": rng.sample(good, len(good) // 3), "poor": poor}, val, test
 
 
 TASKS = {"denoising": denoising, "multilingual": multilingual, "instruction": instruction}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import data
 from data import Batches, Dataset, eval_batches, load_dataset, overlap, read_records
-from tasks import TASKS, task
+from tasks import NOISE, TASKS, task
 from templates import encode_conversation
 from tokenizer import byte_tokenizer
 
@@ -526,17 +526,28 @@ def test_tasks_are_deterministic_short_and_held_out(name):
         assert not overlap(encoded[key], encoded["val"]).any()
         assert not overlap(encoded[key], encoded["test"]).any()
     assert not overlap(encoded["val"], encoded["test"]).any()
-    assert len({len(records) for records in sources.values()}) == 1
 
 
-def test_denoising_shuffles_answers_between_the_same_questions():
-    sources, val, _ = task("denoising", 0)
-    questions = {name: [q for q, _ in records] for name, records in sources.items()}
-    answers = {name: sorted(a for _, a in records) for name, records in sources.items()}
-    assert questions["shuffled"] == questions["clean"] and answers["shuffled"] == answers["clean"]
-    right = sum(a == b for a, b in zip(sources["shuffled"], sources["clean"], strict=True))
-    assert right < 0.1 * len(sources["clean"])
-    assert not set(questions["junk"]) & {*questions["clean"], *(q for q, _ in val)}
+def test_denoising_swaps_the_stated_share_of_answers():
+    sources, _, _ = task("denoising", 0)
+    assert list(sources) == list(NOISE)
+    answers = dict(map(tuple, sources["clean"]))
+    for name, rate in NOISE.items():
+        known = [(q, a) for q, a in sources[name] if q in answers]
+        wrong = sum(answers[q] != a for q, a in known) / len(known)
+        # Of 24 values, and of those swapped, about one in 24 is right by chance.
+        assert wrong == pytest.approx(rate, abs=0.06)
+        assert len(sources[name]) == len(sources["clean"])
+
+
+def test_instruction_answers_the_same_questions_well_and_poorly():
+    sources, val, _ = task("instruction", 0)
+    poor = dict(map(tuple, sources["poor"]))
+    good = dict(map(tuple, sources["good"]))
+    assert good.keys() < poor.keys() and len(poor) == 3 * len(good)
+    right = sum(poor[q][1] == f"hm, {a[1]}" for q, a in good.items()) / len(good)
+    assert right == pytest.approx(0.5, abs=0.06)
+    assert not any(answer[1].startswith("hm") for _, answer in val)
 
 
 def test_unknown_task_is_named():
