@@ -108,7 +108,7 @@ def test_denoising_orders_the_sources_under_torchrun():
     assert len(rows(Path("out"))) == 60
     first = rows(Path("out"))[0]
     assert first["source_loss_w"] == first["source_loss_u"]
-    assert first["weights"] == {name: pytest.approx(1 / 3, abs=1e-6) for name in weights}
+    assert first["weights"] == {name: pytest.approx(0.1, abs=1e-6) for name in weights}
 
     again = run("--steps", 60, "--out", "out")
     assert again.returncode == 0 and "finished" in again.stdout and "clean" in again.stdout
