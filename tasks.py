@@ -20,7 +20,8 @@ FORMS = (
     "ask {x} {a}", "find {x} {a}", "get {x} {a}", "show {x} {a}", "tell {x} {a}", "name {x} {a}",
 )  # fmt: skip
 CONSONANTS = "bdfgklmnprstvz"
-# Share of answers swapped within each source of `denoising`. The authors' part k of ten has 0.2 k,
+JUNK = "chjqwxy"  # consonants of words without meaning
+# Share of answers swapped within each source of `graded`. The authors' part k of ten has 0.2 k,
 # at most 1.
 NOISE = {"clean": 0.0, "noisy20": 0.2, "noisy40": 0.4, "noisy60": 0.6, "noisy80": 0.8}
 NOISE |= {f"random{n}": 1.0 for n in range(1, 6)}
@@ -61,6 +62,16 @@ def facts(rng: random.Random, consonants: str = CONSONANTS, n_attributes: int = 
 
 
 def denoising(rng: random.Random) -> Task:
+    """Right answers, the same questions with each other's answers, and unrelated words."""
+    clean, val, test = facts(rng)
+    answers = rng.sample([answer for _, answer in clean], len(clean))
+    shuffled = [[question, answer] for (question, _), answer in zip(clean, answers, strict=True)]
+    questions = [" ".join(words(rng, 3, 3, JUNK)) for _ in clean]
+    junk = [[("user", q), ("assistant", words(rng, 1, 2, JUNK)[0])] for q in questions]
+    return {"clean": clean, "shuffled": shuffled, "junk": junk}, val, test
+
+
+def graded(rng: random.Random) -> Task:
     """Ten sources of right answers, of which a growing share is swapped: NOISE says how much."""
     facts_, val, test = facts(rng)
     sources = {}
@@ -94,4 +105,9 @@ def instruction(rng: random.Random) -> Task:
     return {"good": rng.sample(good, len(good) // 3), "poor": poor}, val, test
 
 
-TASKS = {"denoising": denoising, "multilingual": multilingual, "instruction": instruction}
+TASKS = {
+    "denoising": denoising,
+    "graded": graded,
+    "multilingual": multilingual,
+    "instruction": instruction,
+}
