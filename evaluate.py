@@ -5,6 +5,7 @@
     python evaluate.py mt-bench --model runs/x/model --questions question.jsonl \\
         --judge-url http://localhost:8000/v1 --judge-model some-model
     python evaluate.py generate --model runs/x/model --prompt "Once upon a time"
+    python evaluate.py plot runs/x runs/y
 
 Runs on one process, or under torchrun with the model sharded by FSDP2 over the ranks. Whatever is
 generated is appended to a file as it comes: the same command goes on from there, and a file can be
@@ -36,6 +37,7 @@ import data
 import journal
 import model as hf
 import mtbench
+import plots
 import shard
 import templates
 from inputs import DTYPES, cache_dir, source_paths
@@ -553,7 +555,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--temperature", type=float, default=0.0, help="0 = the likeliest token [0]")
     p.add_argument("--top-p", type=float, default=1.0, help="nucleus of the distribution [1]")
     p.add_argument("--seed", type=natural, default=0, help="[0]")
+
+    p = commands.add_parser("plot", help="weights and losses of runs, as a picture")
+    p.add_argument("run", nargs="+", type=Path, help="directories of train.py; runs that differ in "
+                   "their seed alone are drawn together")
+    p.add_argument("--out", type=Path, metavar="FILE", help="png, pdf or svg [weights.png, in the "
+                   "run's directory if there is one]")
     return parser.parse_args(argv)
+
+
+def plot_command(args: argparse.Namespace) -> int:
+    """Draw runs into one picture."""
+    folder = args.run[0] if len(args.run) == 1 else Path()
+    file = args.out or folder / "weights.png"
+    plots.plot(args.run, file)
+    print(file)
+    return 0
 
 
 COMMANDS = {"loss": loss_command, "gsm8k": problems_command, "math": problems_command,
@@ -565,6 +582,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     first = os.environ.get("RANK", "0") == "0"
     try:  # before the process group, whose ranks would time out while data is tokenised
+        if args.command == "plot":
+            return plot_command(args)
         work = COMMANDS[args.command](args)
     except ValueError as error:
         if not first:

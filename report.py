@@ -217,31 +217,6 @@ def slope(series: np.ndarray) -> tuple[float, float]:
     return drift, math.sqrt(residual @ residual / (BATCHES - 2) / (t @ t))
 
 
-def plot(out: Path) -> None:
-    """weights.png: weights and losses over the steps, where matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    rows = read_rows(out)
-    if "weights" not in rows[0]:
-        return
-    steps, names = [row["step"] for row in rows], list(rows[0]["weights"])
-    figure = Figure(figsize=(11, 4 + 0.15 * max(0, len(names) - 12)), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for i, name in enumerate(names):
-        style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3], "label": name}
-        left.plot(steps, [row["weights"][name] for row in rows], **style)
-        losses = [row["source_loss_w"][name] for row in rows]
-        right.plot(steps, [math.nan if x is None else x for x in losses], linewidth=0.8, **style)
-    val = [math.nan if row["val_loss"] is None else row["val_loss"] for row in rows]
-    right.plot(steps, val, color="black", label="validation")
-    left.set(xlabel="step", ylabel="source weight p", ylim=(0, 1))
-    right.set(xlabel="step", ylabel="loss under w (nats)", ylim=(0, None))
-    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    figure.savefig(out / "weights.png", dpi=120)
-
-
 def render(out: Path) -> str:
     """The report of a finished run, from its files."""
     shares = json.loads((out / "config.json").read_text()).get("mixture")

@@ -7,7 +7,7 @@
         --train alpaca=a.json math=b.jsonl --weights runs/x/weights.json --out runs/y
 
 The training loop; the algorithm is in bilevel.py and lisa.py, the flags in inputs.py. Writes to
---out: config.json, metrics.jsonl, weights.json or mixture.jsonl, weights.png, checkpoints/, model/.
+--out: config.json, metrics.jsonl, weights.json or mixture.jsonl, a picture, checkpoints/, model/.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import evaluate
 import mixture
 import model as hf
 import plan
+import plots
 import report
 import shard
 import templates
@@ -267,8 +268,8 @@ def main(argv: list[str] | None = None) -> int:
                 report.replace(args.out / "mixture.jsonl", mixture.as_jsonl(inputs.mixture))
         train(args, inputs, device, signals)
         if first:
-            report.plot(args.out)
-            last_words = report.render(args.out)
+            no_picture = draw(args)
+            last_words = "\n".join([report.render(args.out), *no_picture])
     except Stopped as stopped:
         code = 128 + (signals or [signal.SIGTERM])[0]
         last_words = f"{stopped}; the same command goes on from there"
@@ -284,6 +285,16 @@ def main(argv: list[str] | None = None) -> int:
         print(last_words, file=sys.stderr if code == 1 else sys.stdout, flush=True)
     dist.destroy_process_group()
     return code
+
+
+def draw(args: argparse.Namespace) -> list[str]:
+    """The picture of a finished run; or a line that says why there is none."""
+    name = "weights.png" if args.mode == "bilevel" else "losses.png"
+    try:
+        plots.plot([args.out], args.out / name)
+    except ValueError as error:
+        return [f"no {name}: {error}"]
+    return []
 
 
 def show_plan(args: argparse.Namespace) -> int:

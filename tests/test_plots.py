@@ -1,0 +1,127 @@
+"""The pictures of runs: what the bars say, that nothing written overlaps, and refusals."""
+
+import itertools
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+import evaluate
+import plots
+
+LONG = [
+    "GPTeacher-General-Instruct", "orca-math-word-problems-200k", "code_contests_$python$_filtered",
+    "a-very-long-name-of-a-source-which-nobody-would-type-twice-in-a-row",
+    *(f"Magicoder-Evol-Instruct-{i}K-filtered" for i in range(14)),
+]  # fmt: skip
+
+
+def write_run(path, names, steps=60, seed=0, learns=True, absent=0.0):
+    """The files of a run, as train.py leaves them."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for t in range(steps):
+        p = rng.dirichlet(np.arange(1, len(names) + 1))
+        losses = (3 / (1 + t) + rng.random(len(names))).tolist()
+        losses = [None if rng.random() < absent else x for x in losses]
+        row = {"step": t, "source_loss_w": dict(zip(names, losses, strict=True)), "finite": True}
+        if learns:
+            row |= {"weights": dict(zip(names, p.tolist(), strict=True)), "val_loss": 1.0}
+        else:
+            row |= {"train_loss": 1 + 1 / (1 + t)} | ({"val_loss": 1.5} if t % 9 == 0 else {})
+        rows.append(row)
+    path.mkdir(parents=True)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"seed": seed, "mode": "bilevel" if learns else "finetune", "out": str(path)}
+    config = {"flags": flags, "data": {f"train {name}": {"path": name} for name in names}}
+    config["mixture"] = None if learns else {
+        name: {"weight": 0.1, "samples": 10 * (i + 1)} for i, name in enumerate(names)
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def written(figure, monkeypatch) -> list:
+    """(text, box in pixels) of all that is written in a picture; all of it must be inside."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    figure.set_layout_engine("none")  # which draws to measure
+    drawn, draw = [], Text.draw
+    monkeypatch.setattr(Text, "draw", lambda text, *rest: drawn.append(text) or draw(text, *rest))
+    canvas.draw()
+    drawn = [text for text in drawn if text.get_text() and text.get_visible()]
+    boxes = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in drawn]
+    width, height = canvas.get_width_height()
+    for text, box in boxes:
+        assert min(box.x0, box.y0) >= 0 and box.x1 <= width and box.y1 <= height, text
+    return boxes
+
+
+@pytest.mark.parametrize("case", ["eighteen", "several", "one source, one step"])
+def test_no_two_texts_overlap(tmp_path, monkeypatch, case):
+    long_path = tmp_path / "/".join(["directory"] * 30)
+    paths = {
+        "eighteen": [write_run(long_path, LONG, absent=0.5)],
+        "several": [write_run(tmp_path / str(s), LONG[:3], seed=s) for s in range(3)]
+        + [write_run(tmp_path / "tuned", LONG, learns=False), write_run(tmp_path / "b", LONG[:6])],
+        "one source, one step": [write_run(tmp_path / "one", ["only"], steps=1)],
+    }[case]
+    boxes = written(plots.figure_of([plots.read_run(path) for path in paths]), monkeypatch)
+    assert len(boxes) > 8 + len(paths)
+    for (a, box_a), (b, box_b) in itertools.combinations(boxes, 2):
+        assert not box_a.shrunk(0.98, 0.8).overlaps(box_b), (a, b)
+
+
+def test_what_a_bar_says(tmp_path):
+    runs = [plots.read_run(write_run(tmp_path / str(s), ["a", "b"], 100, s)) for s in range(3)]
+    series = [[row["weights"]["a"] for row in run.rows] for run in runs]
+    value, se, final = plots.bar(runs[:1], "a")
+    parts = np.array(series[0][-20:]).reshape(10, 2).mean(1)  # batch means
+    assert value == pytest.approx(np.mean(series[0][-20:]))
+    assert se == pytest.approx(parts.std(ddof=1) / math.sqrt(10))
+    assert final == [series[0][-1]]
+    value, se, final = plots.bar(runs, "a")
+    means = np.array([np.mean(s[-20:]) for s in series])
+    assert value == pytest.approx(means.mean())
+    assert se == pytest.approx(means.std(ddof=1) / math.sqrt(3))
+    assert final == [s[-1] for s in series]
+    tuned = plots.read_run(write_run(tmp_path / "tuned", ["a", "b", "c"], learns=False))
+    assert plots.bar([tuned], "c") == (0.5, None, [])
+
+
+def test_plot_writes_a_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "x", ["a", "b"])
+    write_run(tmp_path / "y", ["a", "b"], learns=False)
+    assert evaluate.main(["plot", "x"]) == 0
+    assert evaluate.main(["plot", "x", "y", "--out", "both.png"]) == 0
+    for file in (tmp_path / "x/weights.png", tmp_path / "both.png"):
+        assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert capsys.readouterr().out.splitlines() == ["x/weights.png", "both.png"]
+
+
+def test_what_cannot_be_drawn_is_one_line_each(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "x", ["a", "b"])
+    write_run(tmp_path / "new", ["a"], steps=0)
+    write_run(tmp_path / "broken", ["a"])
+    (tmp_path / "broken/metrics.jsonl").write_text('{"step": 0, "wei')
+    for args, expected in (
+        (["nowhere", "new", "broken"],
+         ["nowhere: not the directory of a run", "new: the run has not done a step yet",
+          "broken: not the directory of a run"]),
+        (["x", "--out", "no/such/p.png"], ["no/such/p.png: No such file or directory"]),
+    ):  # fmt: skip
+        assert evaluate.main(["plot", *args]) == 2
+        assert capsys.readouterr().err.splitlines() == expected
+    assert evaluate.main(["plot", "x", "--out", "p.xyz"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert evaluate.main(["plot", "x"]) == 2
+    assert capsys.readouterr().err.splitlines() == [plots.NEEDS]
