@@ -122,6 +122,6 @@ def test_what_cannot_be_drawn_is_one_line_each(tmp_path, capsys, monkeypatch):
         assert capsys.readouterr().err.splitlines() == expected
     assert evaluate.main(["plot", "x", "--out", "p.xyz"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert evaluate.main(["plot", "x"]) == 2
     assert capsys.readouterr().err.splitlines() == [plots.NEEDS]
