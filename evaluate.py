@@ -130,7 +130,7 @@ def data_paths(items: list[str]) -> dict[str, Path]:
 
 
 def source_of_line(path: Path) -> dict[int, str]:
-    """{line: source} of a file whose records say which source they are from, like a mixture."""
+    """{line: source} of a file whose records all have a key "source"; {} of any other."""
     sources = {}
     for line, record in data.json_values(path, data.Problems()):
         if not isinstance(record.get("source"), str):
@@ -173,6 +173,9 @@ def loss_command(args: argparse.Namespace) -> Work:
         say(*(f"note: {name}, {label}: {count} records left out: {reason}"
               for (name, label), dataset in datasets.items()
               for reason, count in dataset.dropped.items() if count))  # fmt: skip
+        if len({c.template for c in checkpoints}) > 1:
+            used = ", ".join(f"{c.name} {c.template}" for c in checkpoints)
+            say(f"note: the templates differ: {used}; --template sets one for all")
         return 0
 
     return work
@@ -459,7 +462,9 @@ def local_file(name: str) -> Path:
     if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+/[\w./-]+", name):
         return Path(name)
     from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # not a line for each retry
     owner, dataset, file = name.split("/", 2)
     try:
         return Path(hf_hub_download(f"{owner}/{dataset}", file, repo_type="dataset"))
@@ -494,24 +499,9 @@ def at_least(least: float, kind: type = int) -> Callable[[str], float]:
     return number
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def task_flags(commands: argparse._SubParsersAction, shape: argparse.ArgumentParser) -> None:
+    """gsm8k, math and mt-bench, with the flags that they share."""
     positive, natural = at_least(1), at_least(0)
-    parser = argparse.ArgumentParser(description="Judge a model on held-out data, or let it talk.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    shape = argparse.ArgumentParser(add_help=False)
-    shape.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
-                       help="of the parameters; auto: bf16 on GPUs, fp32 on CPUs [auto]")
-    shape.add_argument("--template", choices=templates.TEMPLATES,
-                       help="[the one that the model was trained with, else alpaca]")
-
-    p = commands.add_parser("loss", parents=[shape], help="mean sample loss and perplexity")
-    p.add_argument("--model", nargs="+", required=True, help="directories or hub ids")
-    p.add_argument("--data", nargs="+", required=True, metavar="[NAME=]PATH",
-                   help="records; a directory or quoted glob stands for its train_*.json(l)")
-    p.add_argument("--max-length", type=positive, default=512,
-                   help="tokens of a sample, at most the model's positions [512]")
-    p.add_argument("--micro-batch-size", type=positive, default=8, help="samples of a forward [8]")
-
     kept = argparse.ArgumentParser(add_help=False, parents=[shape])
     kept.add_argument("--model", help="a directory or hub id")
     kept.add_argument("--limit", type=positive, help="take the first so many questions [all]")
@@ -547,6 +537,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                    "[8]")
     p.add_argument("--seed", type=natural, default=0, help="of the answers at temperature > 0 [0]")
 
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    positive, natural = at_least(1), at_least(0)
+    parser = argparse.ArgumentParser(description="Judge a model on held-out data, or let it talk.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    shape = argparse.ArgumentParser(add_help=False)
+    shape.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
+                       help="of the parameters; auto: bf16 on GPUs, fp32 on CPUs [auto]")
+    shape.add_argument("--template", choices=templates.TEMPLATES,
+                       help="[that of the model, as far as its files tell, else alpaca]")
+
+    p = commands.add_parser("loss", parents=[shape], help="mean sample loss and perplexity")
+    p.add_argument("--model", nargs="+", required=True, help="directories or hub ids")
+    p.add_argument("--data", nargs="+", required=True, metavar="[NAME=]PATH",
+                   help="records; a directory or quoted glob stands for its train_*.json(l)")
+    p.add_argument("--max-length", type=positive, default=512,
+                   help="tokens of a sample, at most the model's positions [512]")
+    p.add_argument("--micro-batch-size", type=positive, default=8, help="samples of a forward [8]")
+
+    task_flags(commands, shape)
     p = commands.add_parser("generate", parents=[shape], help="continue prompts")
     p.add_argument("--model", required=True, help="a directory or hub id")
     p.add_argument("--prompt", nargs="+", required=True,

@@ -192,12 +192,22 @@ def chat_template(template: str, add_bos: bool = False) -> str:
 
 
 def trained_with(directory: Path) -> str:
-    """The template of a model that `save_tokenizer` has seen; "alpaca" of any other."""
+    """The template of a model: by name where `save_tokenizer` has seen it, else the one whose
+    control tokens its chat template has, else "alpaca"."""
     try:
-        name = json.loads((directory / "tokenizer_config.json").read_text())["scalebio_template"]
-    except (OSError, ValueError, KeyError):
+        config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return "alpaca"
-    return name if name in TEMPLATES else "alpaca"
+    if config.get("scalebio_template") in TEMPLATES:
+        return config["scalebio_template"]
+    jinja, file = str(config.get("chat_template")), directory / "chat_template.jinja"
+    if file.is_file():
+        jinja += file.read_text(encoding="utf-8")
+    for name, style in TEMPLATES.items():
+        marks = CONTROL.findall(style.before["user"])
+        if marks and marks[0] in jinja:
+            return name
+    return "alpaca"
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike, template: str) -> None:

@@ -144,6 +144,19 @@ def test_loss_takes_a_directory_of_sources(checkpoint, records, here):
     assert [line.split()[0] for line in out.splitlines()[2:]] == ["code", "math", "val"]
 
 
+def test_the_template_is_told_by_the_models_files(tmp_path):
+    def told(**config):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        return templates.trained_with(tmp_path)
+
+    assert told(scalebio_template="plain", chat_template="<|im_start|>") == "plain"
+    assert told(chat_template="{{ '<|im_start|>' + message.role }}") == "chatml"
+    assert told(chat_template=[{"name": "default", "template": "<start_of_turn>"}]) == "gemma"
+    assert told(chat_template="[INST] {{ message }}") == told() == "alpaca"
+    (tmp_path / "chat_template.jinja").write_text("<|start_header_id|>user<|end_header_id|>")
+    assert told() == "llama3"
+
+
 # ---------------------------------------------------------------------------------------------
 # Generation
 
