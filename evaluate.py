@@ -587,26 +587,28 @@ COMMANDS = {"loss": loss_command, "gsm8k": problems_command, "math": problems_co
             "mt-bench": mtbench_command, "generate": generate_command}  # fmt: skip
 
 
+def refuse(error: ValueError) -> int:
+    """Say what is wrong, once where all ranks find it. Returns the exit code."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(10)  # torchrun ends the other ranks when rank 0 leaves
+    print(error, file=sys.stderr)
+    return 2
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a judge that failed, 2 bad input."""
     args = parse(argv)
-    first = os.environ.get("RANK", "0") == "0"
     try:  # before the process group, whose ranks would time out while data is tokenised
         if args.command == "plot":
             return plot_command(args)
         work = COMMANDS[args.command](args)
     except ValueError as error:
-        if not first:
-            time.sleep(10)  # rank 0 prints, and torchrun ends the other ranks when it leaves
-        else:
-            print(error, file=sys.stderr)
-        return 2
+        return refuse(error)
     device = shard.start(timeout=1800)
     try:
         return work(device)
     except ValueError as error:
-        print(error, file=sys.stderr, end="\n" * first)
-        return 2
+        return refuse(error)
     except KeyboardInterrupt:
         shard.leave(130)
     finally:
