@@ -1,5 +1,7 @@
 """Two ranks against one, and sharded models against dense ones. Real processes, on gloo."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 import data
 import model as hf
 import pretrained
+import tasks
 import templates
 from tests.worker import FAMILIES
 
@@ -23,17 +26,26 @@ def run(ranks: int, what: str, out: Path, *rest) -> list[dict]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         command = [sys.executable, *launcher, str(WORKER)]
     command += [what, str(out), *map(str, rest)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    env = os.environ | {"XDG_CACHE_HOME": str(out.with_name("cache"))}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(f"{out}.{rank}.pt") for rank in range(ranks)]
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A random checkpoint of each of the two families, with the byte tokenizer."""
-    paths = []
+    """A random checkpoint of each of the two families, with the byte tokenizer; beside them a
+    folder of records to train on."""
+    folder, paths = tmp_path_factory.mktemp("checkpoints"), []
+    (folder / "records").mkdir()
+    sources, val, test = tasks.task("denoising", 0)
+    groups = {f"train_{name}": records for name, records in sources.items()}
+    for name, records in (groups | {"val": val, "test": test}).items():
+        lines = [json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]})
+                 for turns in records[:100]]  # fmt: skip
+        (folder / "records" / f"{name}.jsonl").write_text("\n".join(lines))
     for family in ("gpt2", "llama"):
-        path = tmp_path_factory.mktemp(family) / "model"
+        path = folder / family
         config = hf.ModelConfig.from_hf(FAMILIES[family])
         hf.save_pretrained(hf.build(config, hf.random_weights(config, 0)), path)
         templates.save_tokenizer(data.byte_tokenizer(), path, "plain")
@@ -42,10 +54,17 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trajectories(checkpoints, tmp_path_factory):
-    out = tmp_path_factory.mktemp("trajectories")
-    one = run(1, "trajectories", out / "one", *checkpoints)[0]
-    two = run(2, "trajectories", out / "two", *checkpoints)
+def results(checkpoints, tmp_path_factory):
+    """What one rank finds, and each of two: {what: result}. One start for all that needs one."""
+    out = tmp_path_factory.mktemp("results")
+    one = run(1, "trajectories,bf16", out / "one", *checkpoints)
+    two = run(2, "trajectories,bf16,dense", out / "two", *checkpoints)
+    return [*one, *two]
+
+
+@pytest.fixture
+def trajectories(results):
+    one, *two = [result["trajectories"] for result in results]
     return one, two
 
 
@@ -99,19 +118,21 @@ def test_loading_holds_one_full_tensor_beside_the_shards(tmp_path):
     slack = 16e6  # FSDP's and the allocator's own, and the interpreter's
     for ranks in (1, 2):
         for used in run(ranks, "load", tmp_path / "load", tmp_path / "model"):
+            used = used["load"]
             assert used["shards"] < used["peak"] < used["shards"] + used["largest"] + slack
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_bf16_trains_through_lisa_switches_as_a_dense_model_does(tmp_path, ranks):
+def test_bf16_trains_through_lisa_switches_as_a_dense_model_does(results):
     """Differences come from the write-back's noise, which differs by shard, and rounding: a few
     bf16 steps of 2^-9 relative, where the parameters moved by far more."""
-    for differ in run(ranks, "bf16", tmp_path / "bf16"):
+    for result in results:
+        differ = result["bf16"]
         assert len(differ) == 2 and max(differ.values()) < 0.1, differ
 
 
-def test_sharded_matches_dense_for_every_family(tmp_path):
+def test_sharded_matches_dense_for_every_family(results):
     """Losses, gradients, and what is computed and saved after evaluating, switching, stepping."""
-    for differ in run(2, "dense", tmp_path / "dense"):
-        assert len(differ) == 2 * 4 * len(FAMILIES)
+    for result in results[1:]:
+        differ = result["dense"]
+        assert len(differ) == 4 * (len(FAMILIES) + 2)
         assert {key: d for key, d in differ.items() if not d <= 1e-12} == {}

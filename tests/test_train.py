@@ -94,7 +94,7 @@ def rows(out: Path) -> list[dict]:
 
 def test_denoising_orders_the_sources_under_torchrun():
     """The README's command, shortened: the clean source leads, and the test loss falls."""
-    done = run("--steps", 60, "--out", "out", ranks=2)
+    done = run("--steps", 40, "--out", "out", ranks=2)
     assert done.returncode == 0, done.stderr
     result = json.loads(Path("out/weights.json").read_text())
     weights = result["weights"]
@@ -104,16 +104,16 @@ def test_denoising_orders_the_sources_under_torchrun():
     assert after < 0.5 * before
     for text in ("clean", "interleave_probs", "dataset_mixer", "held-out test loss", "█"):
         assert text in done.stdout
-    assert len(rows(Path("out"))) == 60
+    assert len(rows(Path("out"))) == 40
     first = rows(Path("out"))[0]
     assert first["source_loss_w"] == first["source_loss_u"]
     assert first["weights"] == {name: pytest.approx(1 / 3, abs=1e-6) for name in weights}
 
-    again = run("--steps", 60, "--out", "out")
+    again = run("--steps", 40, "--out", "out")
     assert again.returncode == 0 and "finished" in again.stdout and "clean" in again.stdout
-    other = run("--steps", 61, "--alpha", 30, "--out", "out")
+    other = run("--steps", 41, "--alpha", 30, "--out", "out")
     assert other.returncode == 2
-    assert "--steps was 60, now 61" in other.stderr
+    assert "--steps was 40, now 41" in other.stderr
     assert "--alpha was 10.0, now 30.0" in other.stderr
 
 

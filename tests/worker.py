@@ -1,10 +1,10 @@
 """What the distributed tests run, on one process or under torchrun. Not a test itself.
 
-    python tests/worker.py trajectories OUT CHECKPOINT...
-    torchrun --nproc_per_node=2 tests/worker.py dense OUT
+    python tests/worker.py trajectories,bf16 OUT CHECKPOINT...
+    torchrun --nproc_per_node=2 tests/worker.py trajectories,bf16,dense OUT CHECKPOINT...
     torchrun --nproc_per_node=2 tests/worker.py load OUT CHECKPOINT
 
-Each rank writes its results to OUT.<rank>.pt.
+Each rank writes its results, {what: result}, to OUT.<rank>.pt.
 """
 
 import copy
@@ -63,12 +63,16 @@ FAMILIES = {
 
 
 def trajectory(checkpoint: str, dtype: str, micro: int, pad_to: int, steps: int = 5) -> dict:
-    """Every parameter of w and u, and λ, after a few steps of train.py's own loop."""
+    """Every parameter of w and u, and λ, after a few steps of train.py's own loop, on the records
+    beside the checkpoint."""
     out = Path(checkpoint) / f"{dtype}-{micro}-{pad_to}-{steps}-{dist.get_world_size()}"
+    records = Path(checkpoint).with_name("records")
     args = train.parse(
-        f"--model {checkpoint} --template plain --max-length 64 --steps {steps} --dtype {dtype} "
-        f"--lr-w 1e-3 --lr-u 1e-3 --lr-lambda 2e-2 --lisa-interval 2 --lisa-layers 1 --alpha 1 "
-        f"--batch-size 32 --val-batch-size 32 --micro-batch-size {micro} --out {out}".split()
+        f"--model {checkpoint} --train {records} --val {records}/val.jsonl "
+        f"--test {records}/test.jsonl --template plain --steps {steps} --dtype {dtype} "
+        f"--max-length 64 --lr-w 1e-3 --lr-u 1e-3 --lr-lambda 2e-2 --lisa-interval 2 "
+        f"--lisa-layers 1 --alpha 1 --batch-size 32 --val-batch-size 32 "
+        f"--micro-batch-size {micro} --out {out}".split()
     )
     inputs = train.prepare(args, dist.get_world_size())
     dist.barrier()  # no rank writes before all have looked
@@ -118,7 +122,8 @@ def pair(family: str, gather_once: bool):
 def dense(_: list[str]) -> dict:
     """Sharded against dense models: relative differences, by what was compared."""
     differ = {}
-    for family, gather_once in itertools.product(FAMILIES, (True, False)):
+    once = [(family, True) for family in ("llama", "llama-tied")]  # tied or not, FSDP groups differ
+    for family, gather_once in [(family, False) for family in FAMILIES] + once:
         sharded, whole = pair(family, gather_once)
         key = family, "gathered once" if gather_once else "gathered each time"
         losses = [model(batch(0).tokens, batch(0).labels) for model in (sharded, whole)]
@@ -245,7 +250,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     shard.start(timeout=120)
     what, out, *rest = sys.argv[1:]
-    result = {"trajectories": trajectories, "dense": dense, "bf16": bf16, "load": load}[what](rest)
+    do = {"trajectories": trajectories, "dense": dense, "bf16": bf16, "load": load}
+    result = {name: do[name](rest) for name in what.split(",")}
     torch.save(result, f"{out}.{dist.get_rank()}.pt")
     dist.destroy_process_group()
     shard.leave(0)
