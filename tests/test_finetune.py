@@ -1,0 +1,224 @@
+"""train.py --mode finetune: the pipeline from learned weights to a model, and its refusals."""
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import inputs
+import mixture
+import model as hf
+import templates
+import train
+from tests.worker import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(*args, ranks: int = 0) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *(launcher if ranks else []), str(ROOT / "train.py")]
+    return subprocess.Popen([*command, *map(str, args)], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    return said
+
+
+def rows(out: str) -> list[dict]:
+    """metrics.jsonl but for times and memory."""
+    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    drop = {"seconds", "tokens_per_s", "peak_memory"}
+    return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in lines]
+
+
+def checkpoint(folder: Path, family: str) -> None:
+    config = hf.ModelConfig.from_hf(FAMILIES[family])
+    hf.save_pretrained(hf.build(config, hf.random_weights(config, 0)), folder)
+    templates.save_tokenizer(data.byte_tokenizer(), folder, "alpaca")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A folder in which weights were learned with one model, and another was tuned with them."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        checkpoint(folder / "small", "llama")
+        checkpoint(folder / "other", "gpt2")
+        for name in ("a", "b", "val", "test"):
+            records = [{"text": f"{name} {'and on ' * (i % 5)}{i}"} for i in range(30)]
+            Path(f"{name}.json").write_text(json.dumps(records))
+        data_flags = ["--train", "a=a.json", "b=b.json", "--template", "plain", "--max-length", 64]
+        finish(start("--model", "small", *data_flags, "--val", "val.json", "--out", "learned",
+                     "--steps", 3, "--batch-size", 8, "--val-batch-size", 8))  # fmt: skip
+        tune = [*data_flags, "--mode", "finetune", "--model", "other", "--lr-w", 1e-2,
+                "--weights", "learned/weights.json"]  # fmt: skip
+        usual = [*tune, "--samples", 40, "--batch-size", 8, "--micro-batch-size", 3, "--epochs", 2,
+                 "--lisa-interval", 2, "--val", "val.json", "--test", "test.json"]  # fmt: skip
+        said = finish(start(*usual, "--out", "tuned"))
+        yield tune, usual, said
+
+
+def test_the_pipeline_and_the_files_it_leaves(pipeline, capsys):
+    tune, usual, said = pipeline
+    weights = json.loads(Path("learned/weights.json").read_text())["weights"]
+    parts = mixture.apportion(weights, 40)
+    config = json.loads(Path("tuned/config.json").read_text())
+    assert config["mixture"] == {
+        name: {"weight": pytest.approx(weights[name]), "samples": parts[name]} for name in "ab"
+    }
+    drawn = [json.loads(line) for line in Path("tuned/mixture.jsonl").read_text().splitlines()]
+    assert Counter(entry["source"] for entry in drawn) == parts
+    assert len({(entry["source"], entry["line"]) for entry in drawn}) == 40
+    assert not Path("tuned/weights.json").exists()
+
+    table = rows("tuned")
+    assert len(table) == 10  # two epochs of five batches
+    assert table[-1]["train_loss"] < table[0]["train_loss"]
+    assert [row["step"] for row in table if "test_loss" in row] == [0, 9]
+    assert all("val_loss" in row for row in table)
+    before, after = table[0]["val_loss"], table[-1]["val_loss"]
+    assert f"validation loss:    {before:.4f} before, {after:.4f} after" in said
+    for text in ("held-out test loss: ", "training loss: ", "mixture.jsonl", "█"):
+        assert text in said
+    assert train.main([str(x) for x in [*usual, "--out", "tuned"]]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "tuned is a finished run."
+
+
+def test_it_matches_a_loop_with_adamw_on_one_process(pipeline):
+    """Two ranks, an odd last batch with a filler, several micro-batches; everything trains."""
+    tune, _, _ = pipeline
+    exact = [*tune, "--lisa-layers", 0, "--dtype", "fp64", "--clip", 0.5, "--samples", 21,
+             "--batch-size", 8, "--micro-batch-size", 3, "--seed", 4, "--out", "exact"]  # fmt: skip
+    finish(start(*exact, ranks=2))
+
+    args = inputs.parse([str(x) for x in exact])
+    found = inputs.prepare(args, 1)
+    lines = Path("exact/mixture.jsonl").read_text()
+    assert lines == mixture.as_jsonl(found.mixture)  # whatever the number of ranks
+    model = hf.from_pretrained("other", torch.float64)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=5e-4)
+    batches = mixture.MixtureBatches(list(found.mixture.values()), 8, 8, seed=4)
+    losses = []
+    for step in range(3):
+        opt.param_groups[0]["lr"] = 1e-2 * train.lr_factor(step, 3, 0.03, "cosine")
+        ((batch,), _, _) = batches.step(step)
+        loss = model(batch.tokens, batch.labels).mean()
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        opt.step()
+        losses.append(loss.item())
+    assert [row["train_loss"] for row in rows("exact")] == pytest.approx(losses, rel=1e-9)
+    saved = hf.from_pretrained("exact/model", torch.float64)
+    for ours, theirs in zip(saved.parameters(), model.parameters(), strict=True):
+        # Clipping by torch divides by the norm + 1e-6.
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_killed_it_resumes_to_the_same_bits(pipeline):
+    _, usual, _ = pipeline
+    process = start(*usual, "--out", "killed", "--save-every", 2)
+    end, file = time.time() + 120, Path("killed/metrics.jsonl")
+    while not (file.exists() and file.read_text().count("\n") >= 5) and process.poll() is None:
+        assert time.time() < end
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert "goes on from killed/checkpoints/step-" in finish(
+        start(*usual, "--out", "killed", "--save-every", 2)
+    )
+    assert rows("killed") == rows("tuned")
+    assert Path("killed/mixture.jsonl").read_text() == Path("tuned/mixture.jsonl").read_text()
+    old, new = (load_file(f"{out}/model/model.safetensors") for out in ("tuned", "killed"))
+    assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
+
+
+def test_the_tuned_model_opens_in_transformers(pipeline):
+    """And says the same, greedily."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("tuned/model").eval()
+    ours = hf.from_pretrained("tuned/model")
+    tok = data.load_tokenizer("tuned/model")
+    prompts = [tok.encode(text) for text in ("a", "b and on", "b")]
+    said = hf.generate(ours, prompts, 24)
+    for prompt, new in zip(prompts, said, strict=True):
+        out = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24)
+        assert out[0, len(prompt):].tolist()[: len(new)] == new
+
+
+def refusal(args: list, capsys) -> list[str]:
+    assert train.main([str(x) for x in args]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    return err.splitlines()
+
+
+def test_other_weights_are_another_run(pipeline, capsys):
+    _, usual, _ = pipeline
+    args = [*usual, "--out", "tuned"]
+    lines = refusal([*args[: args.index("--weights") + 1], "a=1,b=3",
+                     *args[args.index("--weights") + 2 :]], capsys)  # fmt: skip
+    assert [line.split(" was ")[0] for line in lines] == [
+        f"--out tuned holds another run: the weight of {name}" for name in "ab"
+    ]
+
+
+def test_all_problems_are_printed_together(pipeline, capsys):
+    tune, _, _ = pipeline
+    spoilt = [*tune, "--samples", 0, "--batch-size", 0, "--alpha", 10, "--val-batch-size", 8,
+              "--weights", "c=0.5,b=-1", "--out", "new"]  # fmt: skip
+    assert refusal(spoilt, capsys) == [
+        "--val-batch-size makes no sense with --mode finetune",
+        "--alpha makes no sense with --mode finetune",
+        "--batch-size 0: permitted is a whole number above 0",
+        "--samples 0: permitted is a whole number above 0",
+        "--weights c=0.5,b=-1: no source is called c: there are a, b",
+        "--weights c=0.5,b=-1: the weight of b is -1.0: permitted is a number of at least 0",
+    ]
+    assert refusal(["--mode", "finetune", "--out", "new"], capsys) == [
+        f"--weights is missing: --mode finetune needs {mixture.PERMITTED}"
+    ]
+    assert refusal(["--weights", "uniform", "--repeat", "--out", "new"], capsys) == [
+        "--weights makes no sense with --mode bilevel",
+        "--repeat makes no sense with --mode bilevel",
+    ]
+    lines = refusal([*tune, "--weights", "learned/weights.json", "--out", "new",
+                     "--train", "a=a.json", "c=b.json"], capsys)  # fmt: skip
+    assert lines == ["--weights learned/weights.json: it is about the sources a, b, but those to "
+                     "train on are a, c"]  # fmt: skip
+    assert not Path("new").exists()
+
+
+def test_a_built_in_task_and_its_notes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = inputs.parse(["--mode", "finetune", "--weights", "clean=1", "--samples", "90000"])
+    found = inputs.prepare(args, 1)
+    n = len(found.sources["clean"])
+    assert args.out == Path("runs/denoising-finetune-seed0")
+    assert {name: len(part) for name, part in found.mixture.items()} == {"clean": n}
+    assert len(found.notes) == 1
+    assert f"clean is short: 90000 samples by its weight, but it has {n}" in found.notes[0]
+
+
+def test_the_plan_counts_one_copy(capsys):
+    one, two = {}, {}
+    for sizes, mode in (one, "finetune"), (two, "bilevel"):
+        assert train.main(["--plan", "--json", "--mode", mode]) == 0
+        sizes |= json.loads(capsys.readouterr().out)["components"]
+    for name in ("parameters", "masters", "AdamW moments"):
+        assert 2 * one[name] == two[name]
+    assert one["activations"] == two["activations"] and one["gradients"] < two["gradients"]
