@@ -37,7 +37,7 @@ from tokenizer import Tokenizer, Turns, byte_tokenizer, load_tokenizer
 __all__ = ["Batches", "Dataset", "MicroBatch", "Problems", "byte_tokenizer", "eval_batches",
            "json_values", "load_dataset", "load_tokenizer", "overlap", "read_records"]
 
-FORMAT_VERSION = 1  # of a cache entry; raise it when the arrays or the tokenisation change
+FORMAT_VERSION = 2  # of a cache entry; raise it when the arrays or the tokenisation change
 CHUNK = 1 << 20  # characters read at a time
 IGNORE = -100  # label of a position without loss
 
@@ -279,7 +279,8 @@ class Dataset:
     starts: np.ndarray  # int64, where each sample starts in `tokens`
     lengths: np.ndarray  # int64
     hashes: np.ndarray  # uint64, of each whole record before truncation
-    lines: np.ndarray  # int64, line number of each record in the file
+    lines: np.ndarray  # int64, the line of the file in which each record starts, from 1
+    numbers: np.ndarray  # int64, which record of the file each is, from 1
     max_length: int
     path: str = ""
     sha256: str = ""  # of the file's contents
@@ -296,7 +297,7 @@ class Dataset:
 
     def select(self, which: np.ndarray) -> Dataset:
         """The samples of an index or boolean array, sharing the tokens."""
-        names = ("starts", "lengths", "hashes", "lines")
+        names = ("starts", "lengths", "hashes", "lines", "numbers")
         return replace(self, **{name: getattr(self, name)[which] for name in names})
 
     @classmethod
@@ -318,7 +319,8 @@ class Dataset:
         return cls(starts=starts, max_length=max_length, **arrays, **rest)
 
 
-ARRAYS = {"tokens": np.int32, "lengths": np.int64, "hashes": np.uint64, "lines": np.int64}
+ARRAYS = {"tokens": np.int32, "lengths": np.int64, "hashes": np.uint64, "lines": np.int64,
+          "numbers": np.int64}
 
 
 def _tokenise(
@@ -330,24 +332,25 @@ def _tokenise(
     size: int = 4096,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The arrays of a Dataset, a part of `size` records at a time."""
-    records = iter(records)
+    records = enumerate(records, start=1)
     yield {name: np.zeros(0, dtype) for name, dtype in ARRAYS.items()}  # there may be no records
     while part := list(itertools.islice(records, size)):
         answered = []
-        for line, turns in part:
+        for number, (line, turns) in part:
             turns = _up_to_last_answer(turns)
             if turns and all(text.strip() for role, text in turns if role in ANSWERS):
-                answered.append((line, turns))
+                answered.append((number, line, turns))
         dropped["empty answer"] += len(part) - len(answered)
-        samples = encode_conversations(tokenizer, template, [t for _, t in answered], max_length)
+        samples = encode_conversations(tokenizer, template, [t for *_, t in answered], max_length)
         kept = [n for n, (_, has_loss) in enumerate(samples) if any(has_loss)]
         dropped["no response token left after truncation"] += len(answered) - len(kept)
         stored = [np.where(samples[n][1], samples[n][0], ~np.array(samples[n][0])) for n in kept]
         yield {
             "tokens": np.concatenate([np.zeros(0, np.int32), *stored]).astype(np.int32),
             "lengths": np.array([len(tokens) for tokens in stored], np.int64),
-            "hashes": np.array([_record_hash(answered[n][1]) for n in kept], np.uint64),
-            "lines": np.array([answered[n][0] for n in kept], np.int64),
+            "hashes": np.array([_record_hash(answered[n][2]) for n in kept], np.uint64),
+            "lines": np.array([answered[n][1] for n in kept], np.int64),
+            "numbers": np.array([answered[n][0] for n in kept], np.int64),
         }
 
 

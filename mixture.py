@@ -156,11 +156,12 @@ def draw(
 
 
 def as_jsonl(drawn: dict[str, Dataset]) -> str:
-    """A line for each sample: its source, and the line of its record in the source's file."""
+    """A line for each sample: its source, and its record's number and line in the source's file,
+    both from 1."""
     return "".join(
-        json.dumps({"source": name, "line": line}, ensure_ascii=False) + "\n"
+        json.dumps({"source": name, "record": number, "line": line}, ensure_ascii=False) + "\n"
         for name, source in drawn.items()
-        for line in source.lines.tolist()
+        for number, line in zip(source.numbers.tolist(), source.lines.tolist(), strict=True)
     )
 
 

@@ -235,6 +235,7 @@ def test_unusable_records_are_counted_by_reason(write, tmp_path):
     dataset = load(write(records), tmp_path / "cache")
     assert dataset.dropped == {"empty answer": 1, "no response token left after truncation": 1}
     assert dataset.lines.tolist() == [1, 2, 5] and dataset.duplicates == 1
+    assert dataset.numbers.tolist() == dataset.lines.tolist()  # dropped records count too
     assert dataset.example(2)[1][-2:].tolist() == list(b"hi")  # cut before its end token
     chats = [{"messages": CHAT["messages"] + [{"role": "user", "content": "bye"}]},
              {"messages": [{"role": "user", "content": "nobody answers"}]}]
@@ -270,7 +271,7 @@ def test_cache_is_built_once_and_mapped_again(write, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_build_entry", None)  # another build would fail
     again = load(path, cache)
     assert isinstance(again.tokens, np.memmap)
-    for name in ("tokens", "starts", "lengths", "hashes", "lines"):
+    for name in ("tokens", "starts", "lengths", "hashes", "lines", "numbers"):
         assert (getattr(again, name) == getattr(built, name)).all()
     assert (again.dropped, again.duplicates, again.sha256) == (
         built.dropped, built.duplicates, built.sha256

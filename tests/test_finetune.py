@@ -82,7 +82,8 @@ def test_the_pipeline_and_the_files_it_leaves(pipeline, capsys):
     }
     drawn = [json.loads(line) for line in Path("tuned/mixture.jsonl").read_text().splitlines()]
     assert Counter(entry["source"] for entry in drawn) == parts
-    assert len({(entry["source"], entry["line"]) for entry in drawn}) == 40
+    assert len({(entry["source"], entry["record"]) for entry in drawn}) == 40
+    assert {entry["line"] for entry in drawn} == {1}  # the files are arrays on one line
     assert not Path("tuned/weights.json").exists()
 
     table = rows("tuned")

@@ -128,7 +128,8 @@ def test_a_draw_is_without_replacement_and_depends_on_its_own_source_alone():
     repeated = mixture.draw(sources, {"a": 0, "b": 0, "c": 1}, 13, repeat=True)[0]["c"]
     assert sorted(Counter(repeated.lines.tolist()).values()) == [2, 2, 3, 3, 3]
     lines = mixture.as_jsonl(drawn).splitlines()
-    assert json.loads(lines[0]) == {"source": "a", "line": drawn["a"].lines[0]}
+    first = drawn["a"].lines[0]
+    assert json.loads(lines[0]) == {"source": "a", "record": first, "line": first}
     assert [json.loads(line)["source"] for line in lines] == ["a"] * 20 + ["b"] * 20
 
 
