@@ -129,13 +129,13 @@ def data_paths(items: list[str]) -> dict[str, Path]:
     return paths
 
 
-def source_of_line(path: Path) -> dict[int, str]:
-    """{line: source} of a file whose records all have a key "source"; {} of any other."""
+def source_of_record(path: Path) -> dict[int, str]:
+    """{number: source} of a file whose records all have a key "source"; {} of any other."""
     sources = {}
-    for line, record in data.json_values(path, data.Problems()):
+    for number, (_, record) in enumerate(data.json_values(path, data.Problems()), start=1):
         if not isinstance(record.get("source"), str):
             return {}
-        sources[line] = record["source"]
+        sources[number] = record["source"]
     return sources
 
 
@@ -153,7 +153,7 @@ def loss_command(args: argparse.Namespace) -> Work:
                 problems, data.load_dataset, path, c.tokenizer, c.template, length, cache_dir()
             )
     raise_all(problems)
-    sources = {label: source_of_line(path) for label, path in paths.items()}
+    sources = {label: source_of_record(path) for label, path in paths.items()}
 
     def work(device: torch.device) -> int:
         rows: dict[tuple[str, str], dict[str, Loss]] = {}  # (file, source or ""): {model: loss}
@@ -163,7 +163,7 @@ def loss_command(args: argparse.Namespace) -> Work:
                 dataset = datasets[c.name, label]
                 x, tokens = sample_losses(model, dataset, args.micro_batch_size)
                 rows.setdefault((label, ""), {})[c.name] = summarise(x, tokens)
-                names = np.array([sources[label].get(line, "") for line in dataset.lines.tolist()])
+                names = np.array([sources[label].get(n, "") for n in dataset.numbers.tolist()])
                 for source in sorted({*names} - {""}):
                     mine = torch.from_numpy(names == source)
                     part = summarise(x[mine], tokens[mine])

@@ -110,8 +110,8 @@ def test_standard_error_of_the_token_mean_matches_the_jackknife():
 
 def test_loss_table_is_the_same_on_one_process_and_two(checkpoint, other, records, here):
     mixture = [{"text": "x" * n, "source": "short" if n < 9 else "long"} for n in range(3, 20)]
-    Path("mix.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixture))
-    args = ("loss", "--model", checkpoint, other, "--data", records, "both=mix.jsonl",
+    Path("mix.json").write_text(json.dumps(mixture))
+    args = ("loss", "--model", checkpoint, other, "--data", records, "both=mix.json",
             "--micro-batch-size", 2)  # fmt: skip
     (code, one, _), two = here(*args), run(*args, ranks=2)
     assert code == two.returncode == 0, two.stderr
