@@ -45,17 +45,17 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import evaluate
 import lisa
 import model as hf
 import plan
+import pretrained
 import report
 import shard
 import tasks
 import templates
 import tokenizer
 import train
-from inputs import TINY, Inputs, parse
+from inputs import DTYPES, TINY, Inputs, parse
 
 # glibc maps a block above a threshold anew each time, and each of its pages then costs a fault and
 # is zeroed. Both sides run with blocks of every size taken from one heap that is never given back.
@@ -194,7 +194,7 @@ class Ours:
             config=self.config, checkpoint=None, tokenizer=None, val=self.val, test=None, notes=[],
             sources={str(i): source for i, source in enumerate(self.sources)},
         )  # fmt: skip
-        self.penalty = train.make_penalty(self.args, made, device)
+        self.penalty = train.make_trainer(self.args, made, device)
 
     def feed(self, batch: int) -> None:
         """Go on with steps of this many samples."""
@@ -224,22 +224,24 @@ class Reference:
         self.device, self.args = device, case.args()
         self.sources, self.val = datasets(case)
         self.n_sources = len(self.sources)
-        dtype = evaluate.DTYPES[case.dtype]
+        dtype = DTYPES[case.dtype]
         config = AutoConfig.for_model(**SHAPES[case.shape], dtype=dtype)
         with device:
             w = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         ours = hf.ModelConfig.from_hf(SHAPES[case.shape])
-        weights = hf.to_hf(ours, hf.random_weights(ours, self.args.seed))
+        weights = pretrained.to_hf(ours, hf.random_weights(ours, self.args.seed))
         w.load_state_dict(dict(weights), strict=False)
         self.w, self.u = w, copy.deepcopy(w)
         if dist.get_world_size() > 1:
             for model in (self.w, self.u):
                 for module in (*self.blocks(model), model):
                     fully_shard(module)
-        adam = {"weight_decay": self.args.weight_decay}
+        # Gradients are alpha times ours, which are divided by it.
+        adam = {"weight_decay": self.args.weight_decay, "eps": self.args.alpha * 1e-8}
         self.opt_w = torch.optim.AdamW(self.w.parameters(), self.args.lr_w, **adam)
         self.opt_u = torch.optim.AdamW(self.u.parameters(), self.args.lr_u, **adam)
-        self.lam = torch.zeros(self.n_sources, device=device, requires_grad=True)
+        wide = torch.promote_types(dtype, torch.float32)
+        self.lam = torch.zeros(self.n_sources, device=device, dtype=wide, requires_grad=True)
         self.opt_lam = torch.optim.Adam([self.lam], lr=self.args.lr_lambda)
 
     def feed(self, batch: int) -> None:
@@ -266,7 +268,8 @@ class Reference:
             active = lisa.draw(seed, period, len(blocks), self.args.lisa_layers)
             for i, block in enumerate(blocks):
                 block.requires_grad_(i in active)
-        probs, val_coef = self.lam.softmax(0), F.one_hot(torch.tensor(self.n_sources)) / counts[-1]
+        probs = self.lam.softmax(0)
+        val_coef = F.one_hot(torch.tensor(self.n_sources)) / counts[-1].item()
         coef = alpha * probs.detach() / counts[:-1]  # (S,)
         loss_u = self.passes(self.u, train_part, coef)[:-1] / counts[:-1]
         loss_w = self.passes(self.w, train_part, coef)[:-1] / counts[:-1]
@@ -279,14 +282,14 @@ class Reference:
 
     def passes(self, model, samples: list, coef: Tensor) -> Tensor:
         """Gradients of Σ_j coef[group_j] ℓ_j; returns the global sum of ℓ_j by group, (S + 1,)."""
-        sums = torch.zeros(self.n_sources + 1, device=self.device)
+        sums = self.lam.new_zeros(self.n_sources + 1)
         for n in range(0, len(samples), self.args.micro_batch_size):
             part = samples[n : n + self.args.micro_batch_size]
             tokens = pad_sequence([s.tokens[0] for s in part], True).to(self.device)  # (B, T)
             labels = pad_sequence([s.labels[0] for s in part], True, -100).to(self.device)
             mask = pad_sequence([torch.ones_like(s.tokens[0]) for s in part], True).to(self.device)
             group = torch.cat([s.group for s in part]).to(self.device)
-            logits = model(input_ids=tokens, attention_mask=mask).logits.float()  # (B, T, V)
+            logits = model(input_ids=tokens, attention_mask=mask).logits.to(self.lam)  # (B, T, V)
             targets = labels[:, 1:]
             losses = F.cross_entropy(
                 logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none"
@@ -369,7 +372,7 @@ def flop_count(case: Case, passes: list[data.MicroBatch]) -> int:
 
 def matmul_rate(case: Case, device: torch.device) -> float:
     """Floating-point operations a second in the MLP's product, of a micro-batch of 256 tokens."""
-    config, dtype = hf.ModelConfig.from_hf(SHAPES[case.shape]), evaluate.DTYPES[case.dtype]
+    config, dtype = hf.ModelConfig.from_hf(SHAPES[case.shape]), DTYPES[case.dtype]
     x = torch.randn(256 * case.micro, config.width, device=device, dtype=dtype)
     weight = torch.randn(config.hidden, config.width, device=device, dtype=dtype)
     took = [seconds(F.linear, x, weight) for _ in range(10)]
@@ -676,14 +679,7 @@ def gpu_steps() -> dict:
     return results
 
 
-def fidelity(args: argparse.Namespace) -> dict:
-    """Whether known answers are found: fidelity.py."""
-    import fidelity
-
-    return fidelity.run(args.quick)
-
-
-COMMANDS = {"speed": speed, "memory": memory, "tokenize": tokenize, "fidelity": fidelity}
+COMMANDS = {"speed": speed, "memory": memory, "tokenize": tokenize}
 
 
 def about() -> dict:
@@ -698,11 +694,16 @@ def about() -> dict:
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["worker"]:
-        case = json.loads(sys.argv[3])
-        worker(sys.argv[2], Case(**case))
+    """Returns the exit code."""
+    if sys.argv[1:2] == ["worker"]:  # started by `run`
+        worker(sys.argv[2], Case(**json.loads(sys.argv[3])))
+    if sys.argv[1:2] == ["fidelity"]:  # has flags and tables of its own
+        import fidelity
+
+        return fidelity.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", nargs="?", default="speed", choices=COMMANDS)
+    parser.add_argument("command", nargs="?", default="speed",
+                        choices=(*COMMANDS, "fidelity"))
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, choices=("cpu", "cuda"))

@@ -1,0 +1,117 @@
+"""The reference of benchmark.py computes what ours does, and its tables come out."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import benchmark
+import pretrained
+import shard
+
+BENCHMARK = Path(benchmark.__file__)
+CASE = benchmark.Case("", "quick", "alpaca", batch=8, micro=3, threads=1, repeats=1, dtype="fp64")
+
+
+@pytest.fixture(scope="module")
+def sides():
+    """Ours and the reference, built from the same weights, in a process group of one."""
+    device = shard.start(timeout=60)
+    made = {name: side(CASE, device) for name, side in benchmark.SIDES.items()}
+    for side in made.values():
+        side.feed(CASE.batch)
+    yield made
+    dist.destroy_process_group()
+
+
+def gradients(side, t: int) -> dict[str, torch.Tensor]:
+    """Of w in a step that changes nothing, under Hugging Face's names."""
+    found = {}
+    holder = side.penalty if isinstance(side, benchmark.Ours) else side
+
+    def keep(*_):
+        named = {name: p.grad for name, p in holder.w.named_parameters()}
+        if holder is not side:
+            full = ((n, torch.zeros(p.shape) if p.grad is None else p.grad.full_tensor())
+                    for n, p in holder.w.named_parameters())  # fmt: skip
+            named = dict(pretrained.to_hf(holder.w.config, full))
+        found.update({n: g.clone() for n, g in named.items() if g is not None and g.any()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(holder.opt_w, "step", keep)
+        patch.setattr(holder.opt_u, "step", lambda: None)
+        side.step(t, side.arrived(t))
+    return found
+
+
+def test_reference_computes_the_losses_and_weights_of_ours(sides):
+    for t in range(3):
+        losses = [side.step(t, side.arrived(t)) for side in sides.values()]
+        torch.testing.assert_close(*map(torch.tensor, losses))
+    torch.testing.assert_close(sides["ours"].penalty.sources.lam, sides["reference"].lam)
+
+
+def test_gradients_agree_up_to_alpha(sides):
+    ours, reference = (gradients(side, 3) for side in sides.values())
+    alpha = sides["ours"].args.alpha
+    assert ours.keys() == reference.keys()
+    frozen = len(sides["reference"].blocks(sides["reference"].w)) - 2
+    assert len(ours) == 4 + 2 * 12 and frozen == 1  # the ends (tied), and two blocks
+    for name, g in ours.items():
+        torch.testing.assert_close(alpha * g, reference[name])
+
+
+def test_both_sides_see_the_same_samples(sides):
+    train, val, counts = sides["ours"].batches.step(5)
+    pairs = (pair for b in (*train, *val) for pair in zip(b.group, b.tokens, strict=True))
+    seen = [(int(group), row[row != 0].tolist()) for group, row in pairs]
+    train, val, same = sides["reference"].arrived(5)
+    arrived = [(int(b.group), b.tokens[b.tokens != 0].tolist()) for b in (*train, *val)]
+    assert sorted(seen) == sorted(arrived) and counts.tolist() == same.tolist()
+
+
+def test_flop_count_matches_a_count_by_hand():
+    """Of one sample of 8 tokens with 4 of response, in a model of which all trains."""
+    case = replace(CASE, lengths="4+4", flags="--lisa-layers 0")
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    labels = torch.tensor([[-100] * 4 + [0] * 4])
+    batch = benchmark.data.MicroBatch(tokens, labels, torch.zeros(1, dtype=torch.long))
+    D, V, L, T, M = 64, 512, 3, 8, 4
+    products = 2 * T * L * 12 * D * D + 2 * M * D * V  # forward; twice as much backward
+    counted = benchmark.flop_count(case, [batch])
+    attention = counted - 3 * products
+    assert 0 <= attention <= 3 * 4 * T * T * D * L  # causal or not, forward and backward
+    lisa = benchmark.flop_count(replace(case, flags="--lisa-layers 2"), [batch])
+    assert counted - lisa == 2 * T * 12 * D * D  # no weight gradients in the block that is frozen
+
+
+def test_alpaca_lengths_have_the_means_of_the_files():
+    """112, 198 and 196 tokens on average in data_tiny, of which 58, 144 and 142 are the answer."""
+    for name, mean, answer in (("alpaca", 112, 58), ("gpt4", 198, 144), ("val", 196, 142)):
+        p, a = benchmark.random_lengths("alpaca", name, 20_000)
+        assert (p + a).max() <= 512
+        np.testing.assert_allclose([(p + a).mean(), a.mean()], [mean, answer], rtol=0.05)
+
+
+def run(*args: str) -> tuple[str, dict]:
+    done = subprocess.run([sys.executable, BENCHMARK, *args], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.splitlines()
+    return "\n".join(table), json.loads(last)
+
+
+def test_tokenize_prints_a_table_and_json():
+    table, result = run("tokenize", "--quick")
+    assert "of its speed" in table and len(result["tokenize"]["speed"]["records"]) == 5
+
+
+def test_workers_measure_on_two_ranks():
+    r = benchmark.run("times", replace(CASE, ranks=2, dtype="fp32"))
+    assert len(r["ours"]) == len(r["reference"]) == 1
+    assert 0 < r["floor"] < r["reference"][0]
