@@ -39,6 +39,7 @@ import model as hf
 import mtbench
 import plots
 import shard
+import tasks
 import templates
 from inputs import DTYPES, cache_dir, source_paths
 from replies import (
@@ -129,9 +130,20 @@ def data_paths(items: list[str]) -> dict[str, Path]:
     return paths
 
 
+def open_records(path: Path, c: Checkpoint, max_length: int) -> data.Dataset:
+    """The records of a file; or TASK or TASK-seedN, the test records of a built-in task."""
+    name, _, seed = path.name.partition("-seed")
+    if name in tasks.TASKS and (seed or "0").isdecimal() and not path.exists():
+        _, _, test = tasks.task(name, int(seed or 0))
+        return data.Dataset.from_records(test, c.tokenizer, c.template, max_length)
+    return data.load_dataset(path, c.tokenizer, c.template, max_length, cache_dir())
+
+
 def source_of_record(path: Path) -> dict[int, str]:
     """{number: source} of a file whose records all have a key "source"; {} of any other."""
     sources = {}
+    if not path.is_file():
+        return sources
     for number, (_, record) in enumerate(data.json_values(path, data.Problems()), start=1):
         if not isinstance(record.get("source"), str):
             return {}
@@ -149,9 +161,7 @@ def loss_command(args: argparse.Namespace) -> Work:
     for c in checkpoints:
         length = min(args.max_length, c.config.max_positions)
         for label, path in paths.items():
-            datasets[c.name, label] = attempt(
-                problems, data.load_dataset, path, c.tokenizer, c.template, length, cache_dir()
-            )
+            datasets[c.name, label] = attempt(problems, open_records, path, c, length)
     raise_all(problems)
     sources = {label: source_of_record(path) for label, path in paths.items()}
 
@@ -551,7 +561,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p = commands.add_parser("loss", parents=[shape], help="mean sample loss and perplexity")
     p.add_argument("--model", nargs="+", required=True, help="directories or hub ids")
     p.add_argument("--data", nargs="+", required=True, metavar="[NAME=]PATH",
-                   help="records; a directory or quoted glob stands for its train_*.json(l)")
+                   help="records; a directory or quoted glob stands for its train_*.json(l), "
+                   "TASK or TASK-seedN for the test records of a built-in task")
     p.add_argument("--max-length", type=positive, default=512,
                    help="tokens of a sample, at most the model's positions [512]")
     p.add_argument("--micro-batch-size", type=positive, default=8, help="samples of a forward [8]")

@@ -18,6 +18,7 @@ import evaluate
 import model as hf
 import replies
 import shard
+import tasks
 import templates
 from journal import Journal, read
 from tests.worker import FAMILIES
@@ -106,6 +107,16 @@ def test_standard_error_of_the_token_mean_matches_the_jackknife():
     jackknife = math.sqrt(399 / 400 * ((left_out - left_out.mean()) ** 2).sum())
     # Both estimate the same to O(1/n).
     assert evaluate.summarise(x, tokens).token_mean_se == pytest.approx(jackknife, rel=0.02)
+
+
+def test_loss_of_a_built_in_task(checkpoint, here):
+    code, table, _ = here("loss", "--model", checkpoint, "--data", "instruction-seed3")
+    _, _, test = tasks.task("instruction", 3)
+    assert code == 0
+    dataset = data.Dataset.from_records(test, data.byte_tokenizer(), "plain", 128)
+    expected = evaluate.loss(hf.from_pretrained(checkpoint), dataset).mean
+    assert table.splitlines()[-1].split()[:3] == ["instruction-seed3", str(len(test)),
+                                                  f"{expected:.4f}"]  # fmt: skip
 
 
 def test_loss_table_is_the_same_on_one_process_and_two(checkpoint, other, records, here):
