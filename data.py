@@ -46,25 +46,38 @@ IGNORE = -100  # label of a position without loss
 # Records
 
 
-class Problems:
-    """What is wrong with the user's input: the first 60 lines are kept, all are counted."""
+class Problems(ValueError):
+    """What is wrong with the user's input, a line each: the first 60 are kept, all are counted."""
 
     shown = 60
 
-    def __init__(self):
+    def __init__(self, lines: Iterable[str] = ()):
         self.lines, self.count = [], 0
+        for line in lines:
+            self.add(line)
 
     def add(self, problem: str) -> None:
         self.count += 1
         if self.count <= self.shown:
             self.lines.append(problem)
 
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Take over what a ValueError in the block says."""
+        try:
+            yield
+        except ValueError as error:
+            new = error if isinstance(error, Problems) else Problems(str(error).splitlines())
+            self.lines = (self.lines + new.lines)[: self.shown]
+            self.count += new.count
+
     def raise_if_any(self) -> None:
-        """ValueError with all lines."""
-        if self.count > self.shown:
-            self.lines.append(f"… and {self.count - self.shown} more")
-        if self.lines:
-            raise ValueError("\n".join(self.lines))
+        if self.count:
+            raise self
+
+    def __str__(self) -> str:
+        more = self.count - len(self.lines)
+        return "\n".join([*self.lines, *([f"… and {more} more"] if more else [])])
 
 
 def read_records(path: str | os.PathLike) -> list[tuple[int, Turns]]:
@@ -315,7 +328,8 @@ class Dataset:
     @classmethod
     def _of_arrays(cls, arrays: dict[str, np.ndarray], max_length: int, **rest) -> Dataset:
         starts = np.cumsum(arrays["lengths"]) - arrays["lengths"]
-        rest.setdefault("duplicates", len(starts) - len(np.unique(arrays["hashes"])))
+        if "duplicates" not in rest:
+            rest["duplicates"] = len(starts) - len(np.unique(arrays["hashes"]))
         return cls(starts=starts, max_length=max_length, **arrays, **rest)
 
 
@@ -401,7 +415,7 @@ def load_dataset(
                 fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes
                 found = _map_entry(entry)  # another process may have built it meanwhile
                 if found is None:
-                    _build_entry(entry, path, tokenizer, template, max_length)
+                    _build_entry(entry, path, digest, tokenizer, template, max_length)
                     found = _map_entry(entry)
         except OSError as error:
             raise ValueError(f"{cache_dir}: cannot write the cache: {error.strerror}") from None
@@ -409,7 +423,9 @@ def load_dataset(
     return Dataset._of_arrays(arrays, max_length, path=str(path), sha256=digest, **meta)
 
 
-def _build_entry(entry: Path, path, tokenizer: Tokenizer, template: str, max_length: int) -> None:
+def _build_entry(
+    entry: Path, path, digest: str, tokenizer: Tokenizer, template: str, max_length: int
+) -> None:
     """Write the arrays under a temporary name, then rename: an entry is whole or absent."""
     problems, dropped = Problems(), Counter()
     temporary = entry.with_suffix(".tmp")
@@ -430,6 +446,8 @@ def _build_entry(entry: Path, path, tokenizer: Tokenizer, template: str, max_len
         if not len(hashes) and not problems.count:
             reasons = [f"{n} dropped: {reason}" for reason, n in dropped.items() if n]
             problems.add(f"{path}: no records{' left: ' * bool(reasons)}{', '.join(reasons)}")
+        if not problems.count and _sha256(path) != digest:
+            problems.add(f"{path}: was written to while it was read")
         problems.raise_if_any()
         meta = {"dropped": dict(dropped), "duplicates": len(hashes) - len(np.unique(hashes))}
         checks = {name: _check(temporary / f"{name}.bin") for name in ARRAYS}

@@ -7,6 +7,7 @@ Every problem is collected, so that one ValueError shows them together, a line e
 from __future__ import annotations
 
 import argparse
+import fcntl
 import filecmp
 import glob
 import itertools
@@ -23,6 +24,7 @@ import data
 import mixture
 import model as hf
 import pretrained
+import shard
 import tasks
 import templates
 import tokenizer
@@ -71,6 +73,7 @@ HARMLESS = {"out", "timeout", "save_every", "keep", "resume", "activation_checkp
 HARMLESS |= {"plan", "gpus", "gpu_memory", "json", "skip_nonfinite"}
 HARMLESS |= {"weights"}  # the numbers themselves are compared
 HARMLESS |= {"train", "val", "test"}  # paths: the records themselves are compared
+LOCK = ".lock"  # in --out
 
 
 def cache_dir() -> Path:
@@ -177,9 +180,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=int, default=0)
     add(g, "keep", "checkpoints to keep, the newest", type=int, default=2)
     add(g, "resume", "'auto' goes on from the newest checkpoint in --out; 'never' starts anew, in "
-        "another directory if --out exists", default="auto", choices=("auto", "never"))
-    add(g, "timeout", "seconds after which a rank that is waited for ends the run", type=float,
-        default=1800.0)
+        "another directory if --out exists; a run's directory, or one of its checkpoints, starts "
+        "from there where --out has no checkpoint yet", default="auto", metavar="auto|never|DIR")
+    add(g, "timeout", "seconds after which a rank that is waited for in a step ends the run "
+        "(loading and saving have their own limit of 4 hours)", type=float, default=1800.0)
 
     g = parser.add_argument_group("plan")
     add(g, "plan", "print the bytes that each GPU needs, and end: needs no GPU and no weights, "
@@ -227,35 +231,29 @@ def fresh(out: Path, restarted: bool) -> Path:
 
 def prepare(args: argparse.Namespace, world: int) -> Inputs:
     """Check flags, model and data. Raises one ValueError with a line for each problem."""
-    problems = check_flags(args, world) + check_out(args)
+    problems = data.Problems(check_flags(args, world) + check_out(args))
     config, checkpoint, tok, weights = None, None, None, None
-    try:
+    with problems.collecting():
         weights = read_weights(args)
-    except ValueError as error:
-        problems += str(error).splitlines()
-    try:
+    with problems.collecting():
         config, checkpoint, tok = open_model(args)
-        problems += check_fit(args, config, tok)
-    except ValueError as error:
-        problems += str(error).splitlines()
-    try:  # where something is wrong already, records are only checked, not tokenised
-        named = open_data(args, None if problems else tok)
-    except ValueError as error:
-        problems += str(error).splitlines()
-    if problems:
-        raise ValueError("\n".join(problems))
+        for problem in check_fit(args, config, tok):
+            problems.add(problem)
+    with problems.collecting():  # where something is wrong, records are only checked, not tokenised
+        named = open_data(args, None if problems.count else tok)
+    problems.raise_if_any()
     sources = {k.removeprefix("train "): v for k, v in named.items() if k.startswith("train ")}
     inputs = Inputs(config, checkpoint, tok, sources, named.get("val"), named.get("test"), [])
     describe(args, inputs)
-    problems = [
-        f"{name}: no record is left" + (" after --drop-overlap" if args.drop_overlap else "")
-        for name, dataset in inputs.all.items()
-        if not len(dataset)
-    ]
-    if args.mode == "finetune" and not problems:
+    for name, dataset in inputs.all.items():
+        if not len(dataset):
+            after = " after --drop-overlap" if args.drop_overlap else ""
+            problems.add(f"{name}: no record is left{after}")
+    if args.mode == "finetune" and not problems.count:
         draw_mixture(args, inputs, weights)
-    if problems := problems + changed_data(args, inputs):
-        raise ValueError("\n".join(problems))
+    for problem in changed_data(args, inputs):
+        problems.add(problem)
+    problems.raise_if_any()
     return inputs
 
 
@@ -411,30 +409,24 @@ def open_data(
             name: data.Dataset.from_records(records, tok, args.template, args.max_length)
             for name, records in (groups | {"val": val, "test": test}).items()
         }
-    problems, datasets = [], {}
-    try:
+    problems, paths, datasets = data.Problems(), {}, {}
+    with problems.collecting():
         paths = {f"train {name}": path for name, path in source_paths(args.train).items()}
-    except ValueError as error:
-        problems, paths = str(error).splitlines(), {}
     paths |= {k: Path(v) for k, v in (("val", args.val), ("test", args.test)) if v}
     for held in {"val", "test"} & paths.keys():
-        problems += [
-            f"--{held} {paths[held]} is the same file as --train {name.removeprefix('train ')}"
-            for name, path in paths.items()
-            if name.startswith("train ") and same_contents(path, paths[held])
-        ]
+        for name, path in paths.items():
+            source = name.removeprefix("train ")
+            if name != source and same_contents(path, paths[held]):
+                problems.add(f"--{held} {paths[held]} is the same file as --train {source}")
     for name, path in paths.items():
-        try:
+        with problems.collecting():
             if tok is None:
                 data.read_records(path)
             else:
                 datasets[name] = data.load_dataset(
                     path, tok, args.template, args.max_length, cache_dir()
                 )
-        except ValueError as error:
-            problems += str(error).splitlines()
-    if problems:
-        raise ValueError("\n".join(problems))
+    problems.raise_if_any()
     return datasets
 
 
@@ -463,7 +455,8 @@ def describe(args: argparse.Namespace, inputs: Inputs) -> None:
             lines += ", …" if shared.sum() > 5 else ""
             notes.append(f"{shared.sum()} records of {name} are {held} records too (lines {lines})")
             if args.drop_overlap:
-                inputs.sources[name] = source.select(~shared)
+                left = inputs.sources[name] = source.select(~shared)
+                left.dropped = source.dropped | {f"a {held} record too": int(shared.sum())}
                 notes[-1] += ": dropped from training"
 
 
@@ -474,7 +467,7 @@ def plain(args: argparse.Namespace) -> dict:
 def record(args: argparse.Namespace, inputs: Inputs) -> dict:
     """config.json: everything that decides what the run computes, and where it ran."""
     files = {
-        name: {"path": str(d.path), "samples": len(d), "sha256": d.sha256}
+        name: {"path": str(d.path), "samples": len(d), "sha256": d.sha256, "dropped": d.dropped}
         for name, d in inputs.all.items()
     }
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
@@ -491,13 +484,31 @@ def shares(inputs: Inputs) -> dict | None:
     return {name: {"weight": p, "samples": drawn[name]} for name, p in inputs.weights.items()}
 
 
-def held_run(out: Path) -> dict | None:
-    """The record of the run that a directory holds, None if it holds none."""
+def held_run(directory: Path) -> dict | None:
+    """The record of the run that a directory, or a checkpoint, holds; None if it holds none."""
     try:
-        record = json.loads((out / "config.json").read_text())
+        record = json.loads((directory / "config.json").read_text())
         return record if {"flags", "data"} <= record.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def earlier(args: argparse.Namespace) -> dict[str, dict]:
+    """The records of the runs that this one would go on with, by the flag that names them."""
+    named = {f"--out {args.out}": held_run(args.out)}
+    if args.resume not in ("auto", "never"):
+        named[f"--resume {args.resume}"] = held_run(Path(args.resume))
+    return {flag: record for flag, record in named.items() if record is not None}
+
+
+def checkpoints(args: argparse.Namespace) -> list[Path]:
+    """What the run may go on from, in order: --out's own, or else those that --resume names."""
+    own = shard.whole_checkpoints(args.out / "checkpoints")
+    if own or args.resume in ("auto", "never"):
+        return own
+    named = Path(args.resume)
+    is_one = (named / shard.CHECKSUMS).exists()
+    return [named] if is_one else shard.whole_checkpoints(named / "checkpoints")
 
 
 def check_out(args: argparse.Namespace) -> list[str]:
@@ -505,37 +516,62 @@ def check_out(args: argparse.Namespace) -> list[str]:
     parent = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         return [f"--out {args.out}: {parent} is not a directory that can be written to"]
-    old = held_run(args.out)
-    if old is None:
-        foreign = args.out.exists() and any(args.out.iterdir())
-        return [f"--out {args.out}: holds files, but no run to go on with"] if foreign else []
-    old, new = old["flags"], json.loads(json.dumps(plain(args)))
-    return [
-        f"--out {args.out} holds another run: --{flag.replace('_', '-')} was {old.get(flag)}, "
-        f"now {new.get(flag)}"
-        for flag in sorted((old.keys() | new.keys()) - HARMLESS)
-        if old.get(flag) != new.get(flag)
-    ]
+    problems, runs = [], earlier(args)
+    if f"--out {args.out}" not in runs and args.out.exists():
+        others = [p for p in args.out.iterdir() if p.name != LOCK]
+        problems += [f"--out {args.out}: holds files, but no run to go on with"] if others else []
+    if args.resume not in ("auto", "never"):
+        if args.out.resolve() in (named := Path(args.resume).resolve(), *named.parents):
+            problems.append(f"--resume {args.resume} is in --out itself: to branch off from an "
+                            "earlier step, give another --out")
+        elif not checkpoints(args):
+            problems.append(f"--resume {args.resume}: holds no checkpoint")
+    new = json.loads(json.dumps(plain(args)))
+    for where, record in runs.items():
+        old = record["flags"]
+        problems += [
+            f"{where} holds another run: --{flag.replace('_', '-')} was {old.get(flag)}, "
+            f"now {new.get(flag)}"
+            for flag in sorted((old.keys() | new.keys()) - HARMLESS)
+            if old.get(flag) != new.get(flag)
+        ]
+    return problems
 
 
 def changed_data(args: argparse.Namespace, inputs: Inputs) -> list[str]:
-    """The records that differ from those of the run that --out holds."""
-    held = held_run(args.out)
-    if held is None:
-        return []
-    was, now = held.get("mixture") or {}, shares(inputs) or {}
-    problems = [
-        f"--out {args.out} holds another run: the weight of {name} was "
-        f"{was.get(name, {}).get('weight')}, now {now[name]['weight']}"
-        for name in now
-        if was.get(name, {}).get("weight") != now[name]["weight"]
-    ]
-    old = {name: entry["sha256"] for name, entry in held["data"].items()}
+    """The records and weights that differ from those of the runs that this would go on with."""
     new = {name: dataset.sha256 for name, dataset in inputs.all.items()}
-    return problems + [
-        f"--out {args.out} holds another run: the records of {name} "
-        + ("are not the same" if name in old and name in new else
-           "were not there" if name in new else "are missing now")
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
+    now, problems = shares(inputs) or {}, []
+    for where, record in earlier(args).items():
+        was = record.get("mixture") or {}
+        problems += [
+            f"{where} holds another run: the weight of {name} was "
+            f"{was.get(name, {}).get('weight')}, now {now[name]['weight']}"
+            for name in now
+            if was.get(name, {}).get("weight") != now[name]["weight"]
+        ]
+        old = {name: entry["sha256"] for name, entry in record["data"].items()}
+        problems += [
+            f"{where} holds another run: the records of {name} "
+            + ("are not the same" if name in old and name in new else
+               "were not there" if name in new else "are missing now")
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name)
+        ]
+    return problems
+
+
+def hold(out: Path) -> None:
+    """Make a directory and keep other runs out of it until this process ends, however it ends.
+    ValueError if another run is in it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / LOCK, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise ValueError(f"--out {out}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out {out}: another run is writing to it") from None
+    except OSError:
+        pass  # a file system without locks

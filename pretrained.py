@@ -334,7 +334,11 @@ def written_whole(directory: str | Path) -> Iterator[Path]:
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full
+        raise
     if final.exists():
         final.rename(old)
     temporary.rename(final)

@@ -9,6 +9,7 @@ model as saved. A fine-tuning run has the `train_loss` of its batches, and now a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -32,16 +33,26 @@ MIXTURE = 10_000  # samples in the mixture that the report proposes
 class Log:
     """Writes a run's files as it goes on and draws the progress bar. Only rank 0 does either."""
 
-    def __init__(self, out: Path, about: dict | None, start: int, total: int, main: bool):
+    def __init__(
+        self,
+        out: Path,
+        about: dict | None,
+        start: int,
+        total: int,
+        main: bool,
+        origin: Path | None = None,
+    ):
         """about: what weights.json says besides the results, None for a run that learns none;
-        start: steps already done, whose rows are kept, and those after them dropped."""
+        start: steps already done, of which the rows are kept; origin: the directory of the run
+        that did them, if it is another one."""
         self.out, self.about, self.total, self.main = out, about, total, main
         self.rows: list[dict] = []
         if main:
-            file = out / "metrics.jsonl"
-            lines = file.read_text().splitlines()[:start] if start and file.exists() else []
-            self.rows = [json.loads(line) for line in lines]
-            replace(file, "".join(line + "\n" for line in lines))
+            self.rows = read_rows(origin or out, start) if start else []
+            if len(self.rows) < start:
+                print(f"note: {start - len(self.rows)} of the {start} steps before are missing in "
+                      f"{origin or out}/metrics.jsonl")  # fmt: skip
+            replace(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         interval = 0.5 if sys.stderr.isatty() else 20
         self.bar = tqdm(
             total=total, initial=start, disable=not main, mininterval=interval, maxinterval=interval
@@ -61,6 +72,11 @@ class Log:
         self.bar.update()
         if last:
             self.bar.close()
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        if self.main:
+            self.bar.write(line)
 
     def write_weights(self) -> None:
         if self.rows and self.main and self.about is not None:
@@ -219,9 +235,18 @@ def slope(series: np.ndarray) -> tuple[float, float]:
 
 def render(out: Path) -> str:
     """The report of a finished run, from its files."""
-    shares = json.loads((out / "config.json").read_text()).get("mixture")
+    record = json.loads((out / "config.json").read_text())
+    shares = record.get("mixture")
     lines = render_mixture(out, shares) if shares else render_weights(out)
-    files = ", ".join(sorted(p.name for p in out.iterdir()))
+    left_out = [
+        f"{n} of {name}: {reason}"
+        for name, dataset in record["data"].items()
+        for reason, n in dataset.get("dropped", {}).items()
+        if n
+    ]
+    if left_out:
+        lines += ["", f"records left out: {'; '.join(left_out)}"]
+    files = ", ".join(sorted(p.name for p in out.glob("[!.]*")))
     return "\n".join([*lines, "", f"Files in {out}: {files}"])
 
 
@@ -260,8 +285,14 @@ def bar(p: float) -> str:
     return "█" * round(30 * p) or "▏"
 
 
-def read_rows(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def read_rows(out: Path, steps: float = math.inf) -> list[dict]:
+    """metrics.jsonl, of the steps before `steps`; of a file that a crash has cut, what is left."""
+    rows = []
+    with contextlib.suppress(OSError):
+        for line in (out / "metrics.jsonl").read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and row.get("step", math.inf) < steps]
 
 
 def render_weights(out: Path) -> list[str]:

@@ -33,6 +33,10 @@ from model import Transformer
 # pass, so that parameters are gathered once and gradients reduced once. A larger one is gathered
 # block by block, each time it is used.
 GATHER_ONCE_BYTES = 1_000_000_000
+# Seconds that ranks wait for one another while models and checkpoints are read and written: what
+# that takes is up to the disk. (Tokenising has no limit: the process group starts after it.)
+FILES_TIMEOUT = 4 * 3600.0
+CHECKSUMS = "checksums.json"
 
 
 def start(timeout: float) -> torch.device:
@@ -59,6 +63,17 @@ def start(timeout: float) -> torch.device:
         world_size=world,
     )
     return torch.device(device)
+
+
+def limit(seconds: float) -> None:
+    """From here on, a collective that takes longer ends the run. Collective."""
+    dist.barrier()  # none may be short of time because another still had more of it
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone, or did not come in time."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def leave(code: int) -> None:
@@ -167,6 +182,9 @@ def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None
         with pretrained.written_whole(target) as directory:
             pretrained.write_weights(directory, model.config, full_tensors(model))
             finish(directory)
+            for file in directory.iterdir():
+                sync(file)
+        sync(target.parent)
     else:
         pretrained.write_weights(None, model.config, full_tensors(model))
     dist.barrier()
@@ -176,62 +194,103 @@ def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None
 # Checkpoints of a run: a directory step-N, which has its name only once it is whole
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], run: dict, keep: int):
-    """Write `folder`/step-N, and drop all but the `keep` newest. Collective.
+def save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, Tensor], run: dict, about: dict, keep: int
+) -> None:
+    """Write `folder`/step-N; of the checkpoints up to it the `keep` newest stay. Collective.
 
-    tensors: DTensors and replicated tensors; run: small things that are the same on all ranks.
+    tensors: DTensors and replicated tensors; run: small things that are the same on all ranks, to
+    be read back; about: what the run is made of, as its config.json. If it raises, nothing that
+    was there has changed.
     """
-    temporary = folder / f".step-{step}"
-    if dist.get_rank() == 0:
-        for leftover in folder.glob(".step-*"):  # of a save that was cut off
-            shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    dcp.save(tensors, checkpoint_id=temporary)
-    if dist.get_rank() == 0:
-        torch.save(run, temporary / "run.pt")
-    dist.barrier()
-    files = sorted(p for p in temporary.iterdir())
-    own = files[dist.get_rank() :: dist.get_world_size()]
-    sums = gathered({p.name: crc32(p) for p in own})
-    if dist.get_rank() == 0:
-        (temporary / "checksums.json").write_text(json.dumps(sums))
-        for name in ("run.pt", "checksums.json", "."):
-            sync(temporary / name)
-        target = folder / f"step-{step}"
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-        sync(folder)
-        for old in whole_checkpoints(folder)[keep:]:
-            shutil.rmtree(old)
-    dist.barrier()
+    temporary, main = folder / f".step-{step}", dist.get_rank() == 0
+    try:
+        if main:
+            for leftover in folder.glob(".step-*"):  # of a save that was cut off
+                shutil.rmtree(leftover)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        dcp.save(tensors, checkpoint_id=temporary)
+        if main:
+            torch.save(run, temporary / "run.pt")
+            (temporary / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+        dist.barrier()
+        own = sorted(temporary.iterdir())[dist.get_rank() :: dist.get_world_size()]
+        for file in own:
+            sync(file)
+        sums = gathered({file.name: crc32(file) for file in own})
+        if main:
+            (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+            sync(temporary / CHECKSUMS)
+            sync(temporary)
+            target = folder / f"step-{step}"
+            discard(target)  # there only if it was found damaged
+            os.replace(temporary, target)
+            for directory in (folder, folder.parent):
+                sync(directory)
+            drop_old(folder, step, keep)
+        dist.barrier()
+    except (Exception, dcp.CheckpointException):  # the latter is no Exception
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full
+        raise
+
+
+def drop_old(folder: Path, step: int, keep: int) -> None:
+    """Delete all checkpoints but the `keep` newest up to `step`. One of a later step was passed
+    over when the run was resumed: it must not count."""
+    found = whole_checkpoints(folder)
+    kept = [p for p in found if step_of(p) <= step][:keep]
+    for old in set(found) - set(kept):
+        discard(old)
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete it, so that at no moment a part of it has its name."""
+    if checkpoint.exists():
+        hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+        os.replace(checkpoint, hidden)
+        shutil.rmtree(hidden)
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Those that got their name, the newest first; whether they are damaged is not looked at."""
     found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda p: -int(p.name.removeprefix("step-")))
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps that were done when it was written."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def damaged_files(checkpoint: Path) -> list[str]:
     """Names of the files that are not what was written. Collective: the ranks share the reading."""
+    bad = {}
     try:
-        sums = json.loads((checkpoint / "checksums.json").read_text())
-        own = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
-        bad = {name: 1 for name in own if crc32(checkpoint / name) != sums[name]}
-    except (OSError, ValueError) as error:
-        bad = {getattr(error, "filename", None) or "checksums.json": 1}
+        sums = json.loads((checkpoint / CHECKSUMS).read_text())
+        names = sorted({*sums, ".metadata", "run.pt"})[dist.get_rank() :: dist.get_world_size()]
+        bad = {name: 1 for name in names if not intact(checkpoint / name, sums.get(name))}
+    except (OSError, ValueError, TypeError, AttributeError):
+        bad[CHECKSUMS] = 1
     return sorted(gathered(bad))
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest that is not damaged, and a line on each that is. Collective."""
+def intact(file: Path, crc: int | None) -> bool:
+    try:
+        return crc32(file) == crc
+    except OSError:
+        return False
+
+
+def newest_checkpoint(candidates: list[Path]) -> tuple[Path | None, list[str]]:
+    """The first that is not damaged, and a line on each before it that is. Collective."""
     complaints = []
-    for checkpoint in whole_checkpoints(folder):
+    for checkpoint in candidates:
         bad = damaged_files(checkpoint)
         if not bad:
             return checkpoint, complaints
-        complaints.append(f"{checkpoint} is damaged ({', '.join(bad)}): trying the one before")
+        complaints.append(f"{checkpoint} is damaged ({', '.join(bad)}): passed over")
     return None, complaints
 
 

@@ -13,6 +13,8 @@ The training loop; the algorithm is in bilevel.py and lisa.py, the flags in inpu
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import math
 import os
@@ -21,6 +23,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -36,7 +39,17 @@ import report
 import shard
 import templates
 from bilevel import PenaltyStep, PlainStep, SourceWeights
-from inputs import DTYPES, Inputs, check_flags, parse, prepare, read_config, record
+from inputs import (
+    DTYPES,
+    Inputs,
+    check_flags,
+    checkpoints,
+    hold,
+    parse,
+    prepare,
+    read_config,
+    record,
+)
 from lisa import Lisa
 
 
@@ -51,8 +64,8 @@ def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
     ]
 
 
-class NonFinite(Exception):
-    """A loss or gradient is not finite, and nothing was updated."""
+class Failed(Exception):
+    """The run cannot go on, for a reason that all ranks see."""
 
 
 class Stopped(Exception):
@@ -136,8 +149,10 @@ def train(
     names = list(inputs.mixture or inputs.sources)
     per_round = args.steps or math.ceil(args.epochs * batches.steps_per_epoch)
     total = (args.outer_rounds or 1) * per_round
-    start = resume(args, trainer)
-    log = report.Log(args.out, about(args, inputs), start, total, main=dist.get_rank() == 0)
+    start, origin = resume(args, trainer)
+    first = dist.get_rank() == 0
+    log = report.Log(args.out, about(args, inputs), start, total, first, origin)
+    shard.limit(args.timeout)
 
     for step in range(start, total):
         factor = lr_factor(step, total, args.warmup, args.schedule)
@@ -159,20 +174,21 @@ def train(
         row["tokens_per_s"] = tokens * dist.get_world_size() / seconds
         if not (stats.finite or args.skip_nonfinite):
             log.write_weights()
-            raise NonFinite(report.blame(row, counts, args.out))
+            raise Failed(report.blame(row, counts, args.out))
         if step == total - 1:
             trainer.opt_w.finish(total)
             held_out = held_out_losses(args, inputs, trainer.w, total, total)
         log.write(row | held_out)
         if step < total - 1:
             if stats.stop or (args.save_every and (step + 1) % args.save_every == 0):
-                save(args, trainer, step + 1)
+                log.say(save(args, inputs, trainer, step + 1))
             if stats.stop:
                 raise Stopped(f"stopped after {step + 1} of {total} steps")
 
     def add_tokenizer(directory: Path) -> None:
         templates.save_tokenizer(inputs.tokenizer, directory, args.template)
 
+    shard.limit(shard.FILES_TIMEOUT)
     shard.save(trainer.w, args.out / "model", add_tokenizer)
     return trainer
 
@@ -186,23 +202,31 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     return state
 
 
-def save(args: argparse.Namespace, trainer: Trainer, done: int) -> None:
-    """Write the checkpoint of a run of which `done` steps are done. Collective."""
+def save(args: argparse.Namespace, inputs: Inputs, trainer: Trainer, done: int) -> str:
+    """Write the checkpoint of a run of which `done` steps are done; says so. Collective."""
+    began = time.perf_counter()
+    shard.limit(shard.FILES_TIMEOUT)
     if dist.get_rank() == 0:
         shard.sync(args.out / "metrics.jsonl")
     run = {"done": done}
     if args.mode == "bilevel":
         run["sources"] = trainer.sources.state_dict()
-    shard.save_checkpoint(args.out / "checkpoints", done, state_of(trainer), run, args.keep)
+    folder, made_of = args.out / "checkpoints", record(args, inputs)
+    shard.save_checkpoint(folder, done, state_of(trainer), run, made_of, args.keep)
+    shard.limit(args.timeout)
+    return f"saved {folder}/step-{done} in {time.perf_counter() - began:.1f} s"
 
 
-def resume(args: argparse.Namespace, trainer: Trainer) -> int:
-    """Go on from the newest whole checkpoint in --out; returns the steps done. Collective."""
-    checkpoint, complaints = shard.newest_checkpoint(args.out / "checkpoints")
+def resume(args: argparse.Namespace, trainer: Trainer) -> tuple[int, Path]:
+    """Go on from the newest whole checkpoint; returns the steps done, and the directory of the run
+    that did them. Collective."""
+    checkpoint, complaints = shard.newest_checkpoint(checkpoints(args))
     if dist.get_rank() == 0:
         print(*complaints, sep="\n", end="\n" * bool(complaints))
     if checkpoint is None:
-        return 0
+        if complaints:
+            raise Failed("no checkpoint is whole: '--resume never' starts anew, beside this run")
+        return 0, args.out
     run = shard.read_run(checkpoint)
     for _, opt in trainer.copies.values():
         opt.switch(run["done"] - 1)  # the blocks that were active when it was saved
@@ -211,7 +235,7 @@ def resume(args: argparse.Namespace, trainer: Trainer) -> int:
         trainer.sources.load_state_dict(run["sources"])
     if dist.get_rank() == 0:
         print(f"goes on from {checkpoint}")
-    return run["done"]
+    return run["done"], checkpoint.parent.parent
 
 
 def held_out_losses(
@@ -241,28 +265,33 @@ def about(args: argparse.Namespace, inputs: Inputs) -> dict | None:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a run that failed, 2 bad input."""
     args = parse(argv)
-    for stream in (sys.stdout, sys.stderr):  # a terminal may lack a character of the report
-        stream.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        outlive(stream)
     first = os.environ.get("RANK", "0") == "0"
     if args.plan:
         return show_plan(args)
     try:
         inputs = prepare(args, int(os.environ.get("WORLD_SIZE", 1)))
+        finished = (args.out / "model").is_dir()
+        if first and not finished:
+            hold(args.out)
     except ValueError as error:
-        if not first:
-            time.sleep(10)  # rank 0 prints, and torchrun ends the other ranks when it leaves
+        if first:
+            print(error, file=sys.stderr)
         else:
-            show_problems(str(error).splitlines())
+            time.sleep(10)  # torchrun ends the other ranks when rank 0 leaves
         return 2
-    if (args.out / "model").is_dir():
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    if finished:
         if first:
             print(report.render(args.out), "", f"{args.out} is a finished run.", sep="\n")
         return 0
-    device, signals, code, last_words = shard.start(args.timeout), catch_signals(), 0, ""
+    device, signals = shard.start(shard.FILES_TIMEOUT), catch_signals()
+    code, last_words = 0, ""
     try:
         if first:
             announce(args, inputs)
-            args.out.mkdir(parents=True, exist_ok=True)
             report.write_json(args.out / "config.json", record(args, inputs))
             if inputs.mixture:
                 report.replace(args.out / "mixture.jsonl", mixture.as_jsonl(inputs.mixture))
@@ -273,13 +302,11 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as stopped:
         code = 128 + (signals or [signal.SIGTERM])[0]
         last_words = f"{stopped}; the same command goes on from there"
-    except NonFinite as error:
+    except Failed as error:
         code, last_words = 1, str(error)
     except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
         # Leave at once: where a rank is gone, taking the process group down would wait for it.
-        traceback.print_exc()
-        what = str(error).splitlines() or [type(error).__name__]
-        print(f"rank {dist.get_rank()} ends: {what[0]}", file=sys.stderr)
+        print(f"rank {dist.get_rank()} ends: {reason(error, args)}", file=sys.stderr)
         shard.leave(1)
     if first:
         print(last_words, file=sys.stderr if code == 1 else sys.stdout, flush=True)
@@ -295,6 +322,21 @@ def draw(args: argparse.Namespace) -> list[str]:
     except ValueError as error:
         return [f"no {name}: {error}"]
     return []
+
+
+def reason(error: BaseException, args: argparse.Namespace) -> str:
+    """Why a rank ends, in a line; for what should not happen, the traceback goes before it."""
+    if isinstance(error, dcp.CheckpointException):  # of the ranks that failed, one's
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError):
+        return f"{error.filename or args.out}: {error.strerror or error}"
+    if "inline_container" in str(error):  # torch.save forgets what the system said
+        return f"a checkpoint in {args.out} could not be written: is the disk full?"
+    if shard.lost_peer(error):
+        return ("another rank is gone, or did not come within the --timeout of "
+                f"{args.timeout:g} s. The same command goes on from the last checkpoint.")
+    traceback.print_exception(error)
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def show_plan(args: argparse.Namespace) -> int:
@@ -316,7 +358,7 @@ def show_plan(args: argparse.Namespace) -> int:
         }
         needed = plan.plan(config, **settings)
     except ValueError as error:
-        show_problems(str(error).splitlines())
+        print(error, file=sys.stderr)
         return 2
     if args.json:
         print(json.dumps(plan.as_dict(needed, args.gpu_memory)))
@@ -332,23 +374,32 @@ def show_plan(args: argparse.Namespace) -> int:
 
 
 def catch_signals() -> list[int]:
-    """A list that the first SIGTERM or SIGINT is put into; a second one has its usual effect."""
+    """A list that the first signal to stop is put into. A second Ctrl-C has its usual effect; the
+    others may come twice, from a cluster's manager and from torchrun."""
     received = []
 
     def note(number: int, _) -> None:
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+            signal.signal(number, note)
     return received
 
 
-def show_problems(problems: list[str]) -> None:
-    shown = data.Problems.shown
-    print(*problems[:shown], sep="\n", file=sys.stderr)
-    if len(problems) > shown:
-        print(f"... and {len(problems) - shown} more", file=sys.stderr)
+def outlive(stream: TextIO) -> None:
+    """Let the run outlive the terminal, pipe or disk that it prints to: what cannot be written
+    there is lost. A character that the terminal lacks is replaced."""
+
+    def attempt(method, *args, **kwargs):
+        with contextlib.suppress(OSError):
+            return method(*args, **kwargs)
+
+    attempt(stream.reconfigure, errors="replace")
+    stream.write = functools.partial(attempt, stream.write)
+    stream.flush = functools.partial(attempt, stream.flush)
 
 
 def announce(args: argparse.Namespace, inputs: Inputs) -> None:

@@ -1,0 +1,230 @@
+"""Runs of train.py in processes forked off one that has torch loaded, so that they start at once,
+and faults that happen to them at a chosen point.
+
+    runs = start(["--out", "out"], ranks=2, faults={1: functools.partial(at, "backward", 100, act)})
+    code, printed = finish(runs)
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+import data
+import model as hf
+import shard
+import train
+
+# The server does not take over sys.path, and without its modules each child would load torch anew.
+paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.forked"])
+
+FLAGS = ("--train . --val val.jsonl --test test.jsonl --steps 12 --lisa-interval 2 "
+         "--lisa-layers 1 --batch-size 8 --val-batch-size 8 --micro-batch-size 8").split()
+
+# What a fault can happen in the midst of: where the function is found, and its name.
+PHASES = {
+    "forward": (hf.Transformer, "forward"),
+    "backward": (torch.Tensor, "backward"),
+    "save": (shard, "save_checkpoint"),
+    "cache": (data, "_build_entry"),
+    "model": (shard, "save"),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Processes
+
+
+def write_data() -> None:
+    """What FLAGS name, three small sources and held-out records, and a cache, in this folder."""
+    os.environ["XDG_CACHE_HOME"] = os.path.abspath("cache")
+    rng = random.Random(0)
+    for name in ("train_a", "train_b", "train_c", "val", "test"):
+        words = [name, "one", "two", "three", "four"]
+        lines = [json.dumps({"text": " ".join(rng.choices(words, k=8))}) for _ in range(40)]
+        Path(f"{name}.jsonl").write_text("\n".join(lines))
+
+
+def start(
+    argv: list[str], ranks: int = 1, faults: dict[int, Callable[[], None]] | None = None
+) -> list[multiprocessing.Process]:
+    """One process a rank, without a launcher. faults: rank -> what to call before the run."""
+    world = {}
+    if ranks > 1:
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = str(s.getsockname()[1])
+        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    started = []
+    for rank in range(ranks):
+        env = dict(os.environ) | world | ({"RANK": str(rank)} if world else {})
+        log = tempfile.mktemp(prefix="log", dir=".")
+        fault = (faults or {}).get(rank)
+        process = CONTEXT.Process(target=_run, args=(argv, env, os.getcwd(), log, fault))
+        process.log = Path(log).absolute()
+        process.start()
+        started.append(process)
+    return started
+
+
+def _run(argv: list[str], env: dict, folder: str, log: str, fault: Callable | None) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    if fault:
+        fault()
+    shard.leave(train.main([*FLAGS, *argv]))
+
+
+def finish(
+    processes: list[multiprocessing.Process], seconds: float = 240, frozen: int | None = None
+) -> tuple[int, str]:
+    """(exit code of rank 0, what all ranks printed). All must end by themselves, but one that a
+    fault froze."""
+    end = time.time() + seconds
+    for process in processes:
+        if process is not processes[frozen or 0] or frozen is None:
+            process.join(end - time.time())
+    hanging = [n for n, process in enumerate(processes) if process.exitcode is None]
+    for process in processes:
+        process.kill()
+        process.join()
+    printed = "".join(process.log.read_text() for process in processes)
+    assert hanging == ([] if frozen is None else [frozen]), printed
+    return processes[0].exitcode, printed
+
+
+def run(*argv: str, ranks: int = 1, fault: Callable[[], None] | None = None) -> tuple[int, str]:
+    """Start and wait for the end; the fault happens to the last rank."""
+    return finish(start(list(argv), ranks, {ranks - 1: fault}))
+
+
+def done(*argv: str, ranks: int = 1) -> str:
+    """A run that must succeed; returns what it printed."""
+    code, printed = run(*argv, ranks=ranks)
+    assert code == 0, printed
+    return printed
+
+
+# ---------------------------------------------------------------------------------------------
+# Faults
+
+
+def at(phase: str, n: int, act: Callable[[], None], entry: int = 1) -> None:
+    """Have this process `act` at the nth call that Python makes within a phase, counted from the
+    time that the phase is entered for the `entry`th time."""
+    calls = 0
+
+    def count(entries: int) -> None:
+        nonlocal calls
+        calls += entries >= entry
+        if calls == n:
+            calls += 1
+            act()
+
+    within(phase, count)
+
+
+def within(phase: str, on_call: Callable[[int], None]) -> None:
+    """While a phase lasts, call on_call(times entered) at each call in Python."""
+    owner, name = PHASES[phase]
+    inner, entries = getattr(owner, name), 0
+
+    def profile(frame, event, _):
+        if event in ("call", "c_call"):
+            on_call(entries)
+
+    def wrapped(*args, **kwargs):
+        nonlocal entries
+        entries += 1
+        sys.setprofile(profile)
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            sys.setprofile(None)
+
+    setattr(owner, name, wrapped)
+
+
+def count_calls(file: str) -> None:
+    """Leave the number of calls that Python makes within each phase in a JSON file."""
+    calls = dict.fromkeys(PHASES, 0)
+
+    def counter(phase: str) -> Callable:
+        def count(_: int) -> None:
+            calls[phase] += 1
+
+        return count
+
+    for phase in PHASES:
+        within(phase, counter(phase))
+    leave = shard.leave
+
+    def write_and_leave(code: int) -> None:
+        Path(file).write_text(json.dumps(calls))
+        leave(code)
+
+    shard.leave = write_and_leave
+
+
+def send(number: int) -> None:
+    """A signal to this process: SIGKILL ends it, SIGSTOP freezes it."""
+    os.kill(os.getpid(), number)
+
+
+def run_out_of_memory() -> None:
+    raise torch.OutOfMemoryError("out of memory: tried to allocate 34 GB")
+
+
+# ---------------------------------------------------------------------------------------------
+# Results
+
+
+def rows(out: str) -> list[dict]:
+    """metrics.jsonl but for times and memory."""
+    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    drop = {"seconds", "tokens_per_s", "peak_memory"}
+    return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in lines]
+
+
+def state(checkpoint: str | Path) -> dict[str, torch.Tensor]:
+    """Everything in a checkpoint, unsharded: w, u, masters, moments, λ."""
+    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in stored.items()}
+    dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    return tensors | {"lam": shard.read_run(Path(checkpoint))["sources"]["lam"]}
+
+
+def saved(out: str) -> list[str]:
+    return sorted(p.name for p in (Path(out) / "checkpoints").iterdir())
+
+
+def assert_same(a: str, b: str) -> None:
+    """Equal to the last bit: the steps, the weights, the model, and the newest checkpoint."""
+    assert rows(a) == rows(b)
+    for name in ("weights", "gap", "test_loss", "step"):
+        old, new = (json.loads((Path(out) / "weights.json").read_text()) for out in (a, b))
+        assert old[name] == new[name]
+    old, new = ((Path(out) / "model/model.safetensors").read_bytes() for out in (a, b))
+    assert old == new
+    newest = [shard.whole_checkpoints(Path(out) / "checkpoints")[0] for out in (a, b)]
+    assert newest[0].name == newest[1].name
+    old, new = map(state, newest)
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[key], new[key]) for key in old)
