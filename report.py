@@ -48,7 +48,7 @@ class Log:
         self.out, self.about, self.total, self.main = out, about, total, main
         self.rows: list[dict] = []
         if main:
-            self.rows = read_rows(origin or out, start) if start else []
+            self.rows = rows_before(origin or out, start)
             if len(self.rows) < start:
                 print(f"note: {start - len(self.rows)} of the {start} steps before are missing in "
                       f"{origin or out}/metrics.jsonl")  # fmt: skip
@@ -285,14 +285,18 @@ def bar(p: float) -> str:
     return "█" * round(30 * p) or "▏"
 
 
-def read_rows(out: Path, steps: float = math.inf) -> list[dict]:
-    """metrics.jsonl, of the steps before `steps`; of a file that a crash has cut, what is left."""
+def read_rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def rows_before(out: Path, step: int) -> list[dict]:
+    """Those of a run that was killed; lines that the crash has cut are left out."""
     rows = []
     with contextlib.suppress(OSError):
         for line in (out / "metrics.jsonl").read_bytes().splitlines():
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and row.get("step", math.inf) < steps]
+    return [row for row in rows if isinstance(row, dict) and row.get("step", step) < step]
 
 
 def render_weights(out: Path) -> list[str]:

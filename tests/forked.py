@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -207,7 +208,9 @@ def state(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     """Everything in a checkpoint, unsharded: w, u, masters, moments, λ."""
     stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in stored.items()}
-    dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group
+        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
     return tensors | {"lam": shard.read_run(Path(checkpoint))["sources"]["lam"]}
 
 
