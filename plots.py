@@ -155,7 +155,8 @@ def draw_source_losses(axes, runs: list[Run], colours: dict, with_validation: bo
     if with_validation:
         line(axes, over_runs("val_loss"), color="black", label="validation")
         legend_above(axes)
-    axes.set(xlabel=steps_label(window), ylabel="loss under w (nats)", ylim=(0, None))
+    axes.set(xlabel=steps_label(window), ylabel="loss under w (nats)")
+    from_zero(axes)
 
 
 def draw_losses(axes, runs: list[Run]) -> None:
@@ -169,7 +170,8 @@ def draw_losses(axes, runs: list[Run]) -> None:
         line(axes, smooth(train, window), color="C0", linewidth=1, label=label("training"))
         line(axes, val, color="black", marker=".", label=label("validation"))
         line(axes, test, color="C3", marker="x", linestyle="none", label=label("test"))
-    axes.set(xlabel=steps_label(window), ylabel="loss (nats)", ylim=(0, None))
+    axes.set(xlabel=steps_label(window), ylabel="loss (nats)")
+    from_zero(axes)
     legend_above(axes)
 
 
@@ -235,6 +237,13 @@ def mean(every: np.ndarray) -> np.ndarray:
     """Over the first axis, of the values that are not NaN."""
     n = np.isfinite(every).sum(0)
     return np.where(n > 0, np.nansum(every, 0) / np.maximum(n, 1), math.nan)
+
+
+def from_zero(axes) -> None:
+    """Start the vertical axis at 0, with a margin above what is drawn."""
+    axes.update_datalim([(0, 0)])
+    axes.autoscale_view()
+    axes.set_ylim(bottom=0)
 
 
 def steps_label(window: int) -> str:

@@ -147,10 +147,9 @@ def blame(row: dict, counts: Tensor, out: Path) -> str:
         if present[name] and loss is None
     ]
     bad += ["the validation loss"] * (learns and row["val_loss"] is None)
-    files = "metrics.jsonl and weights.json" if learns else "metrics.jsonl"
     return (
         f"step {row['step']}: not finite: {', '.join(bad) or 'a gradient'}. This step changed "
-        f"nothing; {files} in {out}: the {row['step']} steps before it. "
+        f"nothing; the {row['step']} steps before it are in {out}. "
         "The same command with --skip-nonfinite passes over such steps; "
         f"{'lower --lr-w and --lr-u' if learns else 'a lower --lr-w'}, or --clip, need another "
         "--out."
