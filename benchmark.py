@@ -146,7 +146,9 @@ def random_dataset(prompt: np.ndarray, answer: np.ndarray, vocab: int, seed: int
     place = np.arange(len(tokens)) - np.repeat(starts, lengths)
     tokens = np.where(place < np.repeat(prompt, lengths), ~tokens, tokens)
     n = np.arange(len(lengths))
-    return data.Dataset(tokens, starts, lengths, n.astype(np.uint64), n, int(lengths.max()))
+    return data.Dataset(
+        tokens, starts, lengths, n.astype(np.uint64), n, n, max_length=int(lengths.max())
+    )
 
 
 def random_lengths(lengths: str, name: str, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
