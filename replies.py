@@ -109,8 +109,7 @@ def respond(
 
 def all_finished(finished: bool) -> bool:
     """Whether all ranks are. Collective: every rank calls it."""
-    device = "cuda" if dist.get_backend() != "gloo" else "cpu"
-    flag = torch.tensor(int(finished), device=device)
+    flag = torch.tensor(int(finished))  # on the CPU, where gloo carries it
     dist.all_reduce(flag, dist.ReduceOp.MIN)
     return bool(flag)
 
