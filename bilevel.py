@@ -212,8 +212,8 @@ class PenaltyStep(Step):
 
         loss_u, loss_w = sum_u / n[:-1], sum_w[:-1] / n[:-1]  # 0 / 0 = NaN where absent
         if finite:
+            self._update(self.opt_w, norm_w)  # before u: w was at work last, and u is next
             self._update(self.opt_u, norm_u)
-            self._update(self.opt_w, norm_w)
             gap = torch.where(present, (loss_w - loss_u) / coverage, 0)
             self.sources.update(self.alpha * gap)
         self.opt_u.zero_grad()

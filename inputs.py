@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import torch
 import data
 import mixture
 import model as hf
+import plan
 import pretrained
 import shard
 import tasks
@@ -65,12 +67,12 @@ DEFAULTS = {
 # Flags of one mode alone.
 ONLY = {
     "bilevel": ("val_batch_size", "alpha", "tau", "outer_rounds", "lr_u", "lr_lambda",
-                "lisa_coupling"),
+                "lisa_coupling", "cpu_offload"),
     "finetune": ("weights", "samples", "repeat"),
 }  # fmt: skip
 # Flags that do not change what a run computes.
 HARMLESS = {"out", "timeout", "save_every", "keep", "resume", "activation_checkpointing"}
-HARMLESS |= {"plan", "gpus", "gpu_memory", "json", "skip_nonfinite"}
+HARMLESS |= {"plan", "gpus", "gpu_memory", "json", "skip_nonfinite", "cpu_offload"}
 HARMLESS |= {"weights"}  # the numbers themselves are compared
 HARMLESS |= {"train", "val", "test"}  # paths: the records themselves are compared
 LOCK = ".lock"  # in --out
@@ -100,6 +102,12 @@ class Inputs:
         named = {f"train {name}": source for name, source in self.sources.items()}
         held = {"val": self.val, "test": self.test}
         return named | {name: dataset for name, dataset in held.items() if dataset}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample that is trained or validated on."""
+        used = [*(self.mixture or self.sources).values(), *([self.val] if self.val else [])]
+        return max(int(d.lengths.max()) for d in used)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -176,6 +184,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         choices=("auto", *DTYPES))
     add(g, "activation-checkpointing", "keep only the inputs of blocks for backward, and compute "
         "the rest again", action="store_true")
+    add(g, "cpu-offload", "the copy that is not at work, u while w is and w while u is, waits in "
+        "host memory", action="store_true")
+    add(g, "compile", "fuse what each block does, with torch.compile; needs a C++ compiler",
+        action="store_true")
     add(g, "save-every", "steps between two checkpoints; 0 = only when asked to stop by a signal",
         type=int, default=0)
     add(g, "keep", "checkpoints to keep, the newest", type=int, default=2)
@@ -188,7 +200,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g = parser.add_argument_group("plan")
     add(g, "plan", "print the bytes that each GPU needs, and end: needs no GPU and no weights, "
         "--model may be a config.json; exit 1 if they do not fit", action="store_true")
-    add(g, "gpus", "GPUs of the plan", type=int, default=8)
+    add(g, "gpus", "GPUs of the plan [8]", type=int)
     add(g, "gpu-memory", "of each, in 10^9 bytes; 2 are kept back", type=float)
     add(g, "json", "the plan as JSON", action="store_true")
 
@@ -232,6 +244,9 @@ def fresh(out: Path, restarted: bool) -> Path:
 def prepare(args: argparse.Namespace, world: int) -> Inputs:
     """Check flags, model and data. Raises one ValueError with a line for each problem."""
     problems = data.Problems(check_flags(args, world) + check_out(args))
+    for flag in ("gpus", "gpu_memory", "json"):
+        if getattr(args, flag):
+            problems.add(f"--{flag.replace('_', '-')} goes with --plan alone")
     config, checkpoint, tok, weights = None, None, None, None
     with problems.collecting():
         weights = read_weights(args)
@@ -323,6 +338,12 @@ def check_flags(args: argparse.Namespace, world: int) -> list[str]:
     need(args.save_every >= 0, "save-every", "a number of steps, or 0")
     need(args.keep > 0, "keep", "a whole number above 0")
     need(args.lisa_layers >= 0, "lisa-layers", "0 (all) or a number of blocks")
+    for flag, value in ("lisa-ends", "sampled"), ("lisa-coupling", "independent"):
+        if args.lisa_layers == 0 and getattr(args, flag.replace("-", "_")) == value:
+            problems.append(f"--{flag} {value} contradicts --lisa-layers 0: nothing is drawn where "
+                            "everything trains")
+    if args.compile and not args.plan and not shutil.which(os.environ.get("CXX", "g++")):
+        problems.append("--compile needs a C++ compiler: install g++, or name one in CXX")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available() and local > torch.cuda.device_count():
         problems.append(f"{local} ranks on a machine of {torch.cuda.device_count()} GPUs: take as "
@@ -354,8 +375,25 @@ def read_config(name: str) -> hf.ModelConfig:
     return pretrained.load_config(pretrained.find_checkpoint(name, weights=False))
 
 
-def check_fit(args: argparse.Namespace, config: hf.ModelConfig, tok) -> list[str]:
-    """Flags and tokenizer against the model."""
+def plan_inputs(args: argparse.Namespace) -> hf.ModelConfig:
+    """The configuration that --plan asks about. Raises one ValueError with all problems."""
+    args.gpus = 8 if args.gpus is None else args.gpus
+    problems = data.Problems(check_flags(args, max(1, args.gpus)))
+    if args.gpus < 1:
+        problems.add(f"--gpus {args.gpus}: permitted is a whole number above 0")
+    if args.gpu_memory is not None and not plan.room(args.gpu_memory) > 0:
+        problems.add(f"--gpu-memory {args.gpu_memory}: permitted is more than the "
+                     f"{plan.RESERVED / plan.GB:g} that are kept back")  # fmt: skip
+    with problems.collecting():
+        config = read_config(args.model)
+        for problem in check_sizes(args, config):
+            problems.add(problem)
+    problems.raise_if_any()
+    return config
+
+
+def check_sizes(args: argparse.Namespace, config: hf.ModelConfig) -> list[str]:
+    """Flags against the model."""
     problems = []
     if args.max_length > config.max_positions:
         problems.append(
@@ -363,6 +401,12 @@ def check_fit(args: argparse.Namespace, config: hf.ModelConfig, tok) -> list[str
         )
     if args.lisa_layers > config.n_layers:
         problems.append(f"--lisa-layers {args.lisa_layers}: the model has {config.n_layers} blocks")
+    return problems
+
+
+def check_fit(args: argparse.Namespace, config: hf.ModelConfig, tok) -> list[str]:
+    """Flags and tokenizer against the model."""
+    problems = check_sizes(args, config)
     if tok.n_vocab > config.vocab:
         problems.append(
             f"--model {args.model}: the tokenizer has {tok.n_vocab} ids, "

@@ -277,6 +277,8 @@ def plan(
     activation_checkpointing: bool,
     cpu_offload: bool,
     copies: int = 2,
+    batch_size: int | None = None,
+    val_batch_size: int | None = None,
     response_tokens: int | None = None,
     lisa: bool = True,
     rank: int = 0,
@@ -284,6 +286,10 @@ def plan(
     """The peak of w's pass, while u's gradients wait for the update, in the worst of LISA's draws.
 
     copies            of the model: 2 learn weights, 1 is fine-tuned
+    cpu_offload       one copy waits on the host while the other is at work
+    batch_size, val_batch_size    samples of a step over all ranks; None: as many as fill up
+                      micro-batches. "validation pass" is what validation's, if they are larger
+                      than training's, need beyond those
     response_tokens   positions of a sample that carry loss; None: all
     lisa              False: everything trains, as with lisa_layers = 0 and lisa_ends = "always"
     """
@@ -291,22 +297,40 @@ def plan(
     draws = {"always": [(n, True)], "frozen": [(n, False)], "sampled": [(n, False), (n - 1, True)]}
     if not (lisa and lisa_layers):  # there is nothing to draw
         draws["sampled"] = draws["always"]
-    B, T = micro_batch_size, max_length
-    plans = []
-    for draw in draws[lisa_ends if lisa else "always"]:
-        one = state(config, ranks, dtype, *draw, rank)
-        all_copies = {name: n_bytes * (copies - cpu_offload) for name, n_bytes in one.items()}
-        step = Step(
-            config, dtype, ranks, B, T, response_tokens or T, *draw, activation_checkpointing
-        )
-        for moment in step.moments():
-            if "w's gradients" in moment:
-                u = all_copies["gradients"] - one["gradients"]
-                moment["gradients"] = u + moment.pop("w's gradients")
-            # Validation micro-batches are part of this pass and as large as the others.
-            components = all_copies | moment | {"validation pass": 0}
-            plans.append(Plan(components, sum(one.values()) if cpu_offload else 0))
-    return max(plans, key=lambda p: p.peak)
+    shape = max_length, response_tokens or max_length
+
+    def worst(batch: int | None) -> Plan:
+        B = min(micro_batch_size, max(1, batch // ranks)) if batch else micro_batch_size
+        plans = []
+        for draw in draws[lisa_ends if lisa else "always"]:
+            one = state(config, ranks, dtype, *draw, rank)
+            here = copies - bool(cpu_offload)
+            all_copies = {name: here * n_bytes for name, n_bytes in one.items()}
+            all_copies["gradients"] = copies * one["gradients"]  # see shard.Turns
+            host = sum(one.values()) - one["gradients"]
+            step = Step(config, dtype, ranks, B, *shape, *draw, activation_checkpointing)
+            for moment in step.moments():
+                if "w's gradients" in moment:
+                    u = all_copies["gradients"] - one["gradients"]
+                    moment["gradients"] = u + moment.pop("w's gradients")
+                plans.append(Plan(all_copies | moment, host if cpu_offload else 0))
+        return max(plans, key=lambda p: p.peak)
+
+    train = worst(batch_size)
+    val = worst(val_batch_size) if copies == 2 else train
+    extra = {"validation pass": max(0, val.peak - train.peak)}
+    return replace(train, components=train.components | extra)
+
+
+def settings(args, ranks: int, dtype: torch.dtype) -> dict:
+    """What `plan` takes, from the flags of a run."""
+    names = (
+        "micro_batch_size", "max_length", "lisa_layers", "lisa_ends", "activation_checkpointing",
+        "cpu_offload", "batch_size", "val_batch_size",
+    )  # fmt: skip
+    given = {name: getattr(args, name) for name in names}
+    copies = 1 if args.mode == "finetune" else 2
+    return given | {"ranks": ranks, "dtype": dtype, "copies": copies}
 
 
 class Done(NamedTuple):
@@ -455,17 +479,26 @@ def fits(p: Plan, gpu_memory: float) -> bool:
     return p.peak <= room(gpu_memory)
 
 
+def remedies(settings: dict) -> list[list[dict]]:
+    """Changes that save memory and leave alone what a run computes: of each kind, mildest first."""
+    B, ranks = settings["micro_batch_size"], settings["ranks"]
+    batches = [n for n in (settings.get("batch_size"), settings.get("val_batch_size")) if n]
+    if len(batches) == 2:  # what one rank has of them may be less than a micro-batch
+        B = min(B, max(1, max(batches) // ranks))
+    switches = ["activation_checkpointing"] + ["cpu_offload"] * (settings.get("copies") != 1)
+    switches = [name for name in switches if not settings[name]]
+    more = [ranks * 2**i for i in range(1, 8)]
+    return [
+        [{"micro_batch_size": b} for b in range(B - 1, 0, -1)],
+        *([{name: True}] for name in switches),
+        [{"ranks": n} for n in more if all(batch % n == 0 for batch in batches)],
+    ]
+
+
 def first_fix(config: ModelConfig, gpu_memory: float, **settings) -> str | None:
     """Flags that make a run fit, given as `plan` takes it: the first one that does so alone; else
     the shortest row of them from the start of that order; None if no number of GPUs helps."""
-    B, ranks = settings["micro_batch_size"], settings["ranks"]
-    switches = [k for k in ("activation_checkpointing",) if not settings[k]]
-    rows = [
-        [{"micro_batch_size": b} for b in range(B - 1, 0, -1)],
-        *([{name: True}] for name in switches),
-        [{"ranks": ranks * 2**i} for i in range(1, 8)],  # doubled, as batches must divide by it
-    ]
-    together = [{}]
+    rows, together = remedies(settings), [{}]
     for row in rows:
         together.append(together[-1] | (row[-1] if row else {}))
     alone = [change for row in rows for change in row]
@@ -478,10 +511,20 @@ def first_fix(config: ModelConfig, gpu_memory: float, **settings) -> str | None:
     return None
 
 
-def as_flags(change: dict) -> str:
-    names = {"ranks": "gpus"}
+def most_helpful(config: ModelConfig, device_type: str, **settings) -> list[str]:
+    """The two flags of a run that take most off the peak, each alone; for a kind that has degrees,
+    the middle one."""
+    changes = [row[(len(row) - 1) // 2] for row in remedies(settings) if row]
+    if device_type == "cpu":  # its memory is the host's
+        changes = [change for change in changes if "cpu_offload" not in change]
+    changes.sort(key=lambda change: plan(config, **settings | change).peak)
+    return [as_flags(change, ranks="nproc_per_node") for change in changes[:2]]
+
+
+def as_flags(change: dict, ranks: str = "gpus") -> str:
+    names = {"ranks": ranks}
     return " ".join(
-        f"--{names.get(k, k).replace('_', '-')}" + ("" if v is True else f" {v}")
+        f"--{names.get(k, k.replace('_', '-'))}" + ("" if v is True else f" {v}")
         for k, v in change.items()
     )
 

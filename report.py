@@ -15,6 +15,7 @@ import math
 import os
 import resource
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mixture
+import plan
 from bilevel import PenaltyStep, StepStats
 
 BATCHES = 10  # batch means, for standard errors of series that are autocorrelated
@@ -134,6 +136,37 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Memory:
+    """The planned peak of a run and beside it, on this rank, the measured one."""
+
+    def __init__(self, config, device_type: str, settings: dict):
+        """settings: what plan.plan takes. Make it before the model is loaded."""
+        self.config, self.device_type, self.settings = config, device_type, settings
+        self.planned = f"planned peak {plan.plan(config, **settings).peak / plan.GB:.2f} GB a rank"
+        self.before = peak_memory()  # on a CPU: Python, its libraries and the data
+
+    def measured(self) -> str:
+        peak = peak_memory() / plan.GB
+        if self.device_type == "cuda":
+            reserved = torch.cuda.max_memory_reserved() / plan.GB
+            return f"{peak:.2f} GB ({reserved:.2f} GB with what the allocator kept back)"
+        before = self.before / plan.GB
+        return f"{peak - before:.2f} GB above the {before:.2f} GB before loading"
+
+    def advice(self, log: Path) -> str:
+        """A line on an error for want of memory, whose traceback goes to `log`."""
+        log.write_text(traceback.format_exc())
+        helpful = plan.most_helpful(self.config, self.device_type, **self.settings)
+        return (f"out of memory: {self.planned}, measured {self.measured()}; most likely to help: "
+                f"{' or '.join(helpful)}; traceback in {log}")  # fmt: skip
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Also where PyTorch's CPU allocator, NCCL or cuBLAS says so."""
+    said = "out of memory" in str(error).lower() or "can't allocate memory" in str(error)
+    return said or isinstance(error, MemoryError)
 
 
 def blame(row: dict, counts: Tensor, out: Path) -> str:

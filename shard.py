@@ -8,6 +8,7 @@ that no rank ever holds more than one full tensor beside its shards.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -101,8 +102,95 @@ def shard(model: Transformer, mesh: DeviceMesh, mixed: MixedPrecisionPolicy, who
     fully_shard(model, **rules)
 
 
-def build(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Transformer:
-    """A sharded model, not filled yet. Collective: every rank calls it."""
+class Turns:
+    """Copies of a model that take turns on the device (--cpu-offload): while one is at work the
+    others' shards, masters and moments wait in host memory.
+
+    A tensor that waits stays the same object but has no storage, so that using it out of turn
+    fails. Gradients stay on the device: a step needs the norms of all copies' at once. On a CPU
+    both memories are one, but the moves are made all the same.
+    """
+
+    def __init__(self, device: torch.device):
+        """Collective: every rank calls it."""
+        self.pinned = device.type == "cuda"
+        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        self.state: dict[nn.Module, Callable[[], Iterable[Tensor]]] = {}
+        self.here: nn.Module | None = None
+        self.waiting: dict[nn.Module, dict[int, tuple[Tensor, Tensor]]] = {}
+
+    def follow(self, model: nn.Module, state: Callable[[], Iterable[Tensor]] = tuple) -> None:
+        """Take `model` in, or from now on move what `state` lists along with its parameters."""
+        self.state[model] = state
+        self.bring(model)
+
+    def bring(self, model: nn.Module) -> None:
+        """Make `model` the one on the device. All of it goes through the current stream: nothing is
+        freed or read too early."""
+        if self.here is model:
+            return
+        arriving, gone = self.waiting.pop(model, {}), {}
+        leaving = []
+        if self.here is not None:
+            leaving = [*self.here.parameters(), *self.state[self.here]()]
+            self.waiting[self.here] = gone
+        # In pairs, so that neither memory holds both copies in between.
+        for old, back in itertools.zip_longest(leaving, arriving.values()):
+            if old is not None:
+                whole = whole_storage(old)
+                host = torch.empty_like(whole, device="cpu", pin_memory=self.pinned)
+                gone[storage_key(old)] = whole, host.copy_(whole, non_blocking=True)
+                whole.untyped_storage().resize_(0)
+            if back is not None:
+                whole, host = back
+                whole.untyped_storage().resize_(host.nbytes)
+                whole.copy_(host, non_blocking=True)
+        self.here = model
+
+    def now(self, t: Tensor) -> Tensor:
+        """`t`, or while it waits its values on the host, likewise sharded."""
+        for moved in self.waiting.values():
+            if storage_key(t) in moved:
+                if self.pinned:
+                    torch.cuda.synchronize()
+                part = t.to_local() if isinstance(t, DTensor) else t
+                _, host = moved[storage_key(t)]
+                host = host.as_strided(part.shape, part.stride(), part.storage_offset())
+                if not isinstance(t, DTensor):
+                    return host
+                like = {"shape": t.shape, "stride": t.stride()}
+                return DTensor.from_local(host, self.mesh, t.placements, run_check=False, **like)
+        return t
+
+
+def storage_key(t: Tensor) -> int:
+    return (t.to_local() if isinstance(t, DTensor) else t).untyped_storage()._cdata
+
+
+def whole_storage(t: Tensor) -> Tensor:
+    """All elements of the storage that this rank's part of `t` lies in, FSDP's padding included."""
+    t = (t.to_local() if isinstance(t, DTensor) else t).detach()
+    return t.new_empty(0).set_(t.untyped_storage())
+
+
+def bring(model: nn.Module) -> None:
+    """See to it that a model's shards are on the device."""
+    if model.turns is not None:
+        model.turns.bring(model)
+
+
+def now(model: nn.Module, t: Tensor) -> Tensor:
+    """A parameter or a piece of optimiser state of `model`, wherever it is now."""
+    return t if model.turns is None else model.turns.now(t)
+
+
+def build(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, turns: Turns | None = None
+) -> Transformer:
+    """A sharded model, not filled yet. Collective: every rank calls it.
+
+    turns: shared by the copies that take turns on the device
+    """
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
     low = torch.finfo(dtype).bits < 32
@@ -116,12 +204,25 @@ def build(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tran
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     model.gather_once = n_bytes <= GATHER_ONCE_BYTES
     shard(model, mesh, mixed, whole=model.gather_once)
+    model.turns = turns
+    if turns is not None:
+        turns.follow(model)
     model.to_empty(device=device)
     # FSDP notes in which dtype gradients are reduced when it is first used, and only for parameters
     # that train then. Let it do so now, before LISA freezes any. (A forward would do it through the
     # public interface, but gather more than one tensor.)
     model._get_fsdp_state()._lazy_init()
     return model
+
+
+def compile_blocks(model: Transformer) -> None:
+    """Fuse what each block does. FSDP's hooks stay outside.
+
+    dynamic: widths depend on the data, and one compilation is to serve them all. What else is
+    compiled apart is a block that trains from one that does not.
+    """
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, dynamic=True)
 
 
 @torch.no_grad()
@@ -142,13 +243,15 @@ def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
 @torch.no_grad()
 def copy_shards(target: nn.Module, source: nn.Module) -> None:
     """Make `target` equal to `source`, shard by shard, without communication."""
+    bring(target)
     for a, b in zip(target.parameters(), source.parameters(), strict=True):
-        a.to_local().copy_(b.to_local())
+        a.to_local().copy_(now(source, b.detach()).to_local())
 
 
 def once_per_pass(model: FSDPModule, last: bool) -> None:
     """For PenaltyStep.on_micro: gather parameters with the first micro-batch of a pass, reduce
     gradients and let go of the gathered copies with the last, where the model is small enough."""
+    bring(model)
     if model.gather_once:
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
@@ -177,6 +280,7 @@ def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None
     finish: rank 0 calls it with the directory before it has its name, to add the tokenizer.
     Collective: every rank calls it.
     """
+    bring(model)
     release(model)
     if dist.get_rank() == 0:
         with pretrained.written_whole(target) as directory:

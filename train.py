@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -39,17 +40,7 @@ import report
 import shard
 import templates
 from bilevel import PenaltyStep, PlainStep, SourceWeights
-from inputs import (
-    DTYPES,
-    Inputs,
-    check_flags,
-    checkpoints,
-    hold,
-    parse,
-    prepare,
-    read_config,
-    record,
-)
+from inputs import DTYPES, Inputs, checkpoints, hold, parse, plan_inputs, prepare, record
 from lisa import Lisa
 
 
@@ -78,36 +69,53 @@ Trainer = PenaltyStep | PlainStep
 
 def load_copies(args: argparse.Namespace, inputs: Inputs, device: torch.device, names: str):
     """Sharded copies of the model, equal to the last bit. Collective: every rank calls it."""
-    auto = "bf16" if device.type == "cuda" else "fp32"
-    dtype = DTYPES[auto if args.dtype == "auto" else args.dtype]
-    w, *others = copies = [shard.build(inputs.config, dtype, device) for _ in names]
+    turns = shard.Turns(device) if args.cpu_offload else None
+    settings = inputs.config, dtype_of(args, device.type), device, turns
+    w = shard.build(*settings)
     if inputs.checkpoint:
         shard.fill(w, hf.read_weights(inputs.checkpoint, inputs.config))
     else:
         shard.fill(w, hf.random_weights(inputs.config, args.seed))
+    others = [shard.build(*settings) for _ in names[1:]]
     for copy in others:
         shard.copy_shards(copy, w)
-    for copy in copies:
+    for copy in (w, *others):
         copy.recompute = args.activation_checkpointing
-    return copies
+        if args.compile:
+            shard.compile_blocks(copy)
+    return w, *others
+
+
+def dtype_of(args: argparse.Namespace, device_type: str) -> torch.dtype:
+    """What parameters are stored in."""
+    auto = "bf16" if device_type == "cuda" else "fp32"
+    return DTYPES[auto if args.dtype == "auto" else args.dtype]
 
 
 def make_trainer(args: argparse.Namespace, inputs: Inputs, device: torch.device) -> Trainer:
     """The model with its optimiser, or both copies with theirs and the source weights. Collective.
     """
-    lisa = (args.lisa_layers, args.lisa_interval, args.seed, args.lisa_ends)
     rest = {"clip": args.clip, "on_micro": shard.once_per_pass}
     if args.mode == "finetune":
         (w,) = load_copies(args, inputs, device, "w")
-        opt_w = Lisa(w, *lisa, lr=args.lr_w, weight_decay=args.weight_decay)
-        return PlainStep(w, opt_w, **rest)
+        return PlainStep(w, make_lisa(args, w, args.lr_w, 0), **rest)
     w, u = load_copies(args, inputs, device, "wu")
-    copy = int(args.lisa_coupling == "independent")
-    opt_w = Lisa(w, *lisa, copy=0, lr=args.lr_w, weight_decay=args.weight_decay)
-    opt_u = Lisa(u, *lisa, copy=copy, lr=args.lr_u, weight_decay=args.weight_decay)
+    opt_w = make_lisa(args, w, args.lr_w, 0)
+    opt_u = make_lisa(args, u, args.lr_u, int(args.lisa_coupling == "independent"))
     wide = torch.promote_types(next(w.parameters()).dtype, torch.float32)
     sources = SourceWeights(len(inputs.sources), wide, args.lr_lambda)
     return PenaltyStep(w, u, opt_w, opt_u, sources, args.alpha, **rest)
+
+
+def make_lisa(args: argparse.Namespace, model: hf.Transformer, lr: float, copy: int) -> Lisa:
+    """The optimiser of a copy, whose state moves with it if copies take turns on the device."""
+    opt = Lisa(
+        model, args.lisa_layers, args.lisa_interval, args.seed, args.lisa_ends, copy, lr,
+        args.weight_decay, bring=partial(shard.bring, model),
+    )  # fmt: skip
+    if model.turns is not None:
+        model.turns.follow(model, opt.state_tensors)
+    return opt
 
 
 def make_batches(args: argparse.Namespace, inputs: Inputs) -> data.Batches:
@@ -197,8 +205,9 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The sharded state of a run: the copies' parameters, and their active sets' AdamW state."""
     state = {}
     for copy, (model, opt) in trainer.copies.items():
-        state |= {f"{copy}.{name}": p.detach() for name, p in model.named_parameters()}
-        state |= {f"{copy}.lisa.{name}": tensor for name, tensor in opt.state_dict().items()}
+        named = {name: p.detach() for name, p in model.named_parameters()}
+        named |= {f"lisa.{name}": tensor for name, tensor in opt.state_dict().items()}
+        state |= {f"{copy}.{name}": shard.now(model, tensor) for name, tensor in named.items()}
     return state
 
 
@@ -246,10 +255,12 @@ def held_out_losses(
     due = {"test_loss": (inputs.test, done in (0, total))}
     if args.mode == "finetune":
         due["val_loss"] = inputs.val, done == total or done % math.ceil(total / WATCHED) == 0
+    due = {name: dataset for name, (dataset, now) in due.items() if now}
+    if due:
+        shard.bring(w)
     return {
         name: evaluate.loss(w, dataset, args.micro_batch_size).mean if dataset else None
-        for name, (dataset, now) in due.items()
-        if now
+        for name, dataset in due.items()
     }
 
 
@@ -289,16 +300,18 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     device, signals = shard.start(shard.FILES_TIMEOUT), catch_signals()
     code, last_words = 0, ""
+    memory = report.Memory(inputs.config, device.type, plan_settings(args, inputs, device))
     try:
         if first:
             announce(args, inputs)
+            print(f"memory: {memory.planned}")
             report.write_json(args.out / "config.json", record(args, inputs))
             if inputs.mixture:
                 report.replace(args.out / "mixture.jsonl", mixture.as_jsonl(inputs.mixture))
         train(args, inputs, device, signals)
         if first:
-            no_picture = draw(args)
-            last_words = "\n".join([report.render(args.out), *no_picture])
+            used = f"memory: {memory.planned}, measured {memory.measured()}"
+            last_words = "\n".join([report.render(args.out), *draw(args), used])
     except Stopped as stopped:
         code = 128 + (signals or [signal.SIGTERM])[0]
         last_words = f"{stopped}; the same command goes on from there"
@@ -306,7 +319,11 @@ def main(argv: list[str] | None = None) -> int:
         code, last_words = 1, str(error)
     except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
         # Leave at once: where a rank is gone, taking the process group down would wait for it.
-        print(f"rank {dist.get_rank()} ends: {reason(error, args)}", file=sys.stderr)
+        if report.out_of_memory(error):
+            what = memory.advice(args.out / f"error-rank{dist.get_rank()}.log")
+        else:
+            what = reason(error, args)
+        print(f"rank {dist.get_rank()} ends: {what}", file=sys.stderr)
         shard.leave(1)
     if first:
         print(last_words, file=sys.stderr if code == 1 else sys.stdout, flush=True)
@@ -339,38 +356,33 @@ def reason(error: BaseException, args: argparse.Namespace) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def plan_settings(args: argparse.Namespace, inputs: Inputs, device: torch.device) -> dict:
+    """What the plan of this run is made from; the longest sample may be shorter than permitted."""
+    settings = plan.settings(args, dist.get_world_size(), dtype_of(args, device.type))
+    padded = 8 * -(-inputs.longest // 8)  # see data.py
+    return settings | {"max_length": min(args.max_length, padded)}
+
+
 def show_plan(args: argparse.Namespace) -> int:
     """The memory plan of these flags. Returns 0, 1 if the memory does not do, 2 for bad input."""
     try:
-        config = read_config(args.model)
-        if problems := check_flags(args, args.gpus):
-            raise ValueError("\n".join(problems))
-        settings = {
-            "ranks": args.gpus,
-            "dtype": DTYPES["bf16" if args.dtype == "auto" else args.dtype],
-            "micro_batch_size": args.micro_batch_size,
-            "max_length": args.max_length,
-            "lisa_layers": args.lisa_layers,
-            "lisa_ends": args.lisa_ends,
-            "activation_checkpointing": args.activation_checkpointing,
-            "cpu_offload": False,
-            "copies": 1 if args.mode == "finetune" else 2,
-        }
-        needed = plan.plan(config, **settings)
+        config = plan_inputs(args)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    settings = plan.settings(args, args.gpus, dtype_of(args, "cuda"))
+    needed, fix = plan.plan(config, **settings), None
+    too_much = args.gpu_memory is not None and not plan.fits(needed, args.gpu_memory)
+    if too_much:
+        fix = plan.first_fix(config, args.gpu_memory, **settings)
     if args.json:
-        print(json.dumps(plan.as_dict(needed, args.gpu_memory)))
+        print(json.dumps(plan.as_dict(needed, args.gpu_memory) | {"fix": fix}))
     else:
         print(f"{args.model} on {args.gpus} GPUs, bytes per GPU:")
         print(plan.render(needed, args.gpu_memory))
-    if args.gpu_memory is None or plan.fits(needed, args.gpu_memory):
-        return 0
-    if not args.json:
-        fix = plan.first_fix(config, args.gpu_memory, **settings)
-        print(f"would fit with: {fix}" if fix else "no flag makes it fit")
-    return 1
+        if too_much:
+            print(f"would fit with: {fix}" if fix else "no flag makes it fit")
+    return int(too_much)
 
 
 def catch_signals() -> list[int]:

@@ -272,7 +272,9 @@ def test_too_small_a_gpu_is_told_by_how_much():
     [
         ("Yi-34B", 48, {"micro_batch_size": 4}, "--micro-batch-size 1"),
         ("LLaMA-3-70B", 80, {}, "--activation-checkpointing"),
-        ("LLaMA-3-70B", 60, {"activation_checkpointing": True}, "--gpus 16"),
+        ("LLaMA-3-70B", 60, {"activation_checkpointing": True}, "--cpu-offload"),
+        ("LLaMA-3-70B", 60, {"activation_checkpointing": True, "cpu_offload": True,
+                             "max_length": 8192, "micro_batch_size": 2}, "--micro-batch-size 1"),
         ("GPT-2", 2.001, {}, None),
     ],
 )
@@ -297,7 +299,27 @@ def test_checkpointing_offload_and_frozen_ends_need_less():
     ):  # fmt: skip
         assert planning.plan(config, **FLAGS | change).peak <= base.peak, change
     offloaded = planning.plan(config, **FLAGS | {"cpu_offload": True})
-    assert offloaded.host == offloaded.persistent == base.persistent // 2
+    assert offloaded.persistent + offloaded.host == base.persistent
+    assert offloaded.host == (base.persistent - base.components["gradients"]) // 2
+
+
+def test_validation_pass_is_what_larger_validation_micro_batches_add():
+    """Of 8 samples on 8 GPUs each has one, of 64 it fills its micro-batches of 4."""
+    flags = FLAGS | {"micro_batch_size": 4, "batch_size": 8, "val_batch_size": 64}
+    p = planning.plan(CONFIGS["LLaMA-3-8B"], **flags)
+    assert p.components["validation pass"] > 0
+    assert p.peak == planning.plan(CONFIGS["LLaMA-3-8B"], **FLAGS | {"micro_batch_size": 4}).peak
+    smaller = planning.plan(CONFIGS["LLaMA-3-8B"], **flags | {"val_batch_size": 8})
+    assert smaller.components["validation pass"] == 0
+    assert smaller.peak == planning.plan(CONFIGS["LLaMA-3-8B"], **FLAGS).peak
+
+
+def test_most_helpful_flags_of_a_run():
+    """Those that take most off; on a CPU the device's memory is the host's."""
+    on = {device: planning.most_helpful(CONFIGS["LLaMA-3-8B"], device, **FLAGS | {"ranks": 1})
+          for device in ("cuda", "cpu")}  # fmt: skip
+    assert on["cuda"][1] == "--cpu-offload" and on["cuda"][0].startswith("--nproc_per_node")
+    assert on["cpu"][1] == "--activation-checkpointing"
 
 
 def test_table_has_a_row_for_each_model_and_number_of_gpus():

@@ -57,8 +57,8 @@ def checkpoints(tmp_path_factory):
 def results(checkpoints, tmp_path_factory):
     """What one rank finds, and each of two: {what: result}. One start for all that needs one."""
     out = tmp_path_factory.mktemp("results")
-    one = run(1, "trajectories,bf16", out / "one", *checkpoints)
-    two = run(2, "trajectories,bf16,dense", out / "two", *checkpoints)
+    one = run(1, "trajectories,bf16,offload", out / "one", *checkpoints)
+    two = run(2, "trajectories,bf16,dense,offload", out / "two", *checkpoints)
     return [*one, *two]
 
 
@@ -104,6 +104,16 @@ def test_lambda_does_not_move_in_the_first_step_on_any_rank(trajectories):
     for result in (one, *two):
         for dtype in ("fp32", "bf16"):
             assert torch.equal(result["one step", dtype]["lam"], torch.zeros(3))
+
+
+def test_offloading_the_idle_copy_changes_no_bit(results):
+    """Through LISA's switches, a stop, a checkpoint and a resume, with parameters gathered once a
+    pass and each time, in bf16 and fp32."""
+    for result in results:
+        assert len(result["offload"]) == 2
+        for plain, turns in result["offload"]:
+            assert plain.keys() == turns.keys()
+            assert all(torch.equal(plain[name], turns[name]) for name in plain)
 
 
 def test_loading_holds_one_full_tensor_beside_the_shards(tmp_path):

@@ -7,9 +7,11 @@
 Each rank writes its results, {what: result}, to OUT.<rank>.pt.
 """
 
+import contextlib
 import copy
 import functools
 import itertools
+import signal
 import sys
 import threading
 import time
@@ -62,10 +64,13 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def trajectory(checkpoint: str, dtype: str, micro: int, pad_to: int, steps: int = 5) -> dict:
+def trajectory(
+    checkpoint: str, dtype: str, micro: int, pad_to: int, steps: int = 5, *flags: str
+) -> dict:
     """Every parameter of w and u, and λ, after a few steps of train.py's own loop, on the records
     beside the checkpoint."""
-    out = Path(checkpoint) / f"{dtype}-{micro}-{pad_to}-{steps}-{dist.get_world_size()}"
+    settings = dtype, micro, pad_to, steps, dist.get_world_size(), shard.GATHER_ONCE_BYTES
+    out = Path(checkpoint) / "-".join(map(str, [*settings, *flags]))
     records = Path(checkpoint).with_name("records")
     args = train.parse(
         f"--model {checkpoint} --train {records} --val {records}/val.jsonl "
@@ -73,19 +78,23 @@ def trajectory(checkpoint: str, dtype: str, micro: int, pad_to: int, steps: int 
         f"--max-length 64 --lr-w 1e-3 --lr-u 1e-3 --lr-lambda 2e-2 --lisa-interval 2 "
         f"--lisa-layers 1 --alpha 1 --batch-size 32 --val-batch-size 32 "
         f"--micro-batch-size {micro} --out {out}".split()
+        + list(flags)
     )
     inputs = train.prepare(args, dist.get_world_size())
     dist.barrier()  # no rank writes before all have looked
     out.mkdir(exist_ok=True)
     batches = data.Batches
     data.Batches = functools.partial(batches, pad_to=pad_to)
+    if flags:  # stopped after the first step, and gone on with
+        with contextlib.suppress(train.Stopped):
+            train.train(args, inputs, torch.device("cpu"), signals=[signal.SIGTERM])
     penalty = train.train(args, inputs, torch.device("cpu"))
     data.Batches = batches
-    parameters = {
-        f"{copy}.{name}": full
-        for copy, model in (("w", penalty.w), ("u", penalty.u))
-        for name, full in shard.full_tensors(model)
-    }
+    parameters = {}
+    for which, model in ("w", penalty.w), ("u", penalty.u):
+        shard.bring(model)
+        for name, full in shard.full_tensors(model):
+            parameters[f"{which}.{name}"] = full.clone()
     return parameters | {"lam": penalty.sources.lam.detach()}
 
 
@@ -99,6 +108,16 @@ def trajectories(checkpoints: list[str]) -> dict:
         ("one step", dtype): trajectory(checkpoints[0], dtype, 4, 8, steps=1)
         for dtype in ("fp32", "bf16")
     }
+
+
+def offload(checkpoints: list[str]) -> list[list[dict]]:
+    """The same trajectory with both copies on the device; and with turns, a stop and a resume."""
+    results = []
+    for checkpoint, dtype, once in zip(checkpoints, ("bf16", "fp32"), (True, False), strict=True):
+        shard.GATHER_ONCE_BYTES = once << 30
+        results.append([trajectory(checkpoint, dtype, 8, 8, 3, *flags)
+                        for flags in ((), ("--cpu-offload",))])  # fmt: skip
+    return results
 
 
 def batch(seed: int) -> SimpleNamespace:
@@ -250,7 +269,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     shard.start(timeout=120)
     what, out, *rest = sys.argv[1:]
-    do = {"trajectories": trajectories, "dense": dense, "bf16": bf16, "load": load}
+    do = {"trajectories": trajectories, "dense": dense, "bf16": bf16, "load": load,
+          "offload": offload}  # fmt: skip
     result = {name: do[name](rest) for name in what.split(",")}
     torch.save(result, f"{out}.{dist.get_rank()}.pt")
     dist.destroy_process_group()
