@@ -59,7 +59,10 @@ def write_data() -> None:
 
 
 def start(
-    argv: list[str], ranks: int = 1, faults: dict[int, Callable[[], None]] | None = None
+    argv: list[str],
+    ranks: int = 1,
+    faults: dict[int, Callable[[], None]] | None = None,
+    flags: list[str] = FLAGS,
 ) -> list[multiprocessing.Process]:
     """One process a rank, without a launcher. faults: rank -> what to call before the run."""
     world = {}
@@ -73,7 +76,7 @@ def start(
         env = dict(os.environ) | world | ({"RANK": str(rank)} if world else {})
         log = tempfile.mktemp(prefix="log", dir=".")
         fault = (faults or {}).get(rank)
-        process = CONTEXT.Process(target=_run, args=(argv, env, os.getcwd(), log, fault))
+        process = CONTEXT.Process(target=_run, args=([*flags, *argv], env, os.getcwd(), log, fault))
         process.log = Path(log).absolute()
         process.start()
         started.append(process)
@@ -90,7 +93,7 @@ def _run(argv: list[str], env: dict, folder: str, log: str, fault: Callable | No
     torch.set_num_threads(1)
     if fault:
         fault()
-    shard.leave(train.main([*FLAGS, *argv]))
+    shard.leave(train.main(argv))
 
 
 def finish(
@@ -116,9 +119,9 @@ def run(*argv: str, ranks: int = 1, fault: Callable[[], None] | None = None) -> 
     return finish(start(list(argv), ranks, {ranks - 1: fault}))
 
 
-def done(*argv: str, ranks: int = 1) -> str:
+def done(*argv: str, ranks: int = 1, flags: list[str] = FLAGS) -> str:
     """A run that must succeed; returns what it printed."""
-    code, printed = run(*argv, ranks=ranks)
+    code, printed = finish(start(list(argv), ranks, flags=flags))
     assert code == 0, printed
     return printed
 

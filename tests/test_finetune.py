@@ -1,8 +1,6 @@
 """train.py --mode finetune: the pipeline from learned weights to a model, and its refusals."""
 
 import json
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,29 +15,9 @@ import mixture
 import model as hf
 import templates
 import train
+from tests import forked
+from tests.forked import done, rows
 from tests.worker import FAMILIES
-
-ROOT = Path(__file__).parents[1]
-
-
-def start(*args, ranks: int = 0) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *(launcher if ranks else []), str(ROOT / "train.py")]
-    return subprocess.Popen([*command, *map(str, args)], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
-
-
-def finish(process: subprocess.Popen) -> str:
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, said
-    return said
-
-
-def rows(out: str) -> list[dict]:
-    """metrics.jsonl but for times and memory."""
-    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
-    drop = {"seconds", "tokens_per_s", "peak_memory"}
-    return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in lines]
 
 
 def checkpoint(folder: Path, family: str) -> None:
@@ -55,20 +33,19 @@ def pipeline(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        patch.setenv("OMP_NUM_THREADS", "1")
         checkpoint(folder / "small", "llama")
         checkpoint(folder / "other", "gpt2")
         for name in ("a", "b", "val", "test"):
             records = [{"text": f"{name} {'and on ' * (i % 5)}{i}"} for i in range(30)]
             Path(f"{name}.json").write_text(json.dumps(records))
-        data_flags = ["--train", "a=a.json", "b=b.json", "--template", "plain", "--max-length", 64]
-        finish(start("--model", "small", *data_flags, "--val", "val.json", "--out", "learned",
-                     "--steps", 3, "--batch-size", 8, "--val-batch-size", 8))  # fmt: skip
-        tune = [*data_flags, "--mode", "finetune", "--model", "other", "--lr-w", 1e-2,
-                "--weights", "learned/weights.json"]  # fmt: skip
-        usual = [*tune, "--samples", 40, "--batch-size", 8, "--micro-batch-size", 3, "--epochs", 2,
-                 "--lisa-interval", 2, "--val", "val.json", "--test", "test.json"]  # fmt: skip
-        said = finish(start(*usual, "--out", "tuned"))
+        sources = "--train a=a.json b=b.json --template plain --max-length 64"
+        done(flags=(f"{sources} --model small --val val.json --out learned --steps 3 "
+                    "--batch-size 8 --val-batch-size 8").split())  # fmt: skip
+        tune = (f"{sources} --mode finetune --model other --lr-w 1e-2 "
+                "--weights learned/weights.json").split()  # fmt: skip
+        usual = [*tune, *("--samples 40 --batch-size 8 --micro-batch-size 3 --epochs 2 "
+                          "--lisa-interval 2 --val val.json --test test.json").split()]
+        said = done("--out", "tuned", flags=usual)
         yield tune, usual, said
 
 
@@ -95,18 +72,18 @@ def test_the_pipeline_and_the_files_it_leaves(pipeline, capsys):
     assert f"validation loss:    {before:.4f} before, {after:.4f} after" in said
     for text in ("held-out test loss: ", "training loss: ", "mixture.jsonl", "█"):
         assert text in said
-    assert train.main([str(x) for x in [*usual, "--out", "tuned"]]) == 0
+    assert train.main([*usual, "--out", "tuned"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "tuned is a finished run."
 
 
 def test_it_matches_a_loop_with_adamw_on_one_process(pipeline):
     """Two ranks, an odd last batch with a filler, several micro-batches; everything trains."""
     tune, _, _ = pipeline
-    exact = [*tune, "--lisa-layers", 0, "--dtype", "fp64", "--clip", 0.5, "--samples", 21,
-             "--batch-size", 8, "--micro-batch-size", 3, "--seed", 4, "--out", "exact"]  # fmt: skip
-    finish(start(*exact, ranks=2))
+    exact = [*tune, *("--lisa-layers 0 --dtype fp64 --clip 0.5 --samples 21 --batch-size 8 "
+                      "--micro-batch-size 3 --seed 4 --out exact").split()]  # fmt: skip
+    done(ranks=2, flags=exact)
 
-    args = inputs.parse([str(x) for x in exact])
+    args = inputs.parse(exact)
     found = inputs.prepare(args, 1)
     lines = Path("exact/mixture.jsonl").read_text()
     assert lines == mixture.as_jsonl(found.mixture)  # whatever the number of ranks
@@ -132,16 +109,15 @@ def test_it_matches_a_loop_with_adamw_on_one_process(pipeline):
 
 def test_killed_it_resumes_to_the_same_bits(pipeline):
     _, usual, _ = pipeline
-    process = start(*usual, "--out", "killed", "--save-every", 2)
+    killed = ["--out", "killed", "--save-every", "2"]
+    (process,) = forked.start(killed, flags=usual)
     end, file = time.time() + 120, Path("killed/metrics.jsonl")
-    while not (file.exists() and file.read_text().count("\n") >= 5) and process.poll() is None:
-        assert time.time() < end
-        time.sleep(0.005)
+    while not (file.exists() and file.read_text().count("\n") >= 5):
+        assert process.is_alive() and time.time() < end
+        time.sleep(0.002)
     process.kill()
-    process.communicate()
-    assert "goes on from killed/checkpoints/step-" in finish(
-        start(*usual, "--out", "killed", "--save-every", 2)
-    )
+    process.join()
+    assert "goes on from killed/checkpoints/step-" in done(*killed, flags=usual)
     assert rows("killed") == rows("tuned")
     assert Path("killed/mixture.jsonl").read_text() == Path("tuned/mixture.jsonl").read_text()
     old, new = (load_file(f"{out}/model/model.safetensors") for out in ("tuned", "killed"))
@@ -161,8 +137,8 @@ def test_the_tuned_model_opens_in_transformers(pipeline):
         assert out[0, len(prompt):].tolist()[: len(new)] == new
 
 
-def refusal(args: list, capsys) -> list[str]:
-    assert train.main([str(x) for x in args]) == 2
+def refusal(args: list[str], capsys) -> list[str]:
+    assert train.main(args) == 2
     out, err = capsys.readouterr()
     assert out == "" and "Traceback" not in err
     return err.splitlines()
@@ -180,8 +156,8 @@ def test_other_weights_are_another_run(pipeline, capsys):
 
 def test_all_problems_are_printed_together(pipeline, capsys):
     tune, _, _ = pipeline
-    spoilt = [*tune, "--samples", 0, "--batch-size", 0, "--alpha", 10, "--val-batch-size", 8,
-              "--weights", "c=0.5,b=-1", "--out", "new"]  # fmt: skip
+    spoilt = [*tune, *("--samples 0 --batch-size 0 --alpha 10 --val-batch-size 8 "
+                       "--weights c=0.5,b=-1 --out new").split()]  # fmt: skip
     assert refusal(spoilt, capsys) == [
         "--val-batch-size makes no sense with --mode finetune",
         "--alpha makes no sense with --mode finetune",
