@@ -63,7 +63,6 @@ class Stopped(Exception):
     """A signal asked the run to stop, and its state is saved."""
 
 
-WATCHED = 10  # evaluations on the validation records in a fine-tuning run, evenly spaced
 Trainer = PenaltyStep | PlainStep
 
 
@@ -254,7 +253,11 @@ def held_out_losses(
     the run; in a fine-tuning run on the validation records, also now and then. Collective."""
     due = {"test_loss": (inputs.test, done in (0, total))}
     if args.mode == "finetune":
-        due["val_loss"] = inputs.val, done == total or done % math.ceil(total / WATCHED) == 0
+        # Ten times at most, and so often that it takes no more than a tenth of the run's time: a
+        # sample takes three times as long to train on as to evaluate.
+        affordable = 3 * total * args.batch_size // (10 * len(inputs.val or [0]))
+        every = math.ceil(total / max(1, min(10, affordable)))
+        due["val_loss"] = inputs.val, done == total or done % every == 0
     due = {name: dataset for name, (dataset, now) in due.items() if now}
     if due:
         shard.bring(w)

@@ -35,8 +35,8 @@ def pipeline(tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         checkpoint(folder / "small", "llama")
         checkpoint(folder / "other", "gpt2")
-        for name in ("a", "b", "val", "test"):
-            records = [{"text": f"{name} {'and on ' * (i % 5)}{i}"} for i in range(30)]
+        for name, n in (("a", 30), ("b", 30), ("val", 6), ("test", 30)):
+            records = [{"text": f"{name} {'and on ' * (i % 5)}{i}"} for i in range(n)]
             Path(f"{name}.json").write_text(json.dumps(records))
         sources = "--train a=a.json b=b.json --template plain --max-length 64"
         done(flags=(f"{sources} --model small --val val.json --out learned --steps 3 "
@@ -67,7 +67,8 @@ def test_the_pipeline_and_the_files_it_leaves(pipeline, capsys):
     assert len(table) == 10  # two epochs of five batches
     assert table[-1]["train_loss"] < table[0]["train_loss"]
     assert [row["step"] for row in table if "test_loss" in row] == [0, 9]
-    assert all("val_loss" in row for row in table)
+    # As many samples as a tenth of the training is worth: 3 * 10 * 8 / 10 = 24, 4 times the 6.
+    assert [row["step"] for row in table if "val_loss" in row] == [0, 3, 6, 9]
     before, after = table[0]["val_loss"], table[-1]["val_loss"]
     assert f"validation loss:    {before:.4f} before, {after:.4f} after" in said
     for text in ("held-out test loss: ", "training loss: ", "mixture.jsonl", "█"):
