@@ -161,8 +161,9 @@ def find_checkpoint(id_or_dir: str | Path, weights: bool = True) -> Path:
         reason = ("is neither a directory nor a model on huggingface.co: check the spelling, and "
                   "set HF_TOKEN if it is private")
     except (errors.HfHubHTTPError, OSError) as error:
-        reason = (f"is not a directory, nor cached, and the hub is out of reach "
-                  f"({type(error).__name__}): run 'hf download {id_or_dir}' where it is not")
+        reason = (f"is neither a directory nor in the cache, and the hub cannot be reached "
+                  f"({type(error).__name__}): check the spelling, or run 'hf download {id_or_dir}' "
+                  "where there is a network")
     raise ValueError(f"{id_or_dir}: {reason}")
 
 

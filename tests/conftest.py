@@ -22,3 +22,20 @@ def asset():
         return ASSETS / path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """checkpoint(case): transformers' model of a case of tests/cases.py, and its directory."""
+    pytest.importorskip("transformers")
+    from tests import cases
+
+    made = {}
+
+    def make(case):
+        if case not in made:
+            directory = tmp_path_factory.mktemp(case)
+            made[case] = cases.make(case, directory), directory
+        return made[case]
+
+    return make

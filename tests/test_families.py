@@ -1,0 +1,216 @@
+"""What config.json says, in the words of transformers 4 and 5, and what of it is refused."""
+
+import json
+
+import pytest
+import torch
+
+import model as hf
+from families import ModelConfig
+from tests.cases import CASES, GPT2_SIZES, SIZES
+
+LLAMA = {"model_type": "llama"} | SIZES
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_config_of_transformers_4_is_that_of_transformers_5(case, checkpoint):
+    new = json.loads((checkpoint(case)[1] / "config.json").read_text())
+    old = {key: value for key, value in new.items() if key not in ("layer_types", "dtype")}
+    rope = dict(old.pop("rope_parameters", {}))
+    if case.startswith("gpt_neox"):
+        old["rotary_emb_base"] = old["rope_theta"] = rope["rope_theta"]
+        old["rotary_pct"] = old["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    elif rope:
+        old["rope_theta"] = rope.pop("rope_theta")
+        old["rope_scaling"] = None if rope["rope_type"] == "default" else rope | {"type": "llama3"}
+    old["torch_dtype"] = "float16"
+    assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)
+    assert ModelConfig.from_hf(old).hf == old
+
+
+def test_config_reads_token_ids_and_dropout():
+    config = ModelConfig.from_hf(
+        LLAMA | {"eos_token_id": [3, 4], "bos_token_id": 1, "attention_dropout": 0.1}
+    )
+    assert (config.bos_id, config.eos_ids) == (1, (3, 4))
+    assert config.ignored_dropout == ("attention_dropout",)
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear'"]),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["'yarn'"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["'llama3'"]),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["full_attention"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 1e4}}, ["rope_theta"]),
+        ({"rope_scaling": {"rope_theta": 5.0}, "rope_parameters": {"factor": 2}}, ["only one"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"num_local_experts": 8, "hidden_act": "relu"}, ["num_local_experts", "hidden_act"]),
+        ({"sliding_window": 8}, ["sliding_window"]),
+        ({"some_new_thing": 3, "hidden_size": "32"}, ["some_new_thing", "hidden_size"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads"]),
+        ({"num_attention_heads": 5}, ["num_attention_heads"]),
+        ({"num_hidden_layers": None}, ["num_hidden_layers"]),
+        ({"model_type": "mamba"}, ["mamba"]),
+        ({"model_type": "gpt2"} | GPT2_SIZES, list(SIZES)[1:]),
+        (
+            {"model_type": "gemma2", "head_dim": 8, "use_bidirectional_attention": True},
+            ["use_bidirectional_attention"],
+        ),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, ["layer_types"]),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3}, ["sliding_window"]),
+        ({"model_type": "gpt_neox", "rope_theta": 5.0}, ["rope_theta"]),
+        ({"model_type": "gpt_neox", "rotary_pct": 0.15}, ["rotated"]),
+        (
+            {
+                "model_type": "gpt_neox",
+                "rotary_pct": 0.5,
+                "rope_parameters": {"partial_rotary_factor": 0.25},
+            },
+            ["rotary_pct"],
+        ),
+    ],
+)
+def test_config_names_every_field_it_does_not_support(fields, named):
+    with pytest.raises(ValueError) as error:
+        ModelConfig.from_hf(LLAMA | fields)
+    lines = str(error.value).splitlines()
+    assert len(lines) == len(named)
+    assert all(any(name in line for line in lines) for name in named)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"add_cross_attention": True},
+        {"activation_function": "relu"},
+    ],
+)
+def test_gpt2_config_refuses(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        ModelConfig.from_hf({"model_type": "gpt2"} | GPT2_SIZES | fields)
+
+
+# config.json on the hub, but for bookkeeping, and how many parameters the model has.
+HUB = {
+    "gpt2": (
+        {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
+         "n_ctx": 1024, "vocab_size": 50257, "activation_function": "gelu_new", "attn_pdrop": 0.1,
+         "embd_pdrop": 0.1, "layer_norm_epsilon": 1e-05, "resid_pdrop": 0.1,
+         "summary_activation": None, "summary_first_dropout": 0.1, "summary_use_proj": True},
+        124_439_808,
+    ),
+    "Llama-2-7b-hf": (
+        {"model_type": "llama", "hidden_act": "silu", "hidden_size": 4096,
+         "intermediate_size": 11008, "max_position_embeddings": 4096, "num_attention_heads": 32,
+         "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1,
+         "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False,
+         "vocab_size": 32000},
+        6_738_415_616,
+    ),
+    "Llama-3.1-8B": (
+        {"model_type": "llama", "attention_bias": False, "attention_dropout": 0.0,
+         "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+         "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32,
+         "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+         "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                          "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+         "rope_theta": 500000.0, "vocab_size": 128256},
+        8_030_261_248,
+    ),
+    "Yi-34B": (
+        {"model_type": "llama", "hidden_size": 7168, "intermediate_size": 20480,
+         "max_position_embeddings": 4096, "num_attention_heads": 56, "num_hidden_layers": 60,
+         "num_key_value_heads": 8, "pad_token_id": 0, "rope_theta": 5000000.0,
+         "rms_norm_eps": 1e-05, "vocab_size": 64000},
+        34_388_917_248,
+    ),
+    "Mistral-7B-v0.1": (
+        {"model_type": "mistral", "hidden_act": "silu", "hidden_size": 4096,
+         "intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32,
+         "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+         "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 32000},
+        7_241_732_096,
+    ),
+    "Qwen2-7B": (
+        {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944,
+         "max_position_embeddings": 131072, "max_window_layers": 28, "num_attention_heads": 28,
+         "num_hidden_layers": 28, "num_key_value_heads": 4, "rope_theta": 1000000.0,
+         "sliding_window": 131072, "use_sliding_window": False, "vocab_size": 152064},
+        7_615_616_512,
+    ),
+    "Qwen2.5-0.5B": (
+        {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864,
+         "max_position_embeddings": 32768, "max_window_layers": 24, "num_attention_heads": 14,
+         "num_hidden_layers": 24, "num_key_value_heads": 2, "rope_theta": 1000000.0,
+         "sliding_window": 32768, "tie_word_embeddings": True, "use_mrope": False,
+         "use_sliding_window": False, "vocab_size": 151936},
+        494_032_768,
+    ),
+    "Qwen3-0.6B": (
+        {"model_type": "qwen3", "attention_bias": False, "head_dim": 128, "hidden_size": 1024,
+         "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
+         "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+         "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+         "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936},
+        596_049_920,
+    ),
+    "gemma-2-9b": (
+        {"model_type": "gemma2", "attention_bias": False, "attn_logit_softcapping": 50.0,
+         "cache_implementation": "hybrid", "final_logit_softcapping": 30.0, "head_dim": 256,
+         "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+         "hidden_size": 3584, "intermediate_size": 14336, "max_position_embeddings": 8192,
+         "num_attention_heads": 16, "num_hidden_layers": 42, "num_key_value_heads": 8,
+         "query_pre_attn_scalar": 256, "rope_theta": 10000.0, "sliding_window": 4096,
+         "sliding_window_size": 4096, "vocab_size": 256000},
+        9_241_705_984,
+    ),
+    "gpt-neox-20b": (
+        {"model_type": "gpt_neox", "attention_probs_dropout_prob": 0, "hidden_act": "gelu_fast",
+         "hidden_dropout_prob": 0, "hidden_size": 6144, "intermediate_size": 24576,
+         "layer_norm_eps": 1e-05, "max_position_embeddings": 2048, "num_attention_heads": 64,
+         "num_hidden_layers": 44, "rotary_emb_base": 10000, "rotary_pct": 0.25,
+         "vocab_size": 50432},
+        20_554_567_680,
+    ),
+    "pythia-160m": (
+        {"model_type": "gpt_neox", "hidden_act": "gelu", "hidden_size": 768,
+         "intermediate_size": 3072, "layer_norm_eps": 1e-05, "max_position_embeddings": 2048,
+         "num_attention_heads": 12, "num_hidden_layers": 12, "rotary_emb_base": 10000,
+         "rotary_pct": 0.25, "tie_word_embeddings": False, "use_parallel_residual": True,
+         "vocab_size": 50304},
+        162_322_944,
+    ),
+}  # fmt: skip
+
+
+BOOKKEEPING = {
+    "architectures": ["SomethingForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.02,
+    "n_ctx": 1024,
+    "predict_special_tokens": True,
+    "pretraining_tp": 1,
+    "summary_type": "cls_index",
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    "torch_dtype": "float16",
+    "transformers_version": "4.19.0.dev0",
+    "use_cache": True,
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_published_models_have_their_published_number_of_parameters(name):
+    fields, n_parameters = HUB[name]
+    config = ModelConfig.from_hf(BOOKKEEPING | fields)
+    shapes = hf.parameter_shapes(config).values()
+    assert sum(torch.Size(shape).numel() for shape in shapes) == n_parameters
+
+
+def test_config_ignores_what_is_off_or_harmless():
+    fields = {"num_local_experts": None, "use_mrope": False, "transformers_version": "4.40.0"}
+    assert ModelConfig.from_hf(LLAMA | fields) == ModelConfig.from_hf(LLAMA)
