@@ -62,9 +62,11 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """ValueError if the directory holds no run, or one without a step."""
+    """ValueError if the directory holds no run, or one without a step. It may still go on, or have
+    been killed in the midst of a line."""
     try:
-        run = Run(path, json.loads((path / "config.json").read_text()), report.read_rows(path))
+        config = json.loads((path / "config.json").read_text())
+        run = Run(path, config, report.rows_before(path, math.inf))
         if not run.rows:
             raise ValueError(f"{path}: the run has not done a step yet")
         assert run.names and run.kind

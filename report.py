@@ -321,7 +321,7 @@ def read_rows(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def rows_before(out: Path, step: int) -> list[dict]:
+def rows_before(out: Path, step: float) -> list[dict]:
     """Those of a run that was killed; lines that the crash has cut are left out."""
     rows = []
     with contextlib.suppress(OSError):

@@ -111,7 +111,10 @@ def test_what_cannot_be_drawn_is_one_line_each(tmp_path, capsys, monkeypatch):
     write_run(tmp_path / "x", ["a", "b"])
     write_run(tmp_path / "new", ["a"], steps=0)
     write_run(tmp_path / "broken", ["a"])
-    (tmp_path / "broken/metrics.jsonl").write_text('{"step": 0, "wei')
+    (tmp_path / "broken/config.json").write_text('{"flags": {"se')
+    with open(tmp_path / "x/metrics.jsonl", "a") as file:
+        file.write('{"step": 60, "wei')  # killed at this point: the rest is drawn
+    assert len(plots.read_run(tmp_path / "x").rows) == 60
     for args, expected in (
         (["nowhere", "new", "broken"],
          ["nowhere: not the directory of a run", "new: the run has not done a step yet",
