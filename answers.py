@@ -122,6 +122,9 @@ SAID = re.compile(r"answer\**(?:\s+is|\s*[:=])\s*:?\**\s*([^\n]+)", re.I)
 SENTENCE_END = re.compile(r"\.(?:\s|$)")
 NUMBER = re.compile(r"-?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 
+# A number that opens a phrase: "$18 per day and …"
+AMOUNT = re.compile(rf"(?:{NUMBER.pattern})(?=\s+(?!or\b|and\b|sqrt|pi\b)[A-Za-z]{{2,}})")
+
 
 def extract(text: str) -> str | None:
     """The final answer as it is spelled, None if there is none."""
@@ -130,6 +133,8 @@ def extract(text: str) -> str | None:
     if "####" in text and (tail := text.rsplit("####", 1)[1].strip()):
         return tail.splitlines()[0]
     if said := SAID.findall(text):
+        if amount := AMOUNT.match(said[-1]):
+            return amount[0]
         return in_dollars(SENTENCE_END.split(said[-1])[0]).strip()
     numbers = NUMBER.findall(text)
     return numbers[-1] if numbers else None
@@ -137,16 +142,17 @@ def extract(text: str) -> str | None:
 
 def last_box(text: str) -> str | None:
     """The contents of the last \\boxed{…} that is closed; or of \\boxed 5, which has no braces."""
-    for start in reversed([m.end() for m in BOX.finditer(text)]):
-        if text[start : start + 1] != "{":
-            if bare := re.match(r"[^\s{}$]+", text[start:]):
-                return bare[0]
-            continue
-        depth = 0
-        for end in range(start, len(text)):
-            depth += (text[end] == "{") - (text[end] == "}")
-            if depth == 0:
-                return text[start + 1 : end]
+    starts, opened, end_of = [m.end() for m in BOX.finditer(text)], [], {}
+    for i, char in enumerate(text if starts else ""):
+        if char == "{":
+            opened.append(i)
+        elif char == "}" and opened:
+            end_of[opened.pop()] = i
+    for start in reversed(starts):
+        if start in end_of:
+            return text[start + 1 : end_of[start]]
+        if bare := re.match(r"[^\s{}$]+", text[start:]):
+            return bare[0]
     return None
 
 
@@ -187,8 +193,9 @@ NAMES = [
 ]  # fmt: skip
 UNIT = re.compile(  # words after a number; a power or a second unit may follow
     r"(?<=[\d)}])\s*(?:\s[A-Za-z]{2,}|\s(?:[mghls]|kg|cm|mm|km)\b|(?:cm|mm|km|kg|ft|mph|lbs?)\b)"
-    r"(?:[\s./^{}-]*(?:[A-Za-z]+|(?<=\^)\d|(?<=\^\{)\d))*\}?$"
+    r"(?:[A-Za-z\s./{}-]|\^\{?\d)*$"
 )
+LONGEST = 1000  # characters of an answer whose spelling is looked at
 NAMED = re.compile(r"^[A-Za-z](?:_\{?\w+\}?|\([a-z]\))?\s*=\s*(?=[^=]+$)|^[a-z]\s*\\in\s*")
 THOUSANDS = re.compile(r"^-?\d{1,3}(?:,\d{3})+(?:\.\d+)?$")
 INNERMOST = re.compile(r"\\frac\{([^{}]*)\}\{([^{}]*)\}|\\sqrt\{([^{}]*)\}|([\^_])\{([^{}]*)\}")
@@ -198,6 +205,8 @@ INNERMOST = re.compile(r"\\frac\{([^{}]*)\}\{([^{}]*)\}|\\sqrt\{([^{}]*)\}|([\^_
 def normalise(answer: str) -> str:
     """An answer without what does not change it: spaces, delimiters, units, spellings of \\frac."""
     a = answer.strip()
+    if len(a) > LONGEST:
+        return "".join(a.split())
     if (boxed := last_box(a)) is not None:
         a = boxed
     a = re.sub(r"^\\[(\[]|\\[)\]]$", "", a.replace("\\\\", ";")).strip()
@@ -238,6 +247,8 @@ def _flat(m: re.Match) -> str:
 
 def number(a: str) -> Fraction | None:
     """The value of a normalised answer that is a number, a fraction or a mixed number."""
+    if len(a) > LONGEST:
+        return None
     m = re.fullmatch(r"([+-]?)\(?(?:(\d+)&)?([+-]?\d*\.?\d+|\d+\.)\)?(?:/(-?\d*\.?\d+))?", a)
     if not m or (m[4] and Fraction(m[4]) == 0):
         return None
@@ -286,8 +297,11 @@ class Grader:
         plain = number(normalise(answer)) is not None and number(normalise(found)) is not None
         if self.math_verify is None or plain or len(found) > self.longest:
             return False
-        parsed = [
-            self.math_verify.parse(f"${x.strip('$ ')}$", parsing_timeout=self.seconds)
-            for x in (answer, found)
-        ]
-        return self.math_verify.verify(*parsed, timeout_seconds=self.seconds)
+        try:
+            parsed = [
+                self.math_verify.parse(f"${x.strip('$ ')}$", parsing_timeout=self.seconds)
+                for x in (answer, found)
+            ]
+            return self.math_verify.verify(*parsed, timeout_seconds=self.seconds)
+        except Exception:  # of sympy, on what is not mathematics: any kind
+            return False

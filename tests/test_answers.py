@@ -166,6 +166,8 @@ ALGEBRA = list(REWRITES)[-5:]  # the forms that strings alone need not recognise
         ("We add.\n#### 1,234\n\nQuestion: 99?", "1,234"),
         ("The answer is $18. She buys 5 more.", "$18"),
         ("**Final Answer**: $x = \\frac{1}{2}$.\nThat took 3 steps.", "x = \\frac{1}{2}"),
+        ("The answer is $18 per day, and $20 on Sundays.", "$18"),
+        ("The answer is 2 or 3.", "2 or 3"),
         ("There are 3 cars and 4.50 dollars.", "4.50"),
         ("Half: 1/2", "1/2"),
         ("It falls to -3", "-3"),
@@ -209,6 +211,17 @@ def test_an_answer_that_math_verify_cannot_finish_is_wrong():
     grader.seconds = 1
     assert not grader.equal("3x", "9^{9^{9^{9}}}x") and not grader.equal("3x", "(" * 150)
     assert not grader.equal("3x", "\\frac{" * 9) and not grader.equal("3x", "x" * 10_000)
+
+
+WILD = "a|ab |\\frac|{|\\boxed{|9,| |answer is |1|x=|\\text{ |^{|\\sqrt{1".split("|")
+
+
+@pytest.mark.parametrize("unit", WILD)
+def test_replies_gone_wild_are_wrong_and_take_no_time(unit):
+    # The time limit is not asserted: a pattern that backtracks would not end at all.
+    for reply in (unit * 300, f"The answer is 5 {unit * 300}!", f"\\boxed{{5 {unit * 90}1}}",
+                  unit * 9000):  # fmt: skip
+        assert not any(Grader(use_math_verify=False).right(reply, a) for a in ("7", "7x"))
 
 
 @pytest.mark.parametrize("file", FILES)
