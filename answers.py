@@ -20,7 +20,7 @@ from fractions import Fraction
 from importlib.metadata import version
 from typing import NamedTuple
 
-import data
+from journal import convert_rows
 from tokenizer import Turns
 
 # What ScaleBiO's evaluation puts after a question.
@@ -76,31 +76,20 @@ class Problem(NamedTuple):
 def read_problems(path: str | os.PathLike) -> list[Problem]:
     """The problems of a JSON or JSON Lines file with GSM8K's keys (question, answer) or MATH's
     (problem, solution). ValueError with a line "path:line: …" for each that is not one."""
-    problems, found = data.Problems(), []
-    try:
-        for line, row in data.json_values(path, problems):
-            try:
-                question, solution = KEYS["problem" in row](row)
-                answer = extract(solution)
-            except (KeyError, TypeError, AttributeError):
-                problems.add(f"{path}:{line}: lacks question and answer, or problem and solution")
-                continue
-            if answer is None:
-                problems.add(f"{path}:{line}: its solution has no final answer")
-            else:
-                found.append(Problem(question, solution, answer))
-    except OSError as error:
-        problems.add(f"{path}: {error.strerror}")
-    if not found and not problems.count:
-        problems.add(f"{path}: no problems")
-    problems.raise_if_any()
-    return found
+
+    def problem(row: dict) -> Problem:
+        if "problem" in row:
+            question, solution = row["problem"], row["solution"]
+        else:
+            question, solution = row["question"], CALCULATOR.sub("", row["answer"])
+        if (answer := extract(solution)) is None:
+            raise ValueError
+        return Problem(question + "", solution, answer)
+
+    keys = "question and answer, or problem and solution, with a final answer"
+    return convert_rows(path, problem, keys)
 
 
-KEYS = {
-    False: lambda row: (row["question"], CALCULATOR.sub("", row["answer"])),
-    True: lambda row: (row["problem"], row["solution"]),
-}
 CALCULATOR = re.compile(r"<<.*?>>")  # GSM8K's notes for a calculator, within its solutions
 
 

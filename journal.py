@@ -1,4 +1,5 @@
-"""A JSON Lines file that grows row by row, survives being cut off, and says what is in it already.
+"""Rows of JSON files: those of a user, checked, and a file of our own that grows row by row,
+survives being cut off, and says what is in it already.
 
     with Journal(path) as journal:
         done = {row["id"] for row in journal.rows}
@@ -9,8 +10,30 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
+
+import data
+
+
+def convert_rows(path: str | os.PathLike, convert: Callable[[dict], object], lacks: str) -> list:
+    """`convert` of each row of a JSON array or JSON Lines. Where it raises because of what the row
+    is, one ValueError has a line "path:line: lacks …" for each."""
+    problems, found = data.Problems(), []
+    try:
+        for line, row in data.json_values(path, problems):
+            try:
+                found.append(convert(row))
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+                problems.add(f"{path}:{line}: lacks {lacks}")
+    except (OSError, EOFError) as error:
+        problems.add(f"{path}: {getattr(error, 'strerror', None) or error}")
+    if not found and not problems.count:
+        problems.add(f"{path}: no rows")
+    problems.raise_if_any()
+    return found
 
 
 def read(path: Path) -> list[dict]:

@@ -24,8 +24,7 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
-import data
-from journal import Journal
+from journal import Journal, convert_rows
 
 TEMPERATURES = {  # of the answers, by category: FastChat's
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
@@ -72,7 +71,7 @@ def read_questions(path: str | os.PathLike, references: dict | None = None) -> l
         return Question(row["question_id"], row["category"], (first + "", second + ""),
                         tuple(own) if wanted else ())  # fmt: skip
 
-    found = _rows(path, question, "question_id, category and two turns")
+    found = convert_rows(path, question, "question_id, category and two turns")
     if len({q.id for q in found}) < len(found):
         raise ValueError(f"{path}: a question_id is used twice")
     return found
@@ -85,23 +84,7 @@ def read_answers(path: str | os.PathLike) -> dict[int | str, tuple[str, str]]:
         first, second = row["choices"][0]["turns"]
         return row["question_id"], (first + "", second + "")
 
-    return dict(_rows(path, answer, "question_id and choices[0].turns"))
-
-
-def _rows(path: str | os.PathLike, convert, expected: str) -> list:
-    problems, found = data.Problems(), []
-    try:
-        for line, row in data.json_values(path, problems):
-            try:
-                found.append(convert(row))
-            except (KeyError, TypeError, ValueError, IndexError):
-                problems.add(f"{path}:{line}: lacks {expected}")
-    except OSError as error:
-        problems.add(f"{path}: {error.strerror}")
-    if not found and not problems.count:
-        problems.add(f"{path}: no rows")
-    problems.raise_if_any()
-    return found
+    return dict(convert_rows(path, answer, "question_id and choices[0].turns"))
 
 
 def judge_messages(q: Question, answers: tuple[str, str], turn: int) -> list[dict]:

@@ -246,10 +246,10 @@ def test_math_verify_recognises_what_needs_algebra(asset):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('{"question": "1 + 1?"}', "x.jsonl:1: lacks question and answer, or problem and solution"),
-        ('{"question": "1?", "answer": "none"}', "x.jsonl:1: its solution has no final answer"),
+        ('{"question": "1 + 1?"}', "x.jsonl:1: lacks question and answer"),
+        ('{"question": "1?", "answer": "none"}', "x.jsonl:1: lacks question and answer"),
         ('\n{"question', "x.jsonl:2: broken JSON"),
-        ("", "x.jsonl: no problems"),
+        ("", "x.jsonl: no rows"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path, text, problem):
