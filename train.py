@@ -314,7 +314,8 @@ def main(argv: list[str] | None = None) -> int:
         train(args, inputs, device, signals)
         if first:
             used = f"memory: {memory.planned}, measured {memory.measured()}"
-            last_words = "\n".join([report.render(args.out), *draw(args), used])
+            no_picture = draw(args)  # first, as the report lists the files
+            last_words = "\n".join([report.render(args.out), *no_picture, used])
     except Stopped as stopped:
         code = 128 + (signals or [signal.SIGTERM])[0]
         last_words = f"{stopped}; the same command goes on from there"

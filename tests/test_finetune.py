@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,8 @@ def test_the_pipeline_and_the_files_it_leaves(pipeline, capsys):
     assert f"validation loss:    {before:.4f} before, {after:.4f} after" in said
     for text in ("held-out test loss: ", "training loss: ", "mixture.jsonl", "█"):
         assert text in said
+    if find_spec("matplotlib"):
+        assert "losses.png" in said.split("Files in tuned: ")[1]
     assert train.main([*usual, "--out", "tuned"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "tuned is a finished run."
 
