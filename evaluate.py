@@ -469,7 +469,8 @@ def out_directory(args: argparse.Namespace) -> Path:
 
 def local_file(name: str) -> Path:
     """A file, or one of a hub dataset: owner/name/path/in/it. Raises ValueError."""
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+/[\w./-]+", name):
+    like_the_hubs = re.fullmatch(r"([\w.-]+)/[\w.-]+/[\w./-]+", name)
+    if Path(name).exists() or not like_the_hubs or Path(like_the_hubs[1]).is_dir():
         return Path(name)
     from huggingface_hub import errors, hf_hub_download
     from huggingface_hub.utils import logging
@@ -480,7 +481,9 @@ def local_file(name: str) -> Path:
         return Path(hf_hub_download(f"{owner}/{dataset}", file, repo_type="dataset"))
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         reason = "nor is there such a dataset on huggingface.co"
-    except errors.RemoteEntryNotFoundError:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        reason = "nor is it cached, and the hub is out of reach"
+    except errors.EntryNotFoundError:
         reason = f"nor does the hub's dataset {owner}/{dataset} have it"
     except (errors.HfHubHTTPError, OSError) as error:
         reason = f"and the hub's datasets are out of reach ({type(error).__name__})"

@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import errors
 
 import answers
 import data
@@ -335,6 +337,24 @@ def test_a_journal_drops_a_torn_line_and_has_one_writer(tmp_path):
     torn.write_text('{"n": 1}\n{"n"\n{"n": 2}\n')
     with pytest.raises(ValueError, match="torn.jsonl:2"):
         read(torn)
+
+
+def test_questions_from_a_hub_dataset(sums, monkeypatch):
+    asked = []
+
+    def download(repo, file, repo_type):
+        asked.append((repo, file, repo_type))
+        if repo == "some/sums":
+            return sums
+        raise errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert len(answers.read_problems(evaluate.local_file("some/sums/data/test.jsonl"))) == 11
+    with pytest.raises(ValueError, match="^no/sums/x.jsonl: .* nor is it cached"):
+        evaluate.local_file("no/sums/x.jsonl")
+    Path("data").mkdir()  # a misspelt path of one's own is not looked for on the hub
+    assert evaluate.local_file("data/math/tset.jsonl") == Path("data/math/tset.jsonl")
+    assert asked == [("some/sums", "data/test.jsonl", "dataset"), ("no/sums", "x.jsonl", "dataset")]
 
 
 def test_bad_input_is_a_line_for_each_problem_and_writes_nothing(checkpoint, records, here):
