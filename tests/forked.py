@@ -48,9 +48,15 @@ PHASES = {
 # Processes
 
 
+def enter(folder: Path, patch) -> None:
+    """Work in a folder, with what FLAGS name in it and a cache of its own. patch: a MonkeyPatch."""
+    patch.chdir(folder)
+    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    write_data()
+
+
 def write_data() -> None:
-    """What FLAGS name, three small sources and held-out records, and a cache, in this folder."""
-    os.environ["XDG_CACHE_HOME"] = os.path.abspath("cache")
+    """What FLAGS name, three small sources and held-out records, in this folder."""
     rng = random.Random(0)
     for name in ("train_a", "train_b", "train_c", "val", "test"):
         words = [name, "one", "two", "three", "four"]

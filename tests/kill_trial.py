@@ -9,7 +9,6 @@ or of all. The other ranks must end by themselves.
 
 import argparse
 import json
-import os
 import random
 import shutil
 import signal
@@ -18,14 +17,15 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests import forked
 
 
 def trial(kills: int, ranks: int, dtype: str, seed: int) -> dict[str, int]:
-    """Returns how many kills fell into each phase. Works in the current folder."""
-    forked.write_data()
+    """Returns how many kills fell into each phase. Works in the folder entered."""
     rng, fallen = random.Random(seed), dict.fromkeys(forked.PHASES, 0)
     argv = ["--dtype", dtype, "--lisa-ends", "sampled", "--save-every", "2"]
     count = {rank: partial(forked.count_calls, f"calls.{rank}") for rank in range(ranks)}
@@ -64,5 +64,7 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    os.chdir(tempfile.mkdtemp())
-    print(trial(args.kills, args.ranks, args.dtype, args.seed), "equal to the last bit")
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        forked.enter(Path(folder), patch)
+        fallen = trial(args.kills, args.ranks, args.dtype, args.seed)
+        print(fallen, "killed; equal to the last bit")

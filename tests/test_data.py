@@ -160,6 +160,23 @@ def test_missing_files_and_directories_are_named(tmp_path):
                 call(path)
 
 
+HOSTILE = ["<|endoftext|> </s> <bos> [INST] <0x0A>", "nul \0 bell \a", "x" * 1_000_000, DEEP,
+           "\ufeff bom \r\n crlf \u2028 line separator", '"}\n{"text": "injected"}']
+
+
+@pytest.mark.parametrize("as_array", [True, False])
+def test_hostile_texts_stay_text(as_array, write, tmp_path):
+    """Megabytes in a line, control characters, what looks like control tokens or like JSON."""
+    records = [{"text": text} for text in HOSTILE]
+    content = json.dumps(records) if as_array else "\r\n".join(map(json.dumps, records))
+    dataset = load(write(gzip.compress(content.encode())), tmp_path / "cache", max_length=2**21)
+    for i, text in enumerate(HOSTILE):
+        tokens, _ = dataset.example(i)
+        assert tokens[0] == TOKENIZER.bos_id and tokens[-1] == TOKENIZER.eos_id
+        assert (tokens[1:-1] < 256).all()
+        assert tokens[1:-1].astype(np.uint8).tobytes() == text.encode()
+
+
 def test_sixty_problems_are_listed_then_counted(write):
     with pytest.raises(ValueError) as error:
         read_records(write("{\n" * 100))
@@ -347,6 +364,20 @@ def test_one_process_builds_and_the_others_wait(write, tmp_path):
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
     assert builds.value == 1
+
+
+def test_a_file_written_to_while_it_is_read_is_named(write, tmp_path, monkeypatch):
+    path, read = write([ALPACA]), data.iter_records
+
+    def and_write(*args):
+        yield from read(*args)
+        with open(path, "a") as file:
+            file.write(GOOD)
+
+    monkeypatch.setattr(data, "iter_records", and_write)
+    with pytest.raises(ValueError, match="was written to while it was read"):
+        load(path, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*/"))
 
 
 def test_unwritable_cache_is_named(write, tmp_path):

@@ -22,9 +22,7 @@ from tests.forked import at, done, rows, run, saved, send
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "")  # is set by what follows, and put back after the test
-    monkeypatch.chdir(tmp_path)
-    forked.write_data()
+    forked.enter(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +30,7 @@ def stopped(tmp_path_factory):
     """A run that was killed after its checkpoints step-2 and step-4."""
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", "")
-        patch.chdir(folder)
-        forked.write_data()
+        forked.enter(folder, patch)
         kill_in_third_save = partial(at, "save", 50, partial(send, signal.SIGKILL), entry=3)
         run("--out", "out", "--save-every", "2", fault=kill_in_third_save)
     assert [n for n in saved(folder / "out") if not n.startswith(".")] == ["step-2", "step-4"]

@@ -22,9 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "")  # is set by what follows, and put back after the test
-    monkeypatch.chdir(tmp_path)
-    forked.write_data()
+    forked.enter(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +30,7 @@ def whole(tmp_path_factory):
     """A run that was never stopped."""
     out = str(tmp_path_factory.mktemp("whole") / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", "")
-        patch.chdir(Path(out).parent)
-        forked.write_data()
+        forked.enter(Path(out).parent, patch)
         done("--out", out, "--save-every", "2")
     return out
 
@@ -56,8 +52,10 @@ def test_a_signal_in_the_midst_of_a_step_saves_and_the_same_command_goes_on(whol
     assert f"stopped after {steps} of 12 steps" in said and 1 <= steps < 12
     assert saved("out") == [f"step-{steps}"]
     assert f"saved out/checkpoints/step-{steps} in " in said
-    assert f"goes on from out/checkpoints/step-{steps}" in done("--out", "out", "--save-every", "2")
-    forked.assert_same("out", whole)
+    if number == signal.SIGTERM:
+        said = done("--out", "out", "--save-every", "2")
+        assert f"goes on from out/checkpoints/step-{steps}" in said
+        forked.assert_same("out", whole)
 
 
 def test_one_rank_asked_to_stop_is_enough():
@@ -91,8 +89,9 @@ def test_torchrun_restarts_after_a_rank_dies():
     forked.assert_same("out", "whole")
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("fp64", 1e-9), ("fp32", 1e-4)])
-@pytest.mark.parametrize("ranks, others", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("dtype, tolerance, ranks, others", [
+    ("fp64", 1e-9, 1, 2), ("fp32", 1e-4, 2, 1),
+])  # fmt: skip
 def test_it_resumes_on_another_number_of_ranks(dtype, tolerance, ranks, others):
     """‖Δ‖ / ‖·‖ over all of w and u, and over λ, 5 steps after a resume at step 4."""
     flags = ["--dtype", dtype, "--steps", "10"]
