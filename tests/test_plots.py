@@ -69,11 +69,11 @@ def test_no_two_texts_overlap(tmp_path, monkeypatch, case):
     paths = {
         "eighteen": [write_run(long_path, LONG, absent=0.5)],
         "several": [write_run(tmp_path / str(s), LONG[:3], seed=s) for s in range(3)]
-        + [write_run(tmp_path / "tuned", LONG, learns=False), write_run(tmp_path / "b", LONG[:6])],
+        + [write_run(tmp_path / "tuned", LONG[:5], learns=False)],
         "one source, one step": [write_run(tmp_path / "one", ["only"], steps=1)],
     }[case]
     boxes = written(plots.figure_of([plots.read_run(path) for path in paths]), monkeypatch)
-    assert len(boxes) > 8 + len(paths)
+    assert len(boxes) > 8 * len({path.name.isdigit() for path in paths})
     for (a, box_a), (b, box_b) in itertools.combinations(boxes, 2):
         assert not box_a.shrunk(0.98, 0.8).overlaps(box_b), (a, b)
 
