@@ -2,6 +2,7 @@
 
     python tests/worker.py trajectories,bf16 OUT CHECKPOINT...
     torchrun --nproc_per_node=2 tests/worker.py trajectories,bf16,dense OUT CHECKPOINT...
+    python tests/worker.py make OUT CHECKPOINT
     torchrun --nproc_per_node=2 tests/worker.py load OUT CHECKPOINT
 
 Each rank writes its results, {what: result}, to OUT.<rank>.pt.
@@ -253,6 +254,17 @@ class AnonymousMemory(threading.Thread):
             time.sleep(0.02)
 
 
+def make(paths: list[str]) -> dict:
+    """Write a checkpoint of TinyLlama-1.1B's shape, 4.4 GB in fp32, to measure `load` on."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+             "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000}  # fmt: skip
+    config = hf.ModelConfig.from_hf(FAMILIES["llama"] | sizes)
+    Path(paths[0]).mkdir(parents=True)
+    zeros = ((name, torch.zeros(shape)) for name, shape in hf.parameter_shapes(config).items())
+    pretrained.write_weights(paths[0], config, zeros, max_bytes=1e9)
+    return {"files": len(list(Path(paths[0]).glob("*.safetensors")))}
+
+
 def load(paths: list[str]) -> dict:
     """Load a checkpoint into shards; bytes of memory against the shards' and the largest tensor."""
     memory = AnonymousMemory()
@@ -269,9 +281,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     shard.start(timeout=120)
     what, out, *rest = sys.argv[1:]
-    do = {"trajectories": trajectories, "dense": dense, "bf16": bf16, "load": load,
+    do = {"trajectories": trajectories, "dense": dense, "bf16": bf16, "make": make, "load": load,
           "offload": offload}  # fmt: skip
     result = {name: do[name](rest) for name in what.split(",")}
+    if what in ("make", "load"):
+        print(f"rank {dist.get_rank()}: {result[what]}")
     torch.save(result, f"{out}.{dist.get_rank()}.pt")
     dist.destroy_process_group()
     shard.leave(0)
