@@ -25,6 +25,7 @@ import shutil
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -34,8 +35,9 @@ import torch
 from templates import encode_conversations
 from tokenizer import Tokenizer, Turns, byte_tokenizer, load_tokenizer
 
-__all__ = ["Batches", "Dataset", "MicroBatch", "Problems", "byte_tokenizer", "eval_batches",
-           "json_values", "load_dataset", "load_tokenizer", "overlap", "read_records"]
+__all__ = ["Batches", "Dataset", "MicroBatch", "Problems", "ahead", "byte_tokenizer",
+           "eval_batches", "json_values", "load_dataset", "load_tokenizer", "overlap",
+           "read_records"]
 
 FORMAT_VERSION = 2  # of a cache entry; raise it when the arrays or the tokenisation change
 CHUNK = 1 << 20  # characters read at a time
@@ -303,10 +305,13 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.starts)
 
+    def stored(self, i: int) -> np.ndarray:
+        """Sample i as it is kept, int32."""
+        return self.tokens[self.starts[i] : self.starts[i] + self.lengths[i]]
+
     def example(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, labels), int64; labels are the tokens, or -100 where there is no loss."""
-        stored = self.tokens[self.starts[i] : self.starts[i] + self.lengths[i]].astype(np.int64)
-        return np.where(stored < 0, ~stored, stored), np.where(stored < 0, IGNORE, stored)
+        return _unpack(self.stored(i).astype(np.int64))
 
     def select(self, which: np.ndarray) -> Dataset:
         """The samples of an index or boolean array, sharing the tokens."""
@@ -331,6 +336,11 @@ class Dataset:
         if "duplicates" not in rest:
             rest["duplicates"] = len(starts) - len(np.unique(arrays["hashes"]))
         return cls(starts=starts, max_length=max_length, **arrays, **rest)
+
+
+def _unpack(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, labels) of tokens that are kept as ~t where they have no loss."""
+    return np.where(stored < 0, ~stored, stored), np.where(stored < 0, IGNORE, stored)
 
 
 ARRAYS = {"tokens": np.int32, "lengths": np.int64, "hashes": np.uint64, "lines": np.int64,
@@ -516,15 +526,13 @@ Sample = tuple[int, int]  # (group, index within its dataset)
 def _collate(
     datasets: list[Dataset], samples: Sequence[Sample], pad_to: int, groups: Sequence[int]
 ) -> MicroBatch:
-    examples = [datasets[group].example(i) for group, i in samples]
-    longest = max(len(tokens) for tokens, _ in examples)
+    parts = [datasets[group].stored(i) for group, i in samples]
     limit = max(datasets[group].max_length for group, _ in samples)
-    width = min(-(-longest // pad_to) * pad_to, limit)
-    tokens = torch.zeros(len(samples), width, dtype=torch.int64)  # (B, T)
-    labels = torch.full((len(samples), width), IGNORE)  # (B, T)
-    for row, (ids, targets) in enumerate(examples):
-        tokens[row, : len(ids)] = torch.from_numpy(ids)
-        labels[row, : len(ids)] = torch.from_numpy(targets)
+    width = min(-(-max(map(len, parts)) // pad_to) * pad_to, limit)
+    stored = np.full((len(samples), width), ~0)  # (B, T): padding is token 0 without loss
+    for row, part in zip(stored, parts, strict=True):
+        row[: len(part)] = part
+    tokens, labels = map(torch.from_numpy, _unpack(stored))
     return MicroBatch(tokens, labels, torch.tensor(groups))
 
 
@@ -535,7 +543,7 @@ class Batches:
     take turns: counted through all steps, extra sample n belongs to source n mod S. So the number
     of samples taken from source i before step t has the closed form
 
-        before(i, t) = q t + ⌈(r t − i) / S⌉
+        taken(i, t) = q t + ⌈(r t − i) / S⌉
 
     and sample k of source i is at place k mod n_i of its permutation number k // n_i.
     """
@@ -567,16 +575,19 @@ class Batches:
         counts (S + 1,): samples of each source in the global batch, then of validation.
         """
         S = self.n_sources
-        train = [self._samples(i, self._before(i, t), self._before(i, t + 1)) for i in range(S)]
+        starts, stops = self._taken(t), self._taken(t + 1)
+        present = np.flatnonzero(stops > starts).tolist()
+        train = [sample for i in present for sample in self._samples(i, starts[i], stops[i])]
         val = []
         if len(self.datasets) > S:
             val = self._samples(S, t * self.val_batch_size, (t + 1) * self.val_batch_size)
-        counts = torch.tensor([*map(len, train), len(val)])
-        return self._deal([sample for part in train for sample in part]), self._deal(val), counts
+        counts = torch.tensor([*(stops - starts).tolist(), len(val)])
+        return self._deal(train), self._deal(val), counts
 
-    def _before(self, i: int, t: int) -> int:
+    def _taken(self, t: int) -> np.ndarray:
+        """Samples of each source in the steps before t, (S,)."""
         q, r = divmod(self.batch_size, self.n_sources)
-        return q * t - (i - r * t) // self.n_sources
+        return q * t - (np.arange(self.n_sources) - r * t) // self.n_sources
 
     def _samples(self, group: int, start: int, stop: int) -> list[Sample]:
         n = len(self.datasets[group])
@@ -601,6 +612,16 @@ class Batches:
         parts = (zip(*own[n : n + self.micro_batch_size], strict=True)
                  for n in range(0, len(own), self.micro_batch_size))  # fmt: skip
         return [_collate(self.datasets, part, self.pad_to, groups) for part, groups in parts]
+
+
+def ahead(batches: Batches, steps: range) -> Iterator[tuple[int, tuple]]:
+    """(t, batches.step(t)) of each step; a thread makes the next one meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = None
+        for t in steps:
+            made = coming.result() if coming else batches.step(t)
+            coming = thread.submit(batches.step, t + 1) if t + 1 in steps else None
+            yield t, made
 
 
 def eval_batches(

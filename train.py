@@ -161,12 +161,12 @@ def train(
     log = report.Log(args.out, about(args, inputs), start, total, first, origin)
     shard.limit(args.timeout)
 
-    for step in range(start, total):
+    for step, batch in data.ahead(batches, range(start, total)):
         factor = lr_factor(step, total, args.warmup, args.schedule)
         begin_step(args, trainer, step, per_round, factor)
         held_out = held_out_losses(args, inputs, trainer.w, step, total)
         began = time.perf_counter()
-        train_part, val_part, counts = batches.step(step)
+        train_part, val_part, counts = batch
         # Padded tokens of this rank that go through a forward and a backward, in every copy.
         copies = len(trainer.copies)
         tokens = sum(b.tokens.numel() for b in [*copies * train_part, *val_part])

@@ -428,6 +428,16 @@ def test_batches_are_stratified():
         assert len(set(total.values())) == 1  # 30 steps: the remainder went round evenly
 
 
+def test_steps_made_ahead_are_the_same():
+    made = list(data.ahead(make(), range(3, 9)))
+    assert [t for t, _ in made] == list(range(3, 9))
+    for t, (train, val, counts) in made:
+        alone = make().step(t)
+        assert rows(train) == rows(alone[0]) and rows(val) == rows(alone[1])
+        assert counts.equal(alone[2])
+    assert list(data.ahead(make(), range(9, 9))) == []
+
+
 def test_each_epoch_of_a_source_is_a_permutation():
     batches = make()
     seen = {letter: [] for letter in "abcv"}
