@@ -215,14 +215,14 @@ def build(
     return model
 
 
-def compile_blocks(model: Transformer) -> None:
+def compile_blocks(model: Transformer, backend: str = "inductor") -> None:
     """Fuse what each block does. FSDP's hooks stay outside.
 
     dynamic: widths depend on the data, and one compilation is to serve them all. What else is
     compiled apart is a block that trains from one that does not.
     """
     for block in model.blocks:
-        block.forward = torch.compile(block.forward, dynamic=True)
+        block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
 
 
 @torch.no_grad()

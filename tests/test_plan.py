@@ -28,7 +28,7 @@ import plan as planning
 import shard
 from bilevel import PenaltyStep, SourceWeights
 from families import ModelConfig
-from lisa import ENDS, Lisa, local
+from lisa import ENDS, Lisa, draw, local
 from model import random_weights
 
 CONFIGS = {name: ModelConfig.from_hf(raw) for name, raw in planning.MODELS.items()}
@@ -82,12 +82,19 @@ def batch(config: ModelConfig, B: int, T: int, group: int) -> SimpleNamespace:
     return SimpleNamespace(tokens=tokens, labels=tokens, group=torch.full((B,), group))
 
 
-def penalty_step(config: ModelConfig, dtype: torch.dtype, n_active: int, ends: str) -> PenaltyStep:
+def penalty_step(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    n_active: int,
+    ends: str,
+    interval: int = 100,
+    seed: int = 3,
+) -> PenaltyStep:
     """Both copies, sharded, as train.py makes them."""
     w, u = (shard.build(config, dtype, torch.device("cpu")) for _ in "wu")
     shard.fill(w, random_weights(config, 0))
     shard.copy_shards(u, w)
-    opts = [Lisa(m, n_active, interval=100, seed=3, ends=ends) for m in (w, u)]
+    opts = [Lisa(m, n_active, interval, seed, ends) for m in (w, u)]
     return PenaltyStep(w, u, *opts, SourceWeights(1), 10.0, on_micro=shard.once_per_pass)
 
 
@@ -143,23 +150,47 @@ def peak() -> list:
         n_active = config.n_layers
         penalty = penalty_step(config, DTYPES[dtype], n_active, ends)
         one_step(penalty, config, B, T)
-        with torch.profiler.profile(profile_memory=True) as profiler:
-            one_step(penalty, config, B, T)
-        events = profiler.profiler.kineto_results.events()
-        changes = [e for e in events if e.name() == "[memory]"]
-        now = highest = 0
-        for event in sorted(changes, key=lambda e: e.start_ns()):
-            now += event.nbytes()
-            highest = max(highest, now)
+        allocated = measured_step(penalty, config, B, T)
         settings = FLAGS | {
             "ranks": dist.get_world_size(), "dtype": DTYPES[dtype], "micro_batch_size": B,
             "max_length": T, "lisa_layers": n_active, "lisa_ends": ends,
         }  # fmt: skip
         planned = planning.plan(config, rank=dist.get_rank(), **settings)
         what = f"{kind} {dtype} {'once' if once else 'by block'} {ends} {B} x {T}"
-        allocated = live_state_without_gradients(penalty) + highest
         results.append([what, allocated, planned.peak, planned.components])
     return results
+
+
+def measured_step(penalty: PenaltyStep, config: ModelConfig, B: int, T: int) -> int:
+    """Bytes at the peak of a step."""
+    before = live_state_without_gradients(penalty)
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        one_step(penalty, config, B, T)
+    events = profiler.profiler.kineto_results.events()
+    changes = [e for e in events if e.name() == "[memory]"]
+    now = highest = 0
+    for event in sorted(changes, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return before + highest
+
+
+def flat() -> list:
+    """Peaks of the second and of the last of 20 periods of LISA, which draw the same block."""
+    config = ModelConfig.from_hf(SMALL["untied"])
+    draws = ([draw(seed, period, config.n_layers, 1) for period in range(20)]
+             for seed in itertools.count())  # fmt: skip
+    seed = next(i for i, d in enumerate(draws) if d[1] == d[19] and len(set(map(str, d))) == 3)
+    penalty = penalty_step(config, torch.bfloat16, 1, "always", interval=2, seed=seed)
+    peaks = []
+    for step in range(40):
+        penalty.opt_w.switch(step)
+        penalty.opt_u.switch(step)
+        if step in (3, 39):
+            peaks.append(measured_step(penalty, config, 2, 16))
+        else:
+            one_step(penalty, config, 2, 16)
+    return peaks
 
 
 def live_state_without_gradients(penalty: PenaltyStep) -> int:
@@ -232,6 +263,11 @@ def test_peak_matches_what_the_allocator_counts(ranks, tmp_path):
     for what, allocated, planned, _ in run(1, "peak", tmp_path / "peak", ranks)[0]:
         tolerance = 1e-3 if what.endswith("4 x 64") else 0.03
         assert abs(planned - allocated) < tolerance * allocated, what
+
+
+def test_peak_is_flat_over_twenty_periods(tmp_path):
+    second, last = run(1, "flat", tmp_path / "flat")[0]
+    assert second == last
 
 
 @pytest.mark.parametrize(
@@ -322,10 +358,12 @@ def test_most_helpful_flags_of_a_run():
     assert on["cpu"][1] == "--activation-checkpointing"
 
 
-def test_table_has_a_row_for_each_model_and_number_of_gpus():
-    lines = planning.markdown().splitlines()
+def test_the_readme_has_the_table_that_the_plan_prints():
+    table = planning.markdown()
+    lines = table.splitlines()
     assert len(lines) == 2 + 3 * len(CONFIGS)
     assert {line.count("|") for line in lines} == {10}
+    assert table in (Path(__file__).parents[1] / "README.md").read_text()
 
 
 if __name__ == "__main__":
@@ -334,6 +372,6 @@ if __name__ == "__main__":
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=int(sys.argv[3]))
     else:
         shard.start(timeout=120)
-    result = {"state": state, "peak": peak, "rss": rss}[sys.argv[1]]()
+    result = {"state": state, "peak": peak, "flat": flat, "rss": rss}[sys.argv[1]]()
     Path(f"{sys.argv[2]}.{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.destroy_process_group()

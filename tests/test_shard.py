@@ -58,7 +58,7 @@ def results(checkpoints, tmp_path_factory):
     """What one rank finds, and each of two: {what: result}. One start for all that needs one."""
     out = tmp_path_factory.mktemp("results")
     one = run(1, "trajectories,bf16,offload", out / "one", *checkpoints)
-    two = run(2, "trajectories,bf16,dense,offload", out / "two", *checkpoints)
+    two = run(2, "trajectories,bf16,dense,offload,compiled", out / "two", *checkpoints)
     return [*one, *two]
 
 
@@ -114,6 +114,15 @@ def test_offloading_the_idle_copy_changes_no_bit(results):
         for plain, turns in result["offload"]:
             assert plain.keys() == turns.keys()
             assert all(torch.equal(plain[name], turns[name]) for name in plain)
+
+
+def test_compiled_blocks_match_eager_ones_without_compiling_for_each_width(results):
+    """Five widths and two batch sizes: a graph for blocks that train, and two for those that do
+    not, above the lowest that does and below it."""
+    for result in results[1:]:
+        assert len(result["compiled"]) == 2
+        for losses, weights, graphs in result["compiled"].values():
+            assert max(losses, weights) < 1e-12 and graphs <= 3
 
 
 def test_loading_holds_one_full_tensor_beside_the_shards(tmp_path):

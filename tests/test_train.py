@@ -382,6 +382,47 @@ def test_plan_from_a_config_alone(capsys, tmp_path):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_contradictory_flags_of_a_plan_are_refused_together(capsys):
+    args = ["--plan", "--gpus", "0", "--gpu-memory", "2", "--lisa-layers", "0", "--lisa-ends",
+            "sampled", "--lisa-coupling", "independent", "--max-length", "513"]  # fmt: skip
+    assert train.main(args) == 2
+    lines = capsys.readouterr().err.splitlines()
+    for expected in ("--gpus 0: ", "--gpu-memory 2.0: ", "--lisa-ends sampled contradicts ",
+                     "--lisa-coupling independent contradicts ", "--max-length 513: "):  # fmt: skip
+        assert sum(line.startswith(expected) for line in lines) == 1, (expected, lines)
+    assert len(lines) == 5
+    assert refusal(["--json", "--gpu-memory", "80"], capsys) == [
+        "--gpu-memory goes with --plan alone", "--json goes with --plan alone",
+    ]  # fmt: skip
+
+
+def test_compile_without_a_compiler_is_refused_in_a_line(capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert refusal(["--compile"], capsys) == [
+        "--compile needs a C++ compiler: install g++, or name one in CXX"
+    ]
+
+
+def test_out_of_memory_names_the_plan_and_what_helps():
+    """A micro-batch of 8192 samples in an address space of 3 GB."""
+    resource = pytest.importorskip("resource")
+    limit = (resource.RLIMIT_AS, (3_000_000_000, 3_000_000_000))
+    command = [sys.executable, str(ROOT / "train.py"), "--out", "out", "--steps", "1",
+               "--batch-size", "8192", "--micro-batch-size", "8192"]  # fmt: skip
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment,
+        preexec_fn=lambda: resource.setrlimit(*limit),
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (planned,) = (x for x in done.stdout.splitlines() if x.startswith("memory: planned peak "))
+    (line,) = (x for x in done.stderr.splitlines() if "rank 0 ends: " in x)
+    assert f"out of memory: {planned.removeprefix('memory: ')}, measured " in line
+    assert "most likely to help: --" in line and "--activation-checkpointing" in line
+    assert "traceback in out/error-rank0.log" in line
+    assert "Traceback" in Path("out/error-rank0.log").read_text()
+
+
 def test_activation_checkpointing_changes_nothing():
     done = run(*QUICK, "--out", "plain")
     assert done.returncode == 0, done.stderr

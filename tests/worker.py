@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -119,6 +120,38 @@ def offload(checkpoints: list[str]) -> list[list[dict]]:
         results.append([trajectory(checkpoint, dtype, 8, 8, 3, *flags)
                         for flags in ((), ("--cpu-offload",))])  # fmt: skip
     return results
+
+
+def compiled(_: list[str]) -> dict:
+    """Compiled blocks against eager ones over widths, batch sizes and LISA's draws: the worst
+    difference of a loss, how far the weights end apart, and how many graphs there are."""
+    result = {}
+    for gather_once in (True, False):
+        shard.GATHER_ONCE_BYTES = gather_once << 30
+        torch._dynamo.reset()
+        counters.clear()
+        config, models, worst = hf.ModelConfig.from_hf(FAMILIES["llama"]), [], 0.0
+        for fused in (False, True):
+            model = shard.build(config, torch.float64, torch.device("cpu"))
+            shard.fill(model, hf.random_weights(config, 1))
+            if fused:
+                shard.compile_blocks(model, "aot_eager")  # all but the C++ compiler
+            models.append((model, Lisa(model, 1, interval=2, seed=1, lr=1e-2, ends="frozen")))
+        for step in range(10):
+            g = torch.Generator().manual_seed(step)
+            shape = 3 + step % 2, 8 * (1 + step % 5)
+            tokens, losses = torch.randint(0, VOCAB, shape, generator=g), []
+            for model, opt in models:
+                opt.switch(step)
+                shard.once_per_pass(model, last=True)
+                losses.append(model(tokens, tokens))
+                losses[-1].sum().backward()
+                opt.step()
+                opt.zero_grad()
+            worst = max(worst, difference(losses[:1], losses[1:]))
+        ends = difference(*(sharded_parameters(model) for model, _ in models))
+        result[gather_once] = worst, ends, counters["stats"]["unique_graphs"]
+    return result
 
 
 def batch(seed: int) -> SimpleNamespace:
@@ -282,7 +315,7 @@ if __name__ == "__main__":
     shard.start(timeout=120)
     what, out, *rest = sys.argv[1:]
     do = {"trajectories": trajectories, "dense": dense, "bf16": bf16, "make": make, "load": load,
-          "offload": offload}  # fmt: skip
+          "offload": offload, "compiled": compiled}  # fmt: skip
     result = {name: do[name](rest) for name in what.split(",")}
     if what in ("make", "load"):
         print(f"rank {dist.get_rank()}: {result[what]}")
