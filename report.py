@@ -29,6 +29,7 @@ from bilevel import PenaltyStep, StepStats
 
 BATCHES = 10  # batch means, for standard errors of series that are autocorrelated
 SETTLED = 0.1  # largest drift of a logit over the last fifth of a run that has settled
+NEAR = 0.02  # a weight as close as this to 0 or 1 has arrived, however far its logit goes on
 MIXTURE = 10_000  # samples in the mixture that the report proposes
 
 
@@ -120,7 +121,11 @@ def row(step: int, stats: StepStats, counts: Tensor, names: list[str]) -> dict:
 
 def weights_row(penalty: PenaltyStep, names: list[str]) -> dict:
     """What a row says of the weights after the step."""
-    return {"weights": by_name(names, penalty.sources.probs()), "alpha": penalty.alpha}
+    return {
+        "weights": by_name(names, penalty.sources.probs()),
+        "alpha": penalty.alpha,
+        "lr_lambda": penalty.sources.opt.param_groups[0]["lr"],
+    }
 
 
 def by_name(names: list[str], values: Tensor) -> dict:
@@ -205,7 +210,9 @@ def summarise(rows: list[dict]) -> dict:
     their mean, the mean gap ℓ_i(w) − ℓ_i(u) with its standard error, and whether they settled.
 
     A weight has settled if its centred logit drifts by less than SETTLED over the last fifth, and
-    by less than two standard errors of the drift.
+    by less than two standard errors of the drift. The schedule has `limited` a weight, not near 0
+    or 1, if its logit drifts at more than half the speed that the learning rates of λ permit: Adam
+    moves it by about the rate in each step. Where the rates fall to 0 it is then both.
     """
     tail = rows[-max(1, len(rows) // 5) :]
     names = list(rows[-1]["weights"])
@@ -222,12 +229,18 @@ def summarise(rows: list[dict]) -> dict:
         for name in names
     ]
     settled = [abs(d) < SETTLED and abs(d) < 2 * se for d, se in zip(drift, drift_se, strict=True)]
+    permitted = sum(row["lr_lambda"] for row in tail)
+    limited = [
+        NEAR < q < 1 - NEAR and max(permitted / 2, 2 * se) < abs(d) < math.inf
+        for q, d, se in zip(p[-1].tolist(), drift, drift_se, strict=True)
+    ]
     columns = {
         "weights": p[-1].tolist(),
         "mean_last_20pct": p.mean(0).tolist(),
         "gap": [float(np.mean(g)) if g else None for g in gaps],
         "gap_se": [standard_error(g) for g in gaps],
         "settled": settled,
+        "limited": limited,
     }
     by_name = {key: dict(zip(names, values, strict=True)) for key, values in columns.items()}
     return by_name | {
@@ -345,6 +358,11 @@ def render_weights(out: Path) -> list[str]:
             f"{name:{width}}  {p:6.4f}  {bar(p):30}  {result['sources'][name]['samples']:7}  "
             f"{gap + se:18}  {'yes' if result['settled'][name] else 'drifts'}"
         )
+    if limited := [name for name, flag in result["limited"].items() if flag]:
+        lines += ["", f"warning: the schedule, not the data, limited the weight of "
+                  f"{', '.join(limited)}: to the end its logit",
+                  "moved at more than half the speed that --lr-lambda permits. More steps, or a "
+                  "larger --lr-lambda, take it further."]  # fmt: skip
     test = loss_lines("held-out test loss:", result["test_loss"])
     lines += ["", *test] if test else []
     lines += skipped_lines(result["skipped"])

@@ -448,7 +448,7 @@ def test_learning_rate_schedule():
 def test_settled_and_drifting_weights():
     def history(p_of_t):
         return [
-            {"step": t, "finite": True, "alpha": 1.0,
+            {"step": t, "finite": True, "alpha": 1.0, "lr_lambda": 0.005,
              "weights": {"a": p_of_t(t), "b": 1 - p_of_t(t)},
              "source_loss_w": {"a": 1.0 + 0.1 * (t % 2), "b": None},
              "source_loss_u": {"a": 1.0, "b": None}} for t in range(500)
@@ -459,4 +459,26 @@ def test_settled_and_drifting_weights():
     assert still["gap"]["a"] == pytest.approx(0.05) and still["gap"]["b"] is None
     moving = report.summarise(history(lambda t: 0.3 + 0.001 * t))
     assert moving["settled"] == {"a": False, "b": False}
-    assert report.summarise(history(lambda t: 0.5)[:20])["settled"] == {"a": False, "b": False}
+    short = report.summarise(history(lambda t: 0.5)[:20])
+    assert short["settled"] == short["limited"] | {"a": False, "b": False}
+
+
+def test_weights_limited_by_the_schedule():
+    """λ at Adam's full speed to the end is told from λ that the data stopped."""
+
+    def limited(speed, start=0.0):
+        """500 steps in which the logit of a moves `speed` times as far as the rates permit."""
+        logit, rows = start, []
+        for t in range(500):
+            lr = 0.004 * train.lr_factor(t, 500, 0, "cosine")
+            logit += speed * lr
+            p = 1 / (1 + math.exp(-2 * logit))
+            rows.append({"step": t, "finite": True, "alpha": 1.0, "lr_lambda": lr,
+                         "weights": {"a": p, "b": 1 - p}, "source_loss_w": {"a": 1.0, "b": 1.0},
+                         "source_loss_u": {"a": 1.0, "b": 1.0}})  # fmt: skip
+        return report.summarise(rows)["limited"]
+
+    assert limited(0.8) == {"a": True, "b": True}
+    assert limited(0.2) == {"a": False, "b": False}
+    assert limited(0.8, start=2.0) == {"a": False, "b": False}  # at 0.996 it has arrived
+
