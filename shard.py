@@ -231,12 +231,9 @@ def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
     missing = dict(model.named_parameters())
     for name, full in tensors:
         p = missing.pop(name)
-        if isinstance(p, DTensor):
-            rows = -(-full.shape[0] // p.device_mesh.size())
-            first = rows * p.device_mesh.get_local_rank()
-            p.to_local().copy_(full[first : first + rows])
-        else:
-            p.copy_(full)
+        rows = -(-full.shape[0] // p.device_mesh.size())
+        first = rows * p.device_mesh.get_local_rank()
+        p.to_local().copy_(full[first : first + rows])
     assert not missing, f"no tensor for {sorted(missing)}"
 
 
@@ -270,8 +267,7 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Collective: every rank calls it and takes all of it.
     """
     for name, p in model.named_parameters():
-        p = p.detach()
-        yield name, (p.full_tensor() if isinstance(p, DTensor) else p).cpu()
+        yield name, p.detach().full_tensor().cpu()
 
 
 def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None:

@@ -1,5 +1,6 @@
 """model.py against transformers, on tiny models of every family (tests/cases.py)."""
 
+import dataclasses
 import weakref
 
 import pytest
@@ -46,6 +47,30 @@ def test_logits_losses_gradients_match_transformers(case, checkpoint):
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
         assert distance(grad, expected[name]) < 1e-4, name
+
+
+# Fields of ModelConfig, and the value with which what they stand for is not done.
+NEUTRAL = {
+    "qkv_bias": False, "out_bias": False, "mlp_bias": False, "qk_norm": False, "post_norms": False,
+    "parallel": False, "rope_llama3": None, "score_cap": None, "logit_cap": None,
+    "embed_scale": 1.0, "windows": (None,) * 3, "rotary": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_peculiarity_changes_the_logits(case, checkpoint):
+    """So that the comparison with transformers would notice one that is not done."""
+    ours, (tokens, _, _) = hf.from_pretrained(checkpoint(case)[1]), batch(pad=0)
+    config, weights, logits = ours.config, dict(ours.named_parameters()), ours(tokens)
+    without = {k: v for k, v in NEUTRAL.items() if getattr(config, k) != v}
+    if case.startswith("gpt2") or config.rotary == config.head_size:
+        without.pop("rotary", None)
+    if case == "gemma2-untied" or case.startswith("gpt2"):  # wider than the tokens; none
+        without.pop("windows")
+    for field, value in without.items():
+        other = dataclasses.replace(config, **{field: value})
+        model = hf.build(other, [(name, weights[name]) for name in hf.parameter_shapes(other)])
+        assert distance(model(tokens), logits) > 1e-2, field
 
 
 @pytest.mark.parametrize("case", CASES)
