@@ -11,8 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +27,7 @@ from bilevel import PenaltyStep, SourceWeights
 from families import ModelConfig
 from lisa import ENDS, Lisa, draw, local
 from model import random_weights
+from tests.worker import AnonymousMemory
 
 CONFIGS = {name: ModelConfig.from_hf(raw) for name, raw in planning.MODELS.items()}
 # Row counts that two ranks cannot share evenly.
@@ -224,35 +223,16 @@ def live_state_without_gradients(penalty: PenaltyStep) -> int:
     return sum(n_bytes(m.parameters()) + n_bytes(opt.state_tensors()) for m, opt in copies)
 
 
-class AnonymousMemory(threading.Thread):
-    """Peak of this process's anonymous resident memory above its start, sampled every 20 ms."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.start_at, self.peak = self.now(), 0
-        self.start()
-
-    @staticmethod
-    def now() -> int:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("RssAnon:")[1].split()[0])
-
-    def run(self):
-        while True:
-            self.peak = max(self.peak, self.now() - self.start_at)
-            time.sleep(0.02)
-
-
 def rss() -> list:
     """(what, measured, planned) for GPT-2 124M in fp32, micro-batch 1 x 64: the second step."""
     config = CONFIGS["GPT-2"]
     memory = AnonymousMemory()
     penalty = penalty_step(config, torch.float32, 2, "always")
-    loading, memory.peak = memory.peak, 0
+    loading, memory.peak = memory.peak - memory.start_at, 0
     seen = []
     for _ in range(2):
         one_step(penalty, config, 1, 64, n_train=1)
-        seen.append(memory.peak)
+        seen.append(memory.peak - memory.start_at)
     settings = {"ranks": 1, "dtype": torch.float32, "micro_batch_size": 1, "max_length": 64}
     planned = planning.plan(config, **FLAGS | settings)
     rest = {"loading": loading, "steps": seen, "components": planned.components}
