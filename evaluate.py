@@ -52,7 +52,6 @@ from replies import (
     progress_bar,
     respond,
     settings_of,
-    shared,
 )
 
 Work = Callable[[torch.device], int]  # what a command does once all is checked: its exit code
@@ -115,18 +114,18 @@ def loss(model: hf.Transformer, dataset: data.Dataset, micro_batch_size: int = 8
 
 def data_paths(items: list[str]) -> dict[str, Path]:
     """{label: path} from [NAME=]PATH …; a directory or glob stands for its train_*.json(l)."""
-    paths, problems = {}, []
+    paths, problems = {}, data.Problems()
     for item in items:
         name, _, path = item.rpartition("=")
         if not name and (Path(path).is_dir() or re.search(r"[*?[]", path)):
             found = attempt(problems, source_paths, [path]) or {}
         else:
             found = {name or Path(path).stem: Path(path)}
-        problems += [f"--data {found[label]}: the name {label} is used twice: give NAME=PATH"
-                     for label in found.keys() & paths.keys()]  # fmt: skip
+        for label in found.keys() & paths.keys():
+            problems.add(f"--data {found[label]}: the name {label} is used twice: give NAME=PATH")
         paths |= found
-    if problems:
-        raise ValueError("\n".join(line.replace("--train", "--data") for line in problems))
+    problems.lines = [line.replace("--train", "--data") for line in problems.lines]
+    problems.raise_if_any()
     return paths
 
 
@@ -153,16 +152,19 @@ def source_of_record(path: Path) -> dict[int, str]:
 
 def loss_command(args: argparse.Namespace) -> Work:
     """Models side by side on every file, and on every source within a file."""
-    problems: list[str] = []
+    problems = data.Problems()
     paths = attempt(problems, data_paths, args.data) or {}
-    opened = [attempt(problems, open_checkpoint, name, args.template) for name in args.model]
+    names = dict.fromkeys(args.model)
+    opened = [attempt(problems, open_checkpoint, name, args.template) for name in names]
     checkpoints = [c for c in opened if c]
     datasets = {}
-    for c in checkpoints:
-        length = min(args.max_length, c.config.max_positions)
-        for label, path in paths.items():
+    for label, path in paths.items():
+        for c in checkpoints:
+            length = min(args.max_length, c.config.max_positions)
             datasets[c.name, label] = attempt(problems, open_records, path, c, length)
-    raise_all(problems)
+            if datasets[c.name, label] is None:
+                break  # the other models would say the same of it
+    problems.raise_if_any()
     sources = {label: source_of_record(path) for label, path in paths.items()}
 
     def work(device: torch.device) -> int:
@@ -256,8 +258,10 @@ def problems_command(args: argparse.Namespace) -> Work:
         if not rows or any({"index", "answer", "output", "settings"} - row.keys() for row in rows):
             raise ValueError(f"--rescore {args.rescore}: not a file of generations")
         return lambda device: say(*accuracy(rows, args.command))
-    raise_all([f"--{flag} is missing" for flag in ("model", "data") if not getattr(args, flag)])
-    problems: list[str] = []
+    problems = data.Problems(
+        f"--{flag} is missing" for flag in ("model", "data") if not getattr(args, flag)
+    )
+    problems.raise_if_any()
     c = attempt(problems, open_checkpoint, args.model, args.template)
     asked = attempt(problems, lambda: answers.read_problems(local_file(args.data))) or []
     exemplars = answers.EXEMPLARS[args.command]
@@ -265,21 +269,21 @@ def problems_command(args: argparse.Namespace) -> Work:
         read = attempt(problems, lambda: answers.read_problems(local_file(args.exemplars))) or []
         exemplars = [(p.question, p.solution) for p in read]
     if args.shots > len(exemplars):
-        problems.append(f"--shots {args.shots}: there are {len(exemplars)} exemplars: "
-                        "--exemplars names a file with more")  # fmt: skip
-    raise_all(problems)
+        problems.add(f"--shots {args.shots}: there are {len(exemplars)} exemplars: "
+                     "--exemplars names a file with more")  # fmt: skip
+    problems.raise_if_any()
     asked, exemplars = asked[: args.limit], exemplars[: args.shots]
     settings = settings_of(c, args.max_new_tokens, args.dtype)
     settings |= {"shots": args.shots, "instruction": args.instruction,
                  "exemplars": fingerprint(exemplars)}  # fmt: skip
     out = out_directory(args) / f"{args.command}.jsonl"
-    raise_all(other_settings(out, settings))
+    data.Problems(other_settings(out, settings)).raise_if_any()
     for row in journal.read(out):
         if row["index"] < len(asked) and row["question"] != asked[row["index"]].question:
             raise ValueError(f"{out} holds answers to other questions: take another --out")
 
     def work(device: torch.device) -> int:
-        rows = shared(lambda: journal.read(out))
+        rows = shard.of_first(lambda: journal.read(out))
         todo = sorted({*range(len(asked))} - {row["index"] for row in rows})
         chats = [answers.put(asked[i].question, exemplars, args.instruction) for i in todo]
         with Writer(out, len(todo)) as writer:
@@ -324,7 +328,7 @@ def accuracy(rows: list[dict], task: str) -> list[str]:
 
 def mtbench_command(args: argparse.Namespace) -> Work:
     """Answers to both turns of every question, and what a judge thinks of them."""
-    problems: list[str] = []
+    problems = data.Problems()
     if not args.questions or not (args.model or args.answers):
         raise ValueError("needs --questions, and --model or --answers")
     references = args.reference and attempt(
@@ -338,16 +342,18 @@ def mtbench_command(args: argparse.Namespace) -> Work:
     if args.answers:
         given = attempt(problems, mtbench.read_answers, args.answers) or {}
         if given and (lacking := [q.id for q in questions if q.id not in given]):
-            problems.append(f"--answers {args.answers}: lacks question {lacking[0]} (and "
-                            f"{len(lacking) - 1} more)")  # fmt: skip
+            problems.add(f"--answers {args.answers}: lacks question {lacking[0]} (and "
+                         f"{len(lacking) - 1} more)")  # fmt: skip
     else:
         c = attempt(problems, open_checkpoint, args.model, args.template)
-    problems += judge_problems(args)
-    raise_all(problems)
+    for problem in judge_problems(args):
+        problems.add(problem)
+    problems.raise_if_any()
     out = out_directory(args)
     if c:
         settings = settings_of(c, args.max_new_tokens, args.dtype)
-        raise_all(other_settings(out / "mt-bench-answers.jsonl", settings))
+        file = out / "mt-bench-answers.jsonl"
+        data.Problems(other_settings(file, settings)).raise_if_any()
 
     def work(device: torch.device) -> int:
         replies = given or answer_questions(args, c, questions, out, device)
@@ -391,7 +397,7 @@ def answer_questions(
     file, settings = out / "mt-bench-answers.jsonl", settings_of(c, args.max_new_tokens, args.dtype)
     given = {}
     asked = {q.id: list(q.turns) for q in questions}
-    for row in shared(lambda: journal.read(file)):
+    for row in shard.of_first(lambda: journal.read(file)):
         if asked.get(row["question_id"]) == row["questions"]:
             given[row["question_id"]] = tuple(row["choices"][0]["turns"])
     todo: dict[float, list[mtbench.Question]] = {}
@@ -444,19 +450,10 @@ def have_graded(
 # Input and output
 
 
-def attempt(problems: list[str], make: Callable, *args) -> object | None:
+def attempt(problems: data.Problems, make: Callable, *args) -> object | None:
     """make(*args); where it raises ValueError, None, and its lines are among the problems."""
-    try:
+    with problems.collecting():
         return make(*args)
-    except ValueError as error:
-        problems += str(error).splitlines()
-        return None
-
-
-def raise_all(problems: list[str]) -> None:
-    """One ValueError with all lines, each once."""
-    if problems:
-        raise ValueError("\n".join(dict.fromkeys(problems)))
 
 
 def out_directory(args: argparse.Namespace) -> Path:

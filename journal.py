@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def convert_rows(path: str | os.PathLike, convert: Callable[[dict], object], lac
                 found.append(convert(row))
             except (KeyError, TypeError, ValueError, IndexError, AttributeError):
                 problems.add(f"{path}:{line}: lacks {lacks}")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         problems.add(f"{path}: {getattr(error, 'strerror', None) or error}")
     if not found and not problems.count:
         problems.add(f"{path}: no rows")
@@ -39,10 +40,14 @@ def convert_rows(path: str | os.PathLike, convert: Callable[[dict], object], lac
 def read(path: Path) -> list[dict]:
     """The rows of a file, [] if there is none; a last line without its end is left out.
 
-    Raises ValueError with path:line for any other line that is not a JSON object.
+    Raises ValueError with path:line for any other line that is not a JSON object, and for a file
+    that cannot be read.
     """
     rows = []
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
     for n, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,13 +149,6 @@ class Writer:
 def progress_bar(total: int, disable: bool = False) -> tqdm:
     interval = 0.5 if sys.stderr.isatty() else 20
     return tqdm(total=total, disable=disable, mininterval=interval, maxinterval=interval)
-
-
-def shared(read: Callable[[], list]) -> list:
-    """What rank 0 reads, on all ranks. Collective: every rank calls it."""
-    box = [read() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box)
-    return box[0]
 
 
 def settings_of(c: Checkpoint, max_new_tokens: int, dtype: str) -> dict:

@@ -72,6 +72,13 @@ def limit(seconds: float) -> None:
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
+def of_first(make: Callable[[], object]) -> object:
+    """What rank 0 makes, on all ranks. Collective: every rank calls it."""
+    box = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
 def lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone, or did not come in time."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)

@@ -1,6 +1,7 @@
 """evaluate.py: losses with their standard errors, accuracy, generation, as a user starts them."""
 
 import dataclasses
+import gzip
 import json
 import math
 import os
@@ -359,6 +360,11 @@ def test_questions_from_a_hub_dataset(sums, monkeypatch):
 
 def test_bad_input_is_a_line_for_each_problem_and_writes_nothing(checkpoint, records, here):
     Path("bad.jsonl").write_text('{"question": 1}\n')
+    Path("long.jsonl").write_text('{"question": 1}\n' * 100)
+    Path("folder").mkdir()
+    packed = bytearray(gzip.compress(b'{"question": "1 + 1?", "answer": "2"}\n' * 1000))
+    packed[30:60] = bytes(30)
+    Path("broken.gz").write_bytes(packed)
     for n, args in (
         (3, ("loss", "--model", "no/such/model", checkpoint, "--data", "missing.json", "no.json")),
         (1, ("loss", "--model", checkpoint, checkpoint, "--data", "a=missing.json")),
@@ -369,11 +375,15 @@ def test_bad_input_is_a_line_for_each_problem_and_writes_nothing(checkpoint, rec
         (2, ("gsm8k",)),
         (3, ("gsm8k", "--model", "no/such", "--data", "bad.jsonl", "--shots", 9)),
         (1, ("math", "--rescore", "bad.jsonl")),
+        (1, ("math", "--rescore", "folder")),
+        (1, ("gsm8k", "--model", checkpoint, "--data", "broken.gz")),
         (1, ("mt-bench", "--model", checkpoint)),
         (3, ("mt-bench", "--model", "no/such", "--questions", "bad.jsonl", "--judge-url", "x")),
-        (2, ("mt-bench", "--answers", "no", "--questions", "no", "--judge-url", "x",
+        (3, ("mt-bench", "--answers", "no", "--questions", "none", "--judge-url", "x",
              "--judge-model", "y")),
     ):  # fmt: skip
         code, out, err = here(*args)
         assert code == 2 and out == "" and len(err.splitlines()) == n, (args, err)
+    code, _, err = here("loss", "--model", checkpoint, "--data", "long.jsonl", "bad.jsonl")
+    assert code == 2 and len(err.splitlines()) == 61 and err.endswith("… and 41 more\n")
     assert not Path("runs").exists()
