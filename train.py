@@ -302,6 +302,7 @@ def main(argv: list[str] | None = None) -> int:
             print(report.render(args.out), "", f"{args.out} is a finished run.", sep="\n")
         return 0
     device, signals = shard.start(shard.FILES_TIMEOUT), catch_signals()
+    args.out = shard.of_first(lambda: args.out)  # --resume never: a late rank finds rank 0's taken
     code, last_words = 0, ""
     memory = report.Memory(inputs.config, device.type, plan_settings(args, inputs, device))
     try:

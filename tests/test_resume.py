@@ -134,6 +134,18 @@ def test_a_finished_run_says_so_and_resume_never_leaves_it_alone(whole):
     assert {p: p.stat().st_mtime_ns for p in Path(whole).rglob("*")} == before
 
 
+def wait_for(path: str) -> None:
+    while not Path(path).exists():
+        time.sleep(0.1)
+
+
+def test_a_rank_that_starts_late_takes_the_same_fresh_out():
+    argv = ["--out", "out", "--resume", "never", "--steps", "2", "--save-every", "1"]
+    code, said = forked.finish(forked.start(argv, 2, {1: partial(wait_for, "out")}))
+    assert code == 0, said
+    assert saved("out") == ["step-1"] and not Path("out-2").exists()
+
+
 def test_a_run_branches_off_from_a_checkpoint_of_another(whole):
     newest = shard.whole_checkpoints(Path(whole) / "checkpoints")
     for out, named in (("a", Path(whole)), ("b", newest[1])):
