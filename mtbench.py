@@ -112,9 +112,9 @@ def judge_messages(q: Question, answers: tuple[str, str], turn: int) -> list[dic
 
 
 def parse_score(reply: str) -> float | None:
-    """The last [[grade]] of a reply, or [grade]; None if there is none from 1 to 10."""
+    """The last [[grade]] of a reply, or "Grade: [grade]"; None if there is none from 1 to 10."""
     found = re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*\]\]", reply)
-    found = found or re.findall(r"\[(\d+(?:\.\d+)?)\]", reply)
+    found = found or re.findall(r"(?i)\b(?:grade|rating|score)\W*\[(\d+(?:\.\d+)?)\]", reply)
     return float(found[-1]) if found and 1 <= float(found[-1]) <= 10 else None
 
 

@@ -226,7 +226,7 @@ def test_what_the_judge_is_asked():
     [
         ("Good. Grade: [[7]]", 7), ("[[7.5]]", 7.5), ("First [[3]], no: [[ 8 ]]", 8),
         ("Rating: [6]", 6), ("[[9/10]]", 9), ("[[0]]", None), ("[[11]]", None), ("[[ten]]", None),
-        ("10", None), ("", None),
+        ("10", None), ("", None), ("It returns a[1]. The grade is 7.", None),
     ],
 )  # fmt: skip
 def test_parse_score(reply, score):
