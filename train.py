@@ -299,7 +299,11 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     if finished:
         if first:
-            print(report.render(args.out), "", f"{args.out} is a finished run.", sep="\n")
+            try:
+                said = report.render(args.out)
+            except OSError as error:  # somebody took a file away
+                said = f"no report: {error.filename}: {error.strerror}"
+            print(said, "", f"{args.out} is a finished run.", sep="\n")
         return 0
     device, signals = shard.start(shard.FILES_TIMEOUT), catch_signals()
     args.out = shard.of_first(lambda: args.out)  # --resume never: a late rank finds rank 0's taken

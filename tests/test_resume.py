@@ -129,6 +129,9 @@ def test_metrics_are_cut_to_the_checkpoint_and_weights_are_always_whole(whole):
 def test_a_finished_run_says_so_and_resume_never_leaves_it_alone(whole):
     before = {p: p.stat().st_mtime_ns for p in Path(whole).rglob("*")}
     assert "finished run" in done("--out", whole)
+    shutil.copytree(whole, "robbed")
+    Path("robbed/weights.json").unlink()
+    assert "no report: robbed/weights.json: No such file" in done("--out", "robbed")
     done("--out", whole, "--resume", "never", "--save-every", "2")
     forked.assert_same(f"{whole}-2", whole)
     assert {p: p.stat().st_mtime_ns for p in Path(whole).rglob("*")} == before
