@@ -532,8 +532,8 @@ def held_run(directory: Path) -> dict | None:
     """The record of the run that a directory, or a checkpoint, holds; None if it holds none."""
     try:
         record = json.loads((directory / "config.json").read_text())
-        return record if {"flags", "data"} <= record.keys() else None
-    except (OSError, ValueError, AttributeError):
+        return record if isinstance(record["flags"] | record["data"], dict) else None
+    except (OSError, ValueError, LookupError, TypeError):
         return None
 
 

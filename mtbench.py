@@ -148,7 +148,7 @@ class Judge:
         from huggingface_hub import InferenceClient
 
         # Without a key the client would send the user's Hugging Face token to the endpoint.
-        self.key = os.environ.get(KEY) or "none"
+        self.key = os.environ.get(KEY) or "no-key"
         self.client = InferenceClient(base_url=self.url, api_key=self.key, timeout=self.timeout)
 
     def ask(self, messages: list[dict], temperature: float = 0.0) -> str:
