@@ -675,7 +675,8 @@ def gpu_steps() -> dict:
         try:
             r = results[case.title] = run("times", case)
         except RuntimeError as error:
-            reason = "out of memory" if "OutOfMemoryError" in str(error) else str(error)
+            full = "OutOfMemoryError" in str(error)
+            reason = "does not fit" if full else str(error).splitlines()[-1]
             print(f"{case.title:40} {reason}", flush=True)
             continue
         took = median(r[name])
