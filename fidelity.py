@@ -22,6 +22,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -425,10 +426,12 @@ EXPERIMENTS = ("graded", "ablation", "mixtures", "real", "tasks", "digits")
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a run failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="[all]")
     parser.add_argument("--out", type=Path, default=Path("runs/fidelity"), help="[runs/fidelity]")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each [2]")
     args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}: permitted is a whole number above 0")
     args.out.mkdir(parents=True, exist_ok=True)
     if "real" in args.only and (ASSETS / CAPTIONS).exists():
         lines = (ASSETS / CAPTIONS).read_text().splitlines()[:N_CAPTIONS]
@@ -436,7 +439,9 @@ def main(argv: list[str] | None = None) -> int:
                        "".join(json.dumps({"text": line}) + "\n" for line in lines))  # fmt: skip
     elif "real" in args.only:
         print(f"left out, for want of {ASSETS}: real data")
-    if "digits" in args.only:
+    if "digits" in args.only and find_spec("sklearn") is None:
+        print("left out, for want of scikit-learn (pip install scikit-learn): digits")
+    elif "digits" in args.only:
         (args.out / "digits").mkdir(exist_ok=True)
         for seed in range(5):
             report.write_json(args.out / "digits" / f"seed{seed}.json", digits(seed))
