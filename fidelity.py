@@ -60,7 +60,8 @@ SIZE = ("--steps 120 --batch-size 40 --val-batch-size 20 --micro-batch-size 40 -
         "--lr-w 3e-3 --lr-u 3e-3 --lr-lambda 6e-2")
 TUNE = "--mode finetune --samples 2800 --steps 200 --batch-size 20 --lr-w 3e-3 --max-length 40"
 BEST = {"denoising": "clean", "graded": "clean", "multilingual": "aru", "instruction": "good"}
-MIXTURES = ("learned", "uniform", "proportional", "best alone")
+LEARNED = {"learned": COUPLED, "learned, lr of λ × 3": "lr of λ × 3"}
+MIXTURES = (*LEARNED, "uniform", "proportional", "best alone")
 # Real data: bytes of text, a model that has read English captions.
 ASSETS = Path(__file__).resolve().parent.parent / "shared" / "assets"
 CAPTIONS, N_CAPTIONS = "multilingual/multi30k/train.en", 29_000
@@ -141,8 +142,9 @@ def learn(task: str, setting: str, seeds: range) -> list[Cell]:
 
 def mix(task: str, seed: int, out: Path) -> list[Cell]:
     """Fine-tuning from random weights on each of MIXTURES."""
-    (learned,) = learn(task, COUPLED, range(seed, seed + 1))
-    weights = (learned.folder(out) / "weights.json", "uniform", "proportional", f"{BEST[task]}=1")
+    folders = [Cell(task, setting, seed, "").folder(out) for setting in LEARNED.values()]
+    learned = [folder / "weights.json" for folder in folders]
+    weights = (*learned, "uniform", "proportional", f"{BEST[task]}=1")
     return [
         Cell(task, f"mixture {name}", seed, f"--task {task} {TUNE} --weights {spec}")
         for name, spec in zip(MIXTURES, weights, strict=True)
@@ -172,7 +174,7 @@ def stages(only: list[str], out: Path) -> list[list[Cell]]:
         first += learn("instruction", "proportional batches, counts per micro-batch", range(5))
     if "mixtures" in only:
         for task, n in ("denoising", 10), ("instruction", 5), ("multilingual", 5):
-            first += learn(task, COUPLED, range(n))
+            first += [cell for s in LEARNED.values() for cell in learn(task, s, range(n))]
             second += [cell for seed in range(n) for cell in mix(task, seed, out)]
     if "tasks" in only:
         first += learn("multilingual", COUPLED, range(5)) + learn("instruction", COUPLED, range(5))

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import sys
 import tempfile
@@ -97,6 +98,9 @@ def _run(argv: list[str], env: dict, folder: str, log: str, fault: Callable | No
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
+    # In the background or under nohup these are ignored, and what is ignored is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if fault:
         fault()
     shard.leave(train.main(argv))
