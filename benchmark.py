@@ -624,7 +624,8 @@ def tokenize(args: argparse.Namespace) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         if args.texts:
-            records, directory = data.read_records(args.texts), Path(args.tokenizer)
+            records = [turns for *_, turns in data.read_records(args.texts)]
+            directory = Path(args.tokenizer)
         else:
             directory, texts = Path(folder), random_texts(500 if args.quick else 20_000)
             train_tokenizer(texts[:1000], directory)
@@ -692,7 +693,8 @@ COMMANDS = {"speed": speed, "memory": memory, "tokenize": tokenize}
 
 def about() -> dict:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    named = (line.split(": ")[1] for line in lines if line.startswith("model name"))
+    cpu = next(named, platform.machine())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": time.strftime("%Y-%m-%d"), "cpu": cpu, "cores": os.cpu_count(), "gpu": gpu,
@@ -719,6 +721,8 @@ def main() -> int:
     parser.add_argument("--tokenizer", help="tokenize: a directory with tokenizer.json")
     parser.add_argument("--texts", help="tokenize: a file of records")
     args = parser.parse_args()
+    if bool(args.texts) != bool(args.tokenizer):
+        parser.error("--texts and --tokenizer go together")
     print(*(f"{key}: {value}" for key, value in about().items()), sep="\n")
     results = COMMANDS[args.command](args)
     print(json.dumps({"about": about(), args.command: results}))

@@ -106,7 +106,13 @@ def run(*args: str) -> tuple[str, dict]:
     return "\n".join(table), json.loads(last)
 
 
-def test_tokenize_prints_a_table_and_json():
+def test_tokenize_prints_a_table_and_json(asset):
+    texts = asset("scalebio/data_tiny/val.json")
+    table, result = run("tokenize", "--texts", texts, "--tokenizer", asset("tokenizers/gpt2"))
+    assert "1000 texts" in table and len(result["tokenize"]["speed"]["records"]) == 5
+
+
+def test_tokenize_makes_texts_of_its_own():
     table, result = run("tokenize", "--quick")
     assert "of its speed" in table and len(result["tokenize"]["speed"]["records"]) == 5
 
