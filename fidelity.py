@@ -375,8 +375,11 @@ def mixture_tables(out: Path) -> dict[str, list[list]]:
                    for seed, row in read(out, task, f"mixture {name}", "metrics.jsonl").items()}
             for name in MIXTURES
         }  # fmt: skip
-        shared = sorted(set.intersection(*map(set, losses.values())))
-        for name in MIXTURES if shared else ():
+        for name in MIXTURES:
+            paired = losses["uniform"].keys() & losses["best alone"].keys()
+            shared = sorted(losses[name].keys() & paired)
+            if not shared:
+                continue
             x, uniform, best = (np.array([losses[key][seed] for seed in shared])
                                 for key in (name, "uniform", "best alone"))
             table.append([task, name, len(shared), mean_se(x), mean_se(x - uniform),
