@@ -23,7 +23,6 @@ import os
 import re
 import shutil
 import zlib
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -524,18 +523,12 @@ class MicroBatch:
 Sample = tuple[int, int]  # (group, index within its dataset)
 
 
-def _width(datasets: list[Dataset], sample: Sample, pad_to: int) -> int:
-    """Positions that a sample takes up when it is padded alone."""
-    group, i = sample
-    length = int(datasets[group].lengths[i])
-    return min(-(-length // pad_to) * pad_to, datasets[group].max_length)
-
-
 def _collate(
     datasets: list[Dataset], samples: Sequence[Sample], pad_to: int, groups: Sequence[int]
 ) -> MicroBatch:
     parts = [datasets[group].stored(i) for group, i in samples]
-    width = max(_width(datasets, sample, pad_to) for sample in samples)
+    limit = max(datasets[group].max_length for group, _ in samples)
+    width = min(-(-max(map(len, parts)) // pad_to) * pad_to, limit)
     stored = np.full((len(samples), width), ~0)  # (B, T): padding is token 0 without loss
     for row, part in zip(stored, parts, strict=True):
         row[: len(part)] = part
@@ -607,38 +600,18 @@ class Batches:
         return self._permutations[group][1]
 
     def _deal(self, samples: list[Sample]) -> list[MicroBatch]:
-        """This rank's share: by length, to ranks 0 … W−1, W−1 … 0, 0 … so that work is even; then
-        cut into ⌈n / micro_batch_size⌉ micro-batches, as even in padded tokens as can be.
+        """This rank's share: by length, to ranks 0 … W−1, W−1 … 0, 0 … so that work is even.
 
-        So one of short samples has more of them than `micro_batch_size`, but takes no more room
-        than that many of the longest. All ranks get the same number: fillers, of group -1, complete
-        what W does not divide.
+        All ranks get the same number: fillers, of group -1, complete what W does not divide.
         """
         samples = sorted(samples, key=lambda s: -self.datasets[s[0]].lengths[s[1]])  # stable
         places = [(s, s[0]) for s in samples]
         places += [(s, -1) for s in samples[-1:]] * (-len(samples) % self.world)
         turn = [*range(self.world), *reversed(range(self.world))]
         own = [place for n, place in enumerate(places) if turn[n % len(turn)] == self.rank]
-        widths = [_width(self.datasets, sample, self.pad_to) for sample, _ in own]
-        cuts = [*_cut(widths, -(-len(own) // self.micro_batch_size)), len(own)]
-        parts = (zip(*own[i:j], strict=True) for i, j in itertools.pairwise(cuts))
+        parts = (zip(*own[n : n + self.micro_batch_size], strict=True)
+                 for n in range(0, len(own), self.micro_batch_size))  # fmt: skip
         return [_collate(self.datasets, part, self.pad_to, groups) for part, groups in parts]
-
-
-def _cut(widths: list[int], n: int) -> list[int]:
-    """Where n pieces of a descending list start, so that the largest of their areas, first width
-    times size, is least. It is at most that of pieces of equal size."""
-
-    def starts(area: int) -> list[int]:
-        found, at = [], 0
-        while at < len(widths):
-            found.append(at)
-            room = len(widths) - at - max(0, n - len(found))  # a width for each piece to come
-            at += max(1, min(area // widths[at], room))
-        return found
-
-    areas = range(max(widths, default=0), sum(widths[:1]) * len(widths) + 1)
-    return starts(areas[bisect_left(areas, True, key=lambda area: len(starts(area)) <= n)])
 
 
 def ahead(batches: Batches, steps: range) -> Iterator[tuple[int, tuple]]:

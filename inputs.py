@@ -150,8 +150,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(g, "steps", "steps of an outer round, instead of --epochs", type=int)
     add(g, "batch-size", "training samples of a step, over all ranks", type=int, default=64)
     add(g, "val-batch-size", "validation samples of a step, over all ranks", type=int, default=64)
-    add(g, "micro-batch-size", "samples of one forward on one rank; more where they are short",
-        type=int)
+    add(g, "micro-batch-size", "samples of one forward on one rank", type=int)
     add(g, "alpha", "penalty multiplier", type=float, default=10.0)
     add(g, "tau", "factor on alpha from one outer round to the next", type=float, default=1.0)
     add(g, "outer-rounds", "rounds of --epochs or --steps", type=int, default=1)
