@@ -201,7 +201,7 @@ class Ours:
 
     def feed(self, batch: int) -> None:
         """Go on with steps of this many samples."""
-        self.batches = batches(self, batch, self.args.micro_batch_size, pad_to=8)
+        self.batches = batches(self, batch, self.args.micro_batch_size, data.PAD_TO)
 
     def arrived(self, t: int) -> int:
         """What is at hand before a step is timed: here, no more than its number."""

@@ -179,9 +179,8 @@ class MixtureBatches(Batches):
         seed: int,
         rank: int = 0,
         world: int = 1,
-        pad_to: int = 8,
     ):
-        super().__init__(sources, None, batch_size, 0, micro_batch_size, seed, rank, world, pad_to)
+        super().__init__(sources, None, batch_size, 0, micro_batch_size, seed, rank, world)
         self.ends = np.cumsum([len(source) for source in sources])  # in the mixture, of each source
 
     def step(self, t: int) -> tuple[list[MicroBatch], list[MicroBatch], torch.Tensor]:

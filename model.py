@@ -69,7 +69,8 @@ class Embed(nn.Module):
 
 
 def rope_tables(c: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotation of each pair of features at `positions`, (B or 1, T, 1, R/2).
+    """cos and sin of each pair's rotation at `positions`, (B or 1, T, 1, R): once for the first
+    features of the pairs, where sin is negated, and once for the second.
 
     Llama 3.1 divides a low frequency by `factor`, keeps a high one, and goes from one to the other
     by how often the frequency turns within the `length` that the model was first trained on.
@@ -82,7 +83,8 @@ def rope_tables(c: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / factor)
     angle = positions[..., None, None].to(dtype) * frequency
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -90,9 +92,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x (B, T, N or K, H).
     """
-    half = cos.shape[-1]
-    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    R = cos.shape[-1]
+    a, rest = x[..., :R], x[..., R:]
+    turned = torch.addcmul(a * cos, a.roll(R // 2, dims=-1), sin).to(x.dtype)
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 

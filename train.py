@@ -368,7 +368,7 @@ def reason(error: BaseException, args: argparse.Namespace) -> str:
 def plan_settings(args: argparse.Namespace, inputs: Inputs, device: torch.device) -> dict:
     """What the plan of this run is made from; the longest sample may be shorter than permitted."""
     settings = plan.settings(args, dist.get_world_size(), dtype_of(args, device.type))
-    padded = 8 * -(-inputs.longest // 8)  # see data.py
+    padded = data.PAD_TO * -(-inputs.longest // data.PAD_TO)
     return settings | {"max_length": min(args.max_length, padded)}
 
 

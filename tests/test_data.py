@@ -507,7 +507,7 @@ def test_work_is_dealt_evenly():
 
 
 def test_micro_batches_are_padded_to_a_multiple_within_max_length():
-    for batch in make().step(0)[0]:
+    for batch in make(pad_to=8).step(0)[0]:
         longest = int((batch.tokens != 0).sum(1).max())
         assert batch.tokens.shape[1] == -(-longest // 8) * 8
         assert batch.tokens.dtype == batch.labels.dtype == batch.group.dtype == torch.int64
@@ -515,7 +515,7 @@ def test_micro_batches_are_padded_to_a_multiple_within_max_length():
         kept = batch.labels != -100
         assert torch.equal(batch.labels[kept], batch.tokens[kept]) and kept.any(1).all()
         assert batch.to("cpu") is batch
-    short = Batches([source(5, max_length=13)], None, 4, 4, 4, seed=0)
+    short = Batches([source(5, max_length=13)], None, 4, 4, 4, seed=0, pad_to=8)
     assert short.step(0)[0][0].tokens.shape[1] == 13
 
 

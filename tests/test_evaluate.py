@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import huggingface_hub
@@ -18,12 +19,14 @@ from huggingface_hub import errors
 import answers
 import data
 import evaluate
+import mixture
 import model as hf
 import replies
 import shard
 import tasks
 import templates
 from journal import Journal, read
+from tests.forked import done
 from tests.worker import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -305,16 +308,29 @@ def test_other_settings_and_other_questions_are_refused(checkpoint, sums, here):
     assert Path("out/gsm8k.jsonl").read_bytes() == before
 
 
-def test_fifty_questions_by_a_real_model(asset, here):
+def test_from_sources_to_accuracy_on_real_data(asset, here):
+    """Learn the weights of five real sources, fine-tune on them, then losses and 50 questions."""
     pytest.importorskip("tokenizers")
-    model = asset("model/stories260K-hf")
-    code, out, _ = here("gsm8k", "--model", model, "--data", asset("math/gsm8k/test.jsonl"),
+    model, sources = asset("model/stories260K-hf"), asset("scalebio/math_exp")
+    common = (f"--model {model} --train {sources} --template alpaca --max-length 192 "
+              "--batch-size 20 --micro-batch-size 20 --lr-w 1e-3").split()  # fmt: skip
+    learn = f"--val {sources}/val.json --val-batch-size 20 --lr-u 1e-3 --lr-lambda 0.1 --steps 4"
+    done(*learn.split(), "--out", "learned", flags=common)
+    weights = json.loads(Path("learned/weights.json").read_text())["weights"]
+    assert len(weights) == 5 and max(weights.values()) > 0.21
+    tune = "--mode finetune --weights learned/weights.json --samples 300"
+    done(*tune.split(), "--out", "tuned", flags=common)
+    drawn = Counter(row["source"] for row in read(Path("tuned/mixture.jsonl")))
+    assert drawn == mixture.apportion(weights, 300)
+
+    tuned, test = "tuned/model", f"{sources}/test.json"
+    code, out, _ = here("loss", "--model", model, tuned, "--data", test, "--template", "alpaca",
+                        "--max-length", 192)  # fmt: skip
+    row = out.splitlines()[2].split()
+    assert code == 0 and row[0] == "test" and 0 < float(row[9]) < float(row[2])
+    code, out, _ = here("gsm8k", "--model", tuned, "--data", asset("math/gsm8k/test.jsonl"),
                         "--limit", 50, "--max-new-tokens", 16, "--batch-size", 25)  # fmt: skip
     assert code == 0 and "of 50)" in out
-    code, out, _ = here("loss", "--model", model, "--data", asset("scalebio/math_exp/test.json"),
-                        "--max-length", 256)  # fmt: skip
-    n, mean = out.splitlines()[2].split()[1:3]
-    assert code == 0 and int(n) > 100 and 0 < float(mean) < 20
 
 
 # ---------------------------------------------------------------------------------------------
