@@ -58,7 +58,7 @@ DEFAULTS = {
     "max_length": (512, 64),
     "lr_w": (1e-5, 1e-3),
     "lr_u": (1e-5, 1e-3),
-    "lr_lambda": (1e-2, 3e-2),
+    "lr_lambda": (1e-2, 0.1),
     "schedule": ("cosine", "constant"),
     "lisa_interval": (20, 5),
     "template": ("alpaca", "plain"),
