@@ -516,8 +516,10 @@ def record(args: argparse.Namespace, inputs: Inputs) -> dict:
     }
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     world = int(os.environ.get("WORLD_SIZE", 1))
-    content = {"flags": plain(args), "data": files, "versions": versions, "world_size": world}
-    return content | {"mixture": shares(inputs)}
+    return {
+        "flags": plain(args), "data": files, "tokenizer": inputs.tokenizer.fingerprint,
+        "versions": versions, "world_size": world, "mixture": shares(inputs),
+    }  # fmt: skip
 
 
 def shares(inputs: Inputs) -> dict | None:
@@ -583,7 +585,7 @@ def check_out(args: argparse.Namespace) -> list[str]:
 
 
 def changed_data(args: argparse.Namespace, inputs: Inputs) -> list[str]:
-    """The records and weights that differ from those of the runs that this would go on with."""
+    """What of records, weights and tokenizer differs from the runs that this would go on with."""
     new = {name: dataset.sha256 for name, dataset in inputs.all.items()}
     now, problems = shares(inputs) or {}, []
     for where, record in earlier(args).items():
@@ -602,6 +604,8 @@ def changed_data(args: argparse.Namespace, inputs: Inputs) -> list[str]:
             for name in sorted(old.keys() | new.keys())
             if old.get(name) != new.get(name)
         ]
+        if record.get("tokenizer") != inputs.tokenizer.fingerprint:
+            problems.append(f"{where} holds another run: the tokenizer of {args.model} has changed")
     return problems
 
 

@@ -148,7 +148,7 @@ def refusal(args: list[str], capsys) -> list[str]:
     return err.splitlines()
 
 
-def test_other_weights_are_another_run(pipeline, capsys):
+def test_other_weights_or_another_tokenizer_are_another_run(pipeline, capsys):
     _, usual, _ = pipeline
     args = [*usual, "--out", "tuned"]
     lines = refusal([*args[: args.index("--weights") + 1], "a=1,b=3",
@@ -156,6 +156,12 @@ def test_other_weights_are_another_run(pipeline, capsys):
     assert [line.split(" was ")[0] for line in lines] == [
         f"--out tuned holds another run: the weight of {name}" for name in "ab"
     ]
+    tokenizer = Path("other/tokenizer.json")
+    before = tokenizer.read_text()
+    tokenizer.write_text(before + "\n")
+    assert refusal(args, capsys) == [
+        "--out tuned holds another run: the tokenizer of other has changed"]
+    tokenizer.write_text(before)
 
 
 def test_all_problems_are_printed_together(pipeline, capsys):
