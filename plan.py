@@ -349,7 +349,7 @@ NOTHING = Done(0, 0)
 class Step:
     """The last micro-batch of a pass: where memory can peak, as the groups of shard.shard are
     gathered, used and reduced. FSDP2 gathers a group into a flat buffer and copies it out from
-    there; on one rank it needs no buffer. While a block is at work the next one is in its buffer.
+    there. While a block is at work the next one is in its buffer. On one rank nothing is gathered.
     """
 
     config: ModelConfig
@@ -372,7 +372,7 @@ class Step:
             (c.n_layers * sum(map(math.prod, s.block)) + sum(map(math.prod, s.ends)))
             * self.dtype.itemsize <= shard.GATHER_ONCE_BYTES
         )
-        self.buffered = self.ranks > 1 and not self.whole
+        self.buffered = not self.whole
         trained, frozen = block_pass(*of, True), block_pass(*of, False)
         # Memory peaks at the last block, while all others' activations wait: plan for it to train.
         self.top = trained if self.n_active else frozen
@@ -390,6 +390,9 @@ class Step:
 
     def moments(self) -> Iterator[dict[str, int]]:
         """Bytes by component, from the head's forward down to the embedding's gradient."""
+        if self.ranks == 1:
+            yield from self.moments_alone()
+            return
         size, full, tied = self.dtype.itemsize, wide(self.dtype).itemsize, self.config.tied
         group = self.both if tied else self.head  # what is gathered for the head
         next_block = self.buffered * self.block
@@ -428,6 +431,28 @@ class Step:
             done = Done(self.blocks + rest, self.n_active * self.block + rest)
             yield self.at(group, self.x, 0, grads, buffers, done)
             yield from self.reduction(0, group, 0, 0, done)
+
+    def moments_alone(self) -> Iterator[dict[str, int]]:
+        """As `moments`, on one rank: what a parameter gets is added to its gradient at once."""
+        s, size, tied = sizes(self.config), self.dtype.itemsize, self.config.tied
+        in_block, in_embed = (size * max(map(math.prod, shapes)) for shapes in (s.block, s.embed))
+        head_grads = self.ends * self.head * size
+        block_grads = self.block * size if self.n_active else 0
+        waiting = tied * head_grads  # a tied head's gradient waits for the embedding's
+        own = self.top.backward - block_grads
+        sums = (self.n_active * self.block + self.ends * self.both) * wide(self.dtype).itemsize
+
+        def at(activations: int, logits: int = 0, grads: int = 0) -> dict[str, int]:
+            return {
+                "w's gradients": sums, "gathered parameters": 0, "unsharded gradients": grads,
+                "reduction buffers": 0, "activations": activations + self.context, "logits": logits,
+            }  # fmt: skip
+
+        yield at(self.saved, self.loss.forward)
+        yield at(self.saved, self.loss.backward - head_grads, head_grads)
+        yield at(self.below + own, grads=waiting + bool(self.n_active) * in_block)
+        if self.ends:
+            yield at(self.x, grads=in_embed + 2 * waiting)
 
     def reduction(
         self, gathered: int, n: int, activations: int, waiting: int = 0, done: Done = NOTHING

@@ -3,7 +3,8 @@ files. The same code runs on CPU with gloo and on CUDA with nccl, on one process
 
 `fully_shard` cuts each parameter along its first dimension: of D ranks, rank r holds the rows
 [r ⌈n/D⌉, (r+1) ⌈n/D⌉). A model is built on the meta device, cut, and filled tensor by tensor, so
-that no rank ever holds more than one full tensor beside its shards.
+that no rank ever holds more than one full tensor beside its shards. A single rank has the whole:
+nothing is cut, and its parameters are plain tensors.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import pretrained
 from families import ModelConfig
+from lisa import local
 from model import Transformer
 
 # A model of at most this many bytes stays gathered on every rank between the micro-batches of a
@@ -92,11 +94,19 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def shard(model: Transformer, mesh: DeviceMesh, mixed: MixedPrecisionPolicy, whole: bool) -> None:
-    """Cut `model` over `mesh`, in place: each block is gathered on its own when it is used.
+def shard(model: Transformer, device: torch.device, whole: bool) -> None:
+    """Cut `model` over the ranks, in place: each block is gathered on its own when it is used.
 
     whole: keep what was gathered until the end of backward (see `once_per_pass`).
     """
+    dtype = model.norm.weight.dtype
+    low = torch.finfo(dtype).bits < 32
+    mixed = MixedPrecisionPolicy(
+        param_dtype=dtype if low else None,
+        reduce_dtype=torch.float32 if low else None,
+        cast_forward_inputs=False,  # a block's RoPE tables stay fp32
+    )
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     rules = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": not whole}
     for block in model.blocks:
         fully_shard(block, **rules)
@@ -160,7 +170,7 @@ class Turns:
             if storage_key(t) in moved:
                 if self.pinned:
                     torch.cuda.synchronize()
-                part = t.to_local() if isinstance(t, DTensor) else t
+                part = local(t)
                 _, host = moved[storage_key(t)]
                 host = host.as_strided(part.shape, part.stride(), part.storage_offset())
                 if not isinstance(t, DTensor):
@@ -171,12 +181,12 @@ class Turns:
 
 
 def storage_key(t: Tensor) -> int:
-    return (t.to_local() if isinstance(t, DTensor) else t).untyped_storage()._cdata
+    return local(t).untyped_storage()._cdata
 
 
 def whole_storage(t: Tensor) -> Tensor:
     """All elements of the storage that this rank's part of `t` lies in, FSDP's padding included."""
-    t = (t.to_local() if isinstance(t, DTensor) else t).detach()
+    t = local(t)
     return t.new_empty(0).set_(t.untyped_storage())
 
 
@@ -194,31 +204,29 @@ def now(model: nn.Module, t: Tensor) -> Tensor:
 def build(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, turns: Turns | None = None
 ) -> Transformer:
-    """A sharded model, not filled yet. Collective: every rank calls it.
+    """A model, sharded if there are several ranks, and not filled yet. Collective: every rank calls
+    it.
 
     turns: shared by the copies that take turns on the device
     """
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
-    low = torch.finfo(dtype).bits < 32
-    # The inputs of a block are left as they are: its RoPE tables stay fp32.
-    mixed = MixedPrecisionPolicy(
-        param_dtype=dtype if low else None,
-        reduce_dtype=torch.float32 if low else None,
-        cast_forward_inputs=False,
-    )
+    several = dist.get_world_size() > 1
     n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    model.gather_once = n_bytes <= GATHER_ONCE_BYTES
-    shard(model, mesh, mixed, whole=model.gather_once)
+    model.gather_once = several and n_bytes <= GATHER_ONCE_BYTES
+    if several:
+        shard(model, device, whole=model.gather_once)
     model.turns = turns
     if turns is not None:
         turns.follow(model)
     model.to_empty(device=device)
-    # FSDP notes in which dtype gradients are reduced when it is first used, and only for parameters
-    # that train then. Let it do so now, before LISA freezes any. (A forward would do it through the
-    # public interface, but gather more than one tensor.)
-    model._get_fsdp_state()._lazy_init()
+    if several:
+        # FSDP notes in which dtype gradients are reduced when it is first used, and only for
+        # parameters that train then. Let it do so now, before LISA freezes any. (A forward would do
+        # it through the public interface, but gather more than one tensor.)
+        model._get_fsdp_state()._lazy_init()
+    else:
+        model.tie()
     return model
 
 
@@ -228,6 +236,8 @@ def compile_blocks(model: Transformer, backend: str = "inductor") -> None:
     dynamic: widths depend on the data, and one compilation is to serve them all. What else is
     compiled apart is a block that trains from one that does not.
     """
+    # Lengths that happen to be equal the first time (time and head size, say) are not one length.
+    torch.fx.experimental._config.use_duck_shape = False
     for block in model.blocks:
         block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
 
@@ -237,10 +247,9 @@ def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Copy this rank's rows of each full tensor into its shard."""
     missing = dict(model.named_parameters())
     for name, full in tensors:
-        p = missing.pop(name)
-        rows = -(-full.shape[0] // p.device_mesh.size())
-        first = rows * p.device_mesh.get_local_rank()
-        p.to_local().copy_(full[first : first + rows])
+        rows = -(-full.shape[0] // dist.get_world_size())
+        first = rows * dist.get_rank()
+        local(missing.pop(name)).copy_(full[first : first + rows])
     assert not missing, f"no tensor for {sorted(missing)}"
 
 
@@ -249,10 +258,10 @@ def copy_shards(target: nn.Module, source: nn.Module) -> None:
     """Make `target` equal to `source`, shard by shard, without communication."""
     bring(target)
     for a, b in zip(target.parameters(), source.parameters(), strict=True):
-        a.to_local().copy_(now(source, b.detach()).to_local())
+        local(a).copy_(local(now(source, b)))
 
 
-def once_per_pass(model: FSDPModule, last: bool) -> None:
+def once_per_pass(model: Transformer, last: bool) -> None:
     """For PenaltyStep.on_micro: gather parameters with the first micro-batch of a pass, reduce
     gradients and let go of the gathered copies with the last, where the model is small enough."""
     bring(model)
@@ -274,7 +283,13 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Collective: every rank calls it and takes all of it.
     """
     for name, p in model.named_parameters():
-        yield name, p.detach().full_tensor().cpu()
+        yield name, full(p).cpu()
+
+
+def full(t: Tensor) -> Tensor:
+    """All of a DTensor, or the tensor itself; without autograd. Collective."""
+    t = t.detach()
+    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None:

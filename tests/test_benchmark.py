@@ -38,7 +38,7 @@ def gradients(side, t: int) -> dict[str, torch.Tensor]:
     def keep(*_):
         named = {name: p.grad for name, p in holder.w.named_parameters()}
         if holder is not side:
-            full = ((n, torch.zeros(p.shape) if p.grad is None else p.grad.full_tensor())
+            full = ((n, torch.zeros(p.shape) if p.grad is None else shard.full(p.grad))
                     for n, p in holder.w.named_parameters())  # fmt: skip
             named = dict(pretrained.to_hf(holder.w.config, full))
         found.update({n: g.clone() for n, g in named.items() if g is not None and g.any()})

@@ -272,11 +272,11 @@ def test_peak_matches_what_the_allocator_counts(ranks, tmp_path):
 
 
 def test_resident_memory_of_124m_parameters_is_near_the_plan(tmp_path):
-    """Within 15%, with an allocator that gives back what is freed. Planned 3.25 GB, seen 3.12."""
+    """Within 10%, with an allocator that gives back what is freed. Planned 2.74 GB, seen 2.73."""
     settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
                 "MALLOC_TRIM_THRESHOLD_": "0"}  # fmt: skip
     ((_, used, planned, _),) = run(1, "rss", tmp_path / "rss", **settings)[0]
-    assert abs(used - planned) < 0.15 * planned
+    assert abs(used - planned) < 0.1 * planned
 
 
 def test_state_of_copies_that_take_turns_equals_the_plan_to_the_byte(tmp_path):

@@ -137,7 +137,8 @@ def test_loading_holds_one_full_tensor_beside_the_shards(tmp_path):
     for ranks in (1, 2):
         for used in run(ranks, "load", tmp_path / "load", tmp_path / "model"):
             used = used["load"]
-            assert used["shards"] < used["peak"] < used["shards"] + used["largest"] + slack
+            most = used["shards"] + used["largest"] + slack
+            assert 0.99 * used["shards"] < used["peak"] < most
 
 
 def test_bf16_trains_through_lisa_switches_as_a_dense_model_does(results):

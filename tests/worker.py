@@ -31,7 +31,7 @@ import pretrained
 import shard
 import train
 from bilevel import PenaltyStep, SourceWeights
-from lisa import Lisa
+from lisa import Lisa, local
 
 VOCAB = data.byte_tokenizer().n_vocab
 BASE = {
@@ -180,7 +180,7 @@ def dense(_: list[str]) -> dict:
                 if model is sharded:
                     shard.once_per_pass(model, last=seed == 1)
                 model(batch(seed).tokens, batch(seed).labels).sum().backward()
-        full = [p.grad.full_tensor() for p in sharded.parameters()]
+        full = [shard.full(p.grad) for p in sharded.parameters()]
         differ[(*key, "gradients")] = difference(full, [p.grad for p in whole.parameters()])
         for model in (sharded, whole):
             model.zero_grad()
@@ -253,7 +253,7 @@ def interleaved(sharded, whole) -> float:
 
 
 def sharded_parameters(model) -> list[torch.Tensor]:
-    return [p.detach().full_tensor() for p in model.parameters()]
+    return [shard.full(p) for p in model.parameters()]
 
 
 def difference(a, b) -> float:
@@ -300,7 +300,7 @@ def load(paths: list[str]) -> dict:
     shard.fill(model, hf.read_weights(Path(paths[0]), config))
     time.sleep(0.05)
     sizes = [p.numel() * p.element_size() for p in model.parameters()]
-    own = [p.to_local().numel() * p.element_size() for p in model.parameters()]
+    own = [local(p).numel() * p.element_size() for p in model.parameters()]
     return {"peak": memory.peak - memory.start_at, "shards": sum(own), "largest": max(sizes)}
 
 
