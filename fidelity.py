@@ -57,8 +57,9 @@ ABLATION = {
     "lr of λ × 3": "--lr-lambda 0.18",
 }
 SIZE = ("--steps 120 --batch-size 40 --val-batch-size 20 --micro-batch-size 40 --max-length 40 "
-        "--lr-w 3e-3 --lr-u 3e-3 --lr-lambda 6e-2")
-TUNE = "--mode finetune --samples 2800 --steps 200 --batch-size 20 --lr-w 3e-3 --max-length 40"
+        "--lr-w 3e-3 --lr-u 3e-3 --lr-lambda 6e-2 --schedule constant")
+TUNE = ("--mode finetune --samples 2800 --steps 200 --batch-size 20 --lr-w 3e-3 --max-length 40 "
+        "--schedule constant")
 BEST = {"denoising": "clean", "graded": "clean", "multilingual": "aru", "instruction": "good"}
 LEARNED = {"learned": COUPLED, "learned, lr of λ × 3": "lr of λ × 3"}
 MIXTURES = (*LEARNED, "uniform", "proportional", "best alone")
@@ -66,7 +67,7 @@ MIXTURES = (*LEARNED, "uniform", "proportional", "best alone")
 ASSETS = Path(__file__).resolve().parent.parent / "shared" / "assets"
 CAPTIONS, N_CAPTIONS = "multilingual/multi30k/train.en", 29_000
 READ = ("--mode finetune --weights captions=1 --samples 8000 --steps 200 "
-        "--batch-size 40 --lr-w 3e-3 --max-length 96")
+        "--batch-size 40 --lr-w 3e-3 --max-length 96 --schedule constant")
 REAL = ("--steps 60 --batch-size 20 --val-batch-size 10 --micro-batch-size 10 --max-length 256 "
         "--template plain --lr-w 1e-3 --lr-u 1e-3 --lr-lambda 6e-2 --lisa-layers 2 "
         "--lisa-interval 5 --schedule constant")

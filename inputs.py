@@ -58,8 +58,7 @@ DEFAULTS = {
     "max_length": (512, 64),
     "lr_w": (1e-5, 1e-3),
     "lr_u": (1e-5, 1e-3),
-    "lr_lambda": (1e-2, 0.1),
-    "schedule": ("cosine", "constant"),
+    "lr_lambda": (1e-2, 0.2),
     "lisa_interval": (20, 5),
     "template": ("alpaca", "plain"),
     "samples": (10_000, 6400),
@@ -158,7 +157,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(g, "lr-u", "learning rate of u", type=float)
     add(g, "lr-lambda", "learning rate of the source weights' logits", type=float)
     add(g, "warmup", "share of all steps in which learning rates rise", type=float, default=0.03)
-    add(g, "schedule", "what follows the warm-up", choices=("cosine", "linear", "constant"))
+    add(g, "schedule", "what follows the warm-up", choices=("cosine", "linear", "constant"),
+        default="cosine")
     add(g, "weight-decay", "AdamW's, for w and u", type=float, default=5e-4)
     add(g, "clip", "largest gradient norm of w and of u (gradients are divided by alpha); 0 = off",
         type=float, default=0.0)
