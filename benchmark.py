@@ -402,7 +402,12 @@ def peak(case: Case, device: torch.device) -> dict:
     return {"peak": report.peak_memory(), "before": before, "seconds": took}
 
 
-WORKERS = {"times": times, "peak": peak}
+def products(case: Case, device: torch.device) -> dict:
+    """What matrix products alone get, each rank its own at the same time."""
+    return {"flops_per_s": median(matmul_rate(case, device) for _ in range(10))}
+
+
+WORKERS = {"times": times, "peak": peak, "products": products}
 
 
 def worker(what: str, case: Case) -> None:
@@ -452,7 +457,7 @@ def speed(args: argparse.Namespace) -> dict:
     if args.only:
         return results
     if not args.quick:
-        results["1 to 2 ranks"] = scaling(results["steps"])
+        results["1 to 2 ranks"] = scaling()
     return results | {"start-up": start_up(args.quick), "cost": cost(args.quick)}
 
 
@@ -474,13 +479,20 @@ def steps(quick: bool, only: str) -> dict:
     return results
 
 
-def scaling(measured: dict) -> dict:
-    """Throughput of two ranks over that of one, a thread each."""
+def scaling() -> dict:
+    """Throughput of two ranks over that of one, a thread each, by turns; and what the machine gives
+    to matrix products alone."""
     two = next(case for case in speed_cases(False) if case.ranks == 2)
-    one = run("times", replace(two, ranks=1, sides=("ours",), repeats=1))
-    gain = one["ours"][0] / measured[two.title]["ours"][0]  # of the same global batch
-    print(f"1 -> 2 ranks, a thread each: {gain:.2f} times the throughput (goal 1.7)", flush=True)
-    return {"gain": gain, "one": one["ours"]}
+    cases = [replace(two, batch=16, ranks=n, sides=("ours",), repeats=1) for n in (1, 2)]
+    took, rates = ([], []), ([], [])
+    for _, i in itertools.product(range(2), range(2)):
+        rates[i].append(run("products", cases[i])["flops_per_s"])
+        took[i].extend(run("times", cases[i])["ours"])
+    gains = ratios(*took)  # of the same global batch
+    products = [2 * rate for rate in ratios(rates[1], rates[0])]
+    print(f"1 -> 2 ranks, a thread each: {spread(gains)} times the throughput (goal 1.7); matrix "
+          f"products alone: {spread(products)}", flush=True)  # fmt: skip
+    return {"gains": gains, "products": products}
 
 
 def cost(quick: bool) -> dict:

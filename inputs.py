@@ -604,7 +604,8 @@ def changed_data(args: argparse.Namespace, inputs: Inputs) -> list[str]:
             for name in sorted(old.keys() | new.keys())
             if old.get(name) != new.get(name)
         ]
-        if record.get("tokenizer") != inputs.tokenizer.fingerprint:
+        tokenizer = inputs.tokenizer.fingerprint
+        if record.get("tokenizer", tokenizer) != tokenizer:
             problems.append(f"{where} holds another run: the tokenizer of {args.model} has changed")
     return problems
 
