@@ -181,7 +181,7 @@ def datasets(case: Case) -> tuple[list[data.Dataset], data.Dataset]:
 # The two sides
 
 
-def batches(side, batch: int, micro: int, pad_to: int) -> data.Batches:
+def batches(side, batch: int, micro: int, pad_to: int | None = None) -> data.Batches:
     rank, world, seed = dist.get_rank(), dist.get_world_size(), side.args.seed
     return data.Batches(side.sources, side.val, batch, batch, micro, seed, rank, world, pad_to)
 
@@ -201,7 +201,7 @@ class Ours:
 
     def feed(self, batch: int) -> None:
         """Go on with steps of this many samples."""
-        self.batches = batches(self, batch, self.args.micro_batch_size, data.PAD_TO)
+        self.batches = batches(self, batch, self.args.micro_batch_size)
 
     def arrived(self, t: int) -> int:
         """What is at hand before a step is timed: here, no more than its number."""

@@ -42,7 +42,6 @@ __all__ = ["Batches", "Dataset", "MicroBatch", "Problems", "ahead", "byte_tokeni
 FORMAT_VERSION = 2  # of a cache entry; raise it when the arrays or the tokenisation change
 CHUNK = 1 << 20  # characters read at a time
 IGNORE = -100  # label of a position without loss
-PAD_TO = 8 if torch.cuda.is_available() else 1  # tensor cores are fastest on multiples of 8
 
 
 # ---------------------------------------------------------------------------------------------
@@ -524,6 +523,11 @@ class MicroBatch:
 Sample = tuple[int, int]  # (group, index within its dataset)
 
 
+def padding() -> int:
+    """What widths of micro-batches are multiples of: tensor cores are fastest on those of 8."""
+    return 8 if torch.cuda.is_available() else 1
+
+
 def _collate(
     datasets: list[Dataset], samples: Sequence[Sample], pad_to: int, groups: Sequence[int]
 ) -> MicroBatch:
@@ -559,13 +563,13 @@ class Batches:
         seed: int,
         rank: int = 0,
         world: int = 1,
-        pad_to: int = PAD_TO,
+        pad_to: int | None = None,
     ):
         assert batch_size % world == 0 and val_batch_size % world == 0
         self.datasets = [*sources, *([val] if val is not None else [])]
         self.n_sources = len(sources)
         self.batch_size, self.val_batch_size = batch_size, val_batch_size
-        self.micro_batch_size, self.pad_to = micro_batch_size, pad_to
+        self.micro_batch_size, self.pad_to = micro_batch_size, pad_to or padding()
         self.seed, self.rank, self.world = seed, rank, world
         self.steps_per_epoch = -(-sum(map(len, sources)) // batch_size)
         self._permutations = {}  # group -> (epoch, permutation), the last one used
@@ -626,7 +630,7 @@ def ahead(batches: Batches, steps: range) -> Iterator[tuple[int, tuple]]:
 
 
 def eval_batches(
-    dataset: Dataset, micro_batch_size: int, rank: int = 0, world: int = 1, pad_to: int = PAD_TO
+    dataset: Dataset, micro_batch_size: int, rank: int = 0, world: int = 1
 ) -> Iterator[MicroBatch]:
     """Every sample once over all ranks, as group 0, longest first.
 
@@ -639,4 +643,4 @@ def eval_batches(
         part = own[n : n + micro_batch_size]
         samples = [(0, int(order[min(place, len(order) - 1)])) for place in part]
         groups = [0 if place < len(order) else -1 for place in part]
-        yield _collate([dataset], samples, pad_to, groups)
+        yield _collate([dataset], samples, padding(), groups)

@@ -604,8 +604,8 @@ def changed_data(args: argparse.Namespace, inputs: Inputs) -> list[str]:
             for name in sorted(old.keys() | new.keys())
             if old.get(name) != new.get(name)
         ]
-        tokenizer = inputs.tokenizer.fingerprint
-        if record.get("tokenizer", tokenizer) != tokenizer:
+        current = inputs.tokenizer.fingerprint
+        if record.get("tokenizer", current) != current:
             problems.append(f"{where} holds another run: the tokenizer of {args.model} has changed")
     return problems
 

@@ -169,9 +169,15 @@ def run(module, x: Tensor, given: list[Tensor], *args) -> Pass:
 
 
 @lru_cache(maxsize=256)
-def block_pass(c: ModelConfig, dtype: torch.dtype, B: int, T: int, active: bool) -> Pass:
-    """Of one block, with its parameters trained or frozen."""
+def block_pass(
+    c: ModelConfig, dtype: torch.dtype, B: int, T: int, active: bool, alone: bool = False
+) -> Pass:
+    """Of one block, with its parameters trained or frozen. alone: on one rank, where a parameter's
+    gradient is added to the sum, and gone, as soon as it is there."""
     block = meta_model(c, dtype).blocks[0].requires_grad_(active)
+    if active and alone:
+        for p in block.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     x = torch.empty(B, T, c.width, dtype=dtype, device="meta", requires_grad=True)
     context = shared_by_blocks(c, dtype, T)
     args = [None, None, *context] if not c.rotary else [*context]
@@ -373,7 +379,7 @@ class Step:
             * self.dtype.itemsize <= shard.GATHER_ONCE_BYTES
         )
         self.buffered = not self.whole
-        trained, frozen = block_pass(*of, True), block_pass(*of, False)
+        trained, frozen = block_pass(*of, True, self.ranks == 1), block_pass(*of, False)
         # Memory peaks at the last block, while all others' activations wait: plan for it to train.
         self.top = trained if self.n_active else frozen
         self.x = self.B * self.T * c.width * self.dtype.itemsize
@@ -435,11 +441,9 @@ class Step:
     def moments_alone(self) -> Iterator[dict[str, int]]:
         """As `moments`, on one rank: what a parameter gets is added to its gradient at once."""
         s, size, tied = sizes(self.config), self.dtype.itemsize, self.config.tied
-        in_block, in_embed = (size * max(map(math.prod, shapes)) for shapes in (s.block, s.embed))
+        in_embed = size * max(map(math.prod, s.embed))
         head_grads = self.ends * self.head * size
-        block_grads = self.block * size if self.n_active else 0
         waiting = tied * head_grads  # a tied head's gradient waits for the embedding's
-        own = self.top.backward - block_grads
         sums = (self.n_active * self.block + self.ends * self.both) * wide(self.dtype).itemsize
 
         def at(activations: int, logits: int = 0, grads: int = 0) -> dict[str, int]:
@@ -450,7 +454,7 @@ class Step:
 
         yield at(self.saved, self.loss.forward)
         yield at(self.saved, self.loss.backward - head_grads, head_grads)
-        yield at(self.below + own, grads=waiting + bool(self.n_active) * in_block)
+        yield at(self.below + self.top.backward, grads=waiting)
         if self.ends:
             yield at(self.x, grads=in_embed + 2 * waiting)
 
@@ -465,7 +469,7 @@ class Step:
         resharded, reduced = Done(done.resharded + n, done.reduced), done.plus(n)
         yield self.at(gathered, activations, 0, grads + waiting, n * full, resharded)
         buffers = n * full + n * (full + cast) // self.ranks
-        # Seen on several ranks: the head's gradients are still held at this point.
+        # The head's gradients are still held at this point.
         of_head = self.buffered and not self.config.tied and not done.resharded
         yield self.at(gathered, activations, 0, waiting + of_head * grads, buffers, reduced)
 

@@ -54,11 +54,8 @@ def open_checkpoint(name: str, template: str | None = None) -> Checkpoint:
 def load(c: Checkpoint, dtype: str, device: torch.device) -> hf.Transformer:
     """The model, sharded where there are several ranks. Collective: every rank calls it."""
     kind = DTYPES[("bf16" if device.type == "cuda" else "fp32") if dtype == "auto" else dtype]
-    weights = hf.read_weights(c.directory, c.config)
-    if dist.get_world_size() == 1:
-        return hf.build(c.config, weights, kind, device)
     model = shard.build(c.config, kind, device)
-    shard.fill(model, weights)
+    shard.fill(model, hf.read_weights(c.directory, c.config))
     return model
 
 

@@ -204,8 +204,7 @@ def now(model: nn.Module, t: Tensor) -> Tensor:
 def build(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, turns: Turns | None = None
 ) -> Transformer:
-    """A model, sharded if there are several ranks, and not filled yet. Collective: every rank calls
-    it.
+    """A model, sharded if there are several ranks, and not filled yet. Collective.
 
     turns: shared by the copies that take turns on the device
     """
@@ -238,6 +237,9 @@ def compile_blocks(model: Transformer, backend: str = "inductor") -> None:
     """
     # Lengths that happen to be equal the first time (time and head size, say) are not one length.
     torch.fx.experimental._config.use_duck_shape = False
+    # Blocks that train or not, above or below the lowest that does, with gradients or not, with or
+    # without a window: more than the usual 8, past which a block would silently run uncompiled.
+    torch._dynamo.config.recompile_limit = 64
     for block in model.blocks:
         block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
 
@@ -278,7 +280,7 @@ def release(model: nn.Module) -> None:
 
 
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, full tensor on the CPU), one at a time.
+    """(name, full tensor on the CPU), one at a time; on one CPU rank they are the parameters' own.
 
     Collective: every rank calls it and takes all of it.
     """

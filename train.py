@@ -67,7 +67,7 @@ Trainer = PenaltyStep | PlainStep
 
 
 def load_copies(args: argparse.Namespace, inputs: Inputs, device: torch.device, names: str):
-    """Sharded copies of the model, equal to the last bit. Collective: every rank calls it."""
+    """Copies of the model, equal to the last bit. Collective: every rank calls it."""
     turns = shard.Turns(device) if args.cpu_offload else None
     settings = inputs.config, dtype_of(args, device.type), device, turns
     w = shard.build(*settings)
@@ -201,7 +201,7 @@ def train(
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The sharded state of a run: the copies' parameters, and their active sets' AdamW state."""
+    """The tensors of a run's state: the copies' parameters, and their active sets' AdamW state."""
     state = {}
     for copy, (model, opt) in trainer.copies.items():
         named = {name: p.detach() for name, p in model.named_parameters()}
@@ -368,7 +368,7 @@ def reason(error: BaseException, args: argparse.Namespace) -> str:
 def plan_settings(args: argparse.Namespace, inputs: Inputs, device: torch.device) -> dict:
     """What the plan of this run is made from; the longest sample may be shorter than permitted."""
     settings = plan.settings(args, dist.get_world_size(), dtype_of(args, device.type))
-    padded = data.PAD_TO * -(-inputs.longest // data.PAD_TO)
+    padded = data.padding() * -(-inputs.longest // data.padding())
     return settings | {"max_length": min(args.max_length, padded)}
 
 

@@ -158,10 +158,12 @@ def test_other_weights_or_another_tokenizer_are_another_run(pipeline, capsys):
     ]
     tokenizer = Path("other/tokenizer.json")
     before = tokenizer.read_text()
-    tokenizer.write_text(before + "\n")
-    assert refusal(args, capsys) == [
-        "--out tuned holds another run: the tokenizer of other has changed"]
-    tokenizer.write_text(before)
+    try:
+        tokenizer.write_text(before + "\n")
+        lines = refusal(args, capsys)
+    finally:
+        tokenizer.write_text(before)
+    assert lines == ["--out tuned holds another run: the tokenizer of other has changed"]
 
 
 def test_all_problems_are_printed_together(pipeline, capsys):
