@@ -220,9 +220,10 @@ def test_readme_fork_runs():
 
 @pytest.fixture(scope="module")
 def cell(tmp_path_factory):
-    """The directory of one cell: ten sources of graded noise."""
+    """The directory of one cell of each task."""
     out = tmp_path_factory.mktemp("fidelity")
-    cells = fidelity.learn("graded", fidelity.COUPLED, range(1))
+    cells = [cell for task in ("graded", "instruction", "multilingual")
+             for cell in fidelity.learn(task, fidelity.COUPLED, range(1))]  # fmt: skip
     assert fidelity.run(cells, out, workers=1), next(out.rglob("*.log")).read_text()
     return out
 
@@ -231,6 +232,13 @@ def test_less_noise_has_more_weight(cell):
     (result,) = fidelity.read(cell, "graded", fidelity.COUPLED).values()
     assert fidelity.spearman(result["weights"]) < -0.8
     assert fidelity.first(result["weights"], "clean")
+
+
+def test_good_answers_and_the_languages_of_validation_have_the_weight(cell):
+    (instruction,) = fidelity.read(cell, "instruction", fidelity.COUPLED).values()
+    (languages,) = fidelity.read(cell, "multilingual", fidelity.COUPLED).values()
+    assert instruction["weights"]["good"] > 0.9
+    assert languages["weights"]["aru"] + languages["weights"]["eli"] > 0.9
 
 
 def test_tables_are_made_of_what_is_there(cell, capsys):
