@@ -605,17 +605,20 @@ class Batches:
         return self._permutations[group][1]
 
     def _deal(self, samples: list[Sample]) -> list[MicroBatch]:
-        """This rank's share: by length, to ranks 0 … W−1, W−1 … 0, 0 … so that work is even.
+        """This rank's share: of W micro-batches of like length, to ranks 0 … W−1, of the next W to
+        ranks W−1 … 0, and so on, so that work is even.
 
         All ranks get the same number: fillers, of group -1, complete what W does not divide.
         """
         samples = sorted(samples, key=lambda s: -self.datasets[s[0]].lengths[s[1]])  # stable
         places = [(s, s[0]) for s in samples]
         places += [(s, -1) for s in samples[-1:]] * (-len(samples) % self.world)
-        turn = [*range(self.world), *reversed(range(self.world))]
-        own = [place for n, place in enumerate(places) if turn[n % len(turn)] == self.rank]
-        parts = (zip(*own[n : n + self.micro_batch_size], strict=True)
-                 for n in range(0, len(own), self.micro_batch_size))  # fmt: skip
+        share, parts = len(places) // self.world, []
+        for start in range(0, share, self.micro_batch_size):
+            size = min(self.micro_batch_size, share - start)
+            turn = self.rank if len(parts) % 2 == 0 else self.world - 1 - self.rank
+            first = start * self.world + turn * size
+            parts.append(zip(*places[first : first + size], strict=True))
         return [_collate(self.datasets, part, self.pad_to, groups) for part, groups in parts]
 
 

@@ -500,10 +500,14 @@ def test_global_batch_does_not_depend_on_ranks_or_micro_batches(world, micro):
         assert all(torch.equal(part[2], counts) for part in parts)
 
 
-def test_work_is_dealt_evenly():
-    parts = [make(batch=64, micro_batch_size=64, rank=r, world=4).step(0)[0] for r in range(4)]
-    tokens = [int((part[0].tokens != 0).sum()) for part in parts]
-    assert max(tokens) <= 1.05 * min(tokens)
+def test_ranks_share_the_micro_batches_of_one_evenly():
+    def widths(rank, world):
+        batches = make(batch=64, micro_batch_size=2, rank=rank, world=world)
+        return [batch.tokens.shape[1] for batch in batches.step(0)[0]]
+
+    ranks = [widths(rank, 4) for rank in range(4)]
+    assert sorted(sum(ranks, [])) == sorted(widths(0, 1))
+    assert max(map(sum, ranks)) <= 1.05 * min(map(sum, ranks))
 
 
 def test_micro_batches_are_padded_to_a_multiple_within_max_length():
