@@ -733,6 +733,9 @@ def main() -> int:
     parser.add_argument("--tokenizer", help="tokenize: a directory with tokenizer.json")
     parser.add_argument("--texts", help="tokenize: a file of records")
     args = parser.parse_args()
+    if not any(args.only in case.title for case in speed_cases(args.quick)):
+        titles = "; ".join(case.title for case in speed_cases(args.quick))
+        parser.error(f"--only {args.only}: no case has this in its title. They are: {titles}")
     if bool(args.texts) != bool(args.tokenizer):
         parser.error("--texts and --tokenizer go together")
     print(*(f"{key}: {value}" for key, value in about().items()), sep="\n")

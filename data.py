@@ -605,10 +605,10 @@ class Batches:
         return self._permutations[group][1]
 
     def _deal(self, samples: list[Sample]) -> list[MicroBatch]:
-        """This rank's share: of W micro-batches of like length, to ranks 0 … W−1, of the next W to
+        """This rank's share. Sorted by length, W micro-batches go to ranks 0 … W−1, the next W to
         ranks W−1 … 0, and so on, so that work is even.
 
-        All ranks get the same number: fillers, of group -1, complete what W does not divide.
+        All ranks get as many samples: fillers, of group -1, complete what W does not divide.
         """
         samples = sorted(samples, key=lambda s: -self.datasets[s[0]].lengths[s[1]])  # stable
         places = [(s, s[0]) for s in samples]

@@ -534,8 +534,13 @@ def held_run(directory: Path) -> dict | None:
     """The record of the run that a directory, or a checkpoint, holds; None if it holds none."""
     try:
         record = json.loads((directory / "config.json").read_text())
-        return record if isinstance(record["flags"] | record["data"], dict) else None
-    except (OSError, ValueError, LookupError, TypeError):
+        looked_at = {  # below, and by the report
+            **record["flags"],
+            **{name: entry["sha256"] for name, entry in record["data"].items()},
+            **{name: (s["weight"], s["samples"]) for name, s in (record["mixture"] or {}).items()},
+        }
+        return record if looked_at else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
@@ -604,8 +609,7 @@ def changed_data(args: argparse.Namespace, inputs: Inputs) -> list[str]:
             for name in sorted(old.keys() | new.keys())
             if old.get(name) != new.get(name)
         ]
-        current = inputs.tokenizer.fingerprint
-        if record.get("tokenizer", current) != current:
+        if record.get("tokenizer") not in (None, inputs.tokenizer.fingerprint):
             problems.append(f"{where} holds another run: the tokenizer of {args.model} has changed")
     return problems
 

@@ -299,11 +299,7 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     if finished:
         if first:
-            try:
-                said = report.render(args.out)
-            except OSError as error:  # somebody took a file away
-                said = f"no report: {error.filename}: {error.strerror}"
-            print(said, "", f"{args.out} is a finished run.", sep="\n")
+            print(retold(args.out), "", f"{args.out} is a finished run.", sep="\n")
         return 0
     device, signals = shard.start(shard.FILES_TIMEOUT), catch_signals()
     args.out = shard.of_first(lambda: args.out)  # --resume never: a late rank finds rank 0's taken
@@ -338,6 +334,14 @@ def main(argv: list[str] | None = None) -> int:
         print(last_words, file=sys.stderr if code == 1 else sys.stdout, flush=True)
     dist.destroy_process_group()
     return code
+
+
+def retold(out: Path) -> str:
+    """The report of a run that was finished earlier."""
+    try:
+        return report.render(out)
+    except OSError as error:  # somebody took a file away
+        return f"no report: {error.filename}: {error.strerror}"
 
 
 def draw(args: argparse.Namespace) -> list[str]:

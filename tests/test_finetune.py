@@ -166,6 +166,17 @@ def test_other_weights_or_another_tokenizer_are_another_run(pipeline, capsys):
     assert lines == ["--out tuned holds another run: the tokenizer of other has changed"]
 
 
+def test_a_run_that_did_not_record_its_tokenizer_is_gone_on_with(pipeline):
+    _, usual, _ = pipeline
+    file = Path("tuned/config.json")
+    before = file.read_text()
+    try:
+        file.write_text(json.dumps({**json.loads(before), "tokenizer": None}))
+        assert "finished run" in done("--out", "tuned", flags=usual)
+    finally:
+        file.write_text(before)
+
+
 def test_all_problems_are_printed_together(pipeline, capsys):
     tune, _, _ = pipeline
     spoilt = [*tune, *("--samples 0 --batch-size 0 --alpha 10 --val-batch-size 8 "

@@ -332,7 +332,10 @@ def test_an_out_that_holds_something_else_is_left_alone(sound, capsys, tmp_path)
     lines = refusal(flags(sound | {"--out": "kept"}), capsys)
     assert lines == ["--out kept: holds files, but no run to go on with"]
     assert [p.name for p in Path("kept").iterdir()] == ["letter.txt"]
-    for content in ("{", "[]", '{"model_type": "llama"}'):  # a config.json, but not a run's
+    of_no_run = ("{", "[]", '{"model_type": "llama"}',
+                 '{"flags": {"a": 1}, "data": {"train a": 3}, "mixture": null}',
+                 '{"flags": {"a": 1}, "data": {}, "mixture": [1]}')  # fmt: skip
+    for content in of_no_run:
         Path("kept/config.json").write_text(content)
         assert refusal(flags(sound | {"--out": "kept"}), capsys) == lines
 
