@@ -68,7 +68,7 @@ ASSETS = Path(__file__).resolve().parent.parent / "shared" / "assets"
 CAPTIONS, N_CAPTIONS = "multilingual/multi30k/train.en", 29_000
 READ = ("--mode finetune --weights captions=1 --samples 8000 --steps 200 "
         "--batch-size 40 --lr-w 3e-3 --max-length 96 --schedule constant")
-REAL = ("--steps 60 --batch-size 20 --val-batch-size 10 --micro-batch-size 10 --max-length 256 "
+REAL = ("--steps 50 --batch-size 20 --val-batch-size 10 --micro-batch-size 10 --max-length 256 "
         "--template plain --lr-w 1e-3 --lr-u 1e-3 --lr-lambda 6e-2 --lisa-layers 2 "
         "--lisa-interval 5 --schedule constant")
 REAL_SETS = ("data_tiny", "math_exp")
@@ -174,9 +174,9 @@ def stages(only: list[str], out: Path) -> list[list[Cell]]:
         first += learn("instruction", COUPLED, range(5))
         first += learn("instruction", "proportional batches, counts per micro-batch", range(5))
     if "mixtures" in only:
-        for task, n in ("denoising", 10), ("instruction", 5), ("multilingual", 5):
-            first += [cell for s in LEARNED.values() for cell in learn(task, s, range(n))]
-            second += [cell for seed in range(n) for cell in mix(task, seed, out)]
+        for task in ("denoising", "instruction", "multilingual"):
+            first += [cell for s in LEARNED.values() for cell in learn(task, s, range(10))]
+            second += [cell for seed in range(10) for cell in mix(task, seed, out)]
     if "tasks" in only:
         first += learn("multilingual", COUPLED, range(5)) + learn("instruction", COUPLED, range(5))
     if "real" in only and (ASSETS / CAPTIONS).exists():
