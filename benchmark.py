@@ -483,7 +483,7 @@ def scaling() -> dict:
     """Throughput of two ranks over that of one, a thread each, by turns; and what the machine gives
     to matrix products alone."""
     two = next(case for case in speed_cases(False) if case.ranks == 2)
-    cases = [replace(two, batch=16, ranks=n, sides=("ours",), repeats=1) for n in (1, 2)]
+    cases = [replace(two, ranks=n, sides=("ours",)) for n in (1, 2)]
     took, rates = ([], []), ([], [])
     for _, i in itertools.product(range(2), range(2)):
         rates[i].append(run("products", cases[i])["flops_per_s"])

@@ -587,7 +587,8 @@ class Batches:
         if len(self.datasets) > S:
             val = self._samples(S, t * self.val_batch_size, (t + 1) * self.val_batch_size)
         counts = torch.tensor([*(stops - starts).tolist(), len(val)])
-        return self._deal(train), self._deal(val), counts
+        loads = [0] * self.world
+        return self._deal(train, loads), self._deal(val, loads), counts
 
     def _taken(self, t: int) -> np.ndarray:
         """Samples of each source in the steps before t, (S,)."""
@@ -604,21 +605,25 @@ class Batches:
             self._permutations[group] = epoch, rng.permutation(len(self.datasets[group]))
         return self._permutations[group][1]
 
-    def _deal(self, samples: list[Sample]) -> list[MicroBatch]:
-        """This rank's share. Sorted by length, W micro-batches go to ranks 0 … W−1, the next W to
-        ranks W−1 … 0, and so on, so that work is even.
+    def _deal(self, samples: list[Sample], loads: list[int]) -> list[MicroBatch]:
+        """This rank's share. Sorted by length, the samples make rounds of W micro-batches; in each
+        round the longest goes to the rank that has the fewest tokens so far, and so on.
 
-        All ranks get as many samples: fillers, of group -1, complete what W does not divide.
+        loads (W,): tokens of each rank so far, added to. All ranks get as many samples: fillers,
+        of group -1, complete what W does not divide.
         """
         samples = sorted(samples, key=lambda s: -self.datasets[s[0]].lengths[s[1]])  # stable
         places = [(s, s[0]) for s in samples]
         places += [(s, -1) for s in samples[-1:]] * (-len(samples) % self.world)
-        share, parts = len(places) // self.world, []
+        share, parts, left = len(places) // self.world, [], iter(places)
         for start in range(0, share, self.micro_batch_size):
             size = min(self.micro_batch_size, share - start)
-            turn = self.rank if len(parts) % 2 == 0 else self.world - 1 - self.rank
-            first = start * self.world + turn * size
-            parts.append(zip(*places[first : first + size], strict=True))
+            for rank in sorted(range(self.world), key=loads.__getitem__):
+                part = list(itertools.islice(left, size))
+                (group, i), _ = part[0]
+                loads[rank] += size * int(self.datasets[group].lengths[i])
+                if rank == self.rank:
+                    parts.append(zip(*part, strict=True))
         return [_collate(self.datasets, part, self.pad_to, groups) for part, groups in parts]
 
 

@@ -191,7 +191,7 @@ class MixtureBatches(Batches):
         starts = self.ends - [len(source) for source in self.datasets]
         samples = list(zip(groups.tolist(), (picked - starts[groups]).tolist(), strict=True))
         counts = torch.from_numpy(np.bincount(groups, minlength=self.n_sources + 1))
-        return self._deal(samples), [], counts
+        return self._deal(samples, [0] * self.world), [], counts
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:

@@ -501,13 +501,19 @@ def test_global_batch_does_not_depend_on_ranks_or_micro_batches(world, micro):
 
 
 def test_ranks_share_the_micro_batches_of_one_evenly():
-    def widths(rank, world):
-        batches = make(batch=64, micro_batch_size=2, rank=rank, world=world)
-        return [batch.tokens.shape[1] for batch in batches.step(0)[0]]
+    records = [[("user", "q"), ("assistant", "x" * int(1.17**i))] for i in range(32)]
+    dataset = Dataset.from_records(records, TOKENIZER, "plain", 256)
 
-    ranks = [widths(rank, 4) for rank in range(4)]
-    assert sorted(sum(ranks, [])) == sorted(widths(0, 1))
-    assert max(map(sum, ranks)) <= 1.05 * min(map(sum, ranks))
+    def widths(rank, world):
+        train, val, _ = Batches([dataset], dataset, 32, 32, 8, 0, rank, world).step(0)
+        return [[batch.tokens.shape[1] for batch in part] for part in (train, val)]
+
+    one, ranks = widths(0, 1), [widths(rank, 2) for rank in range(2)]
+    for part in range(2):
+        assert sorted(ranks[0][part] + ranks[1][part]) == sorted(one[part])
+    # Which rank has more of training has less of validation: w's pass, of both, is even.
+    assert sum(ranks[0][0]) > sum(ranks[1][0])
+    assert sum(map(sum, ranks[0])) == sum(map(sum, ranks[1]))
 
 
 def test_micro_batches_are_padded_to_a_multiple_within_max_length():
