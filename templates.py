@@ -147,9 +147,12 @@ def _encode(samples: list[list[Segment]], tokenizer: Tokenizer, max_length: int 
     encoded = iter(tokenizer.codec.encode_runs(runs))
     out = []
     for sample in samples:
-        pairs = [pair for is_text, run in sample for pair in (next(encoded) if is_text else run)]
-        ids, has_loss = map(list, zip(*pairs[:max_length], strict=True))
-        out.append((ids, [False, *has_loss[1:]]))
+        ids, has_loss = [], []
+        for is_text, run in sample:
+            more_ids, more_loss = next(encoded) if is_text else zip(*run, strict=True)
+            ids += more_ids
+            has_loss += more_loss
+        out.append((ids[:max_length], [False, *has_loss[1:max_length]]))
     return out
 
 

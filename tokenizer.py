@@ -83,16 +83,26 @@ class BytePairCodec:
         with ThreadPoolExecutor(threads) as pool:
             return sum(pool.map(lambda part: [*map(self.encode, part)], parts), [])
 
-    def encode_runs(self, runs: list[tuple[list[Segment], bool]]) -> list[list[Segment]]:
-        """(id, has_loss) of each run of texts between control tokens.
+    def encode_runs(
+        self, runs: list[tuple[list[Segment], bool]]
+    ) -> list[tuple[list[int], list[bool]]]:
+        """(ids, has_loss) of each run of texts between control tokens.
 
         A run is ([(text, has_loss), …], is it the start of the input). Texts that differ in loss
         are encoded apart, as in generation, where the prompt alone is what there is to encode.
         """
         by_loss = [groupby(run, itemgetter(1)) for run, _ in runs]
         runs = [[("".join(t for t, _ in same), loss) for loss, same in run] for run in by_loss]
-        ids = iter(self.encode_batch([text for run in runs for text, _ in run]))
-        return [[(i, loss) for _, loss in run for i in next(ids)] for run in runs]
+        encoded = iter(self.encode_batch([text for run in runs for text, _ in run]))
+        out = []
+        for run in runs:
+            ids, has_loss = [], []
+            for _, loss in run:
+                part = next(encoded)
+                ids += part
+                has_loss += [loss] * len(part)
+            out.append((ids, has_loss))
+        return out
 
     def encode(self, text: str) -> list[int]:
         if self.nfc:
@@ -139,7 +149,9 @@ class SentencePieceCodec:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
-    def encode_runs(self, runs: list[tuple[list[Segment], bool]]) -> list[list[Segment]]:
+    def encode_runs(
+        self, runs: list[tuple[list[Segment], bool]]
+    ) -> list[tuple[list[int], list[bool]]]:
         """As BytePairCodec's; but a prompt and its answer are one text, and the mask is by offsets.
 
         Apart, the answer would get a space of its own before it. A token has loss if its last
@@ -154,7 +166,7 @@ class SentencePieceCodec:
                 of_char = [loss for text, loss in runs[n][0] for _ in text]
                 # a token of no characters is a space put before those that follow
                 last = [max(start, end - 1) for start, end in e.offsets]
-                out[n] = [(i, of_char[at]) for i, at in zip(e.ids, last, strict=True)]
+                out[n] = e.ids, [of_char[at] for at in last]
         return out
 
     def decode(self, ids: list[int]) -> str:
