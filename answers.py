@@ -2,7 +2,7 @@
 reply is right.
 
     problem = read_problems("test.jsonl")[0]
-    chat = put(problem.question, "gsm8k", shots=0)
+    chat = put(problem.question, EXEMPLARS["gsm8k"])
     Grader().right(reply, problem.answer)
 
 The final answer of a reply is what it puts in its last box, or after "####", or after "the answer

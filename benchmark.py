@@ -1,6 +1,7 @@
 """Speed and memory, as ratios against a plain implementation that runs beside ours.
 
-    python benchmark.py [speed|memory|tokenize|fidelity] [--quick] [--device cpu|cuda]
+    python benchmark.py [speed|memory|tokenize] [--quick] [--device cpu|cuda]
+    python benchmark.py fidelity                            # fidelity.py, with flags of its own
 
 The **reference** does what is usually written: two `transformers` models, torch.optim.AdamW over
 all parameters with `requires_grad` flipped for LISA, logits at every position, micro-batches in
@@ -21,15 +22,16 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -40,8 +42,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -55,7 +57,7 @@ import tasks
 import templates
 import tokenizer
 import train
-from inputs import DTYPES, TINY, Inputs, parse
+from inputs import DTYPES, TINY, Inputs, cache_dir, parse
 
 # glibc maps a block above a threshold anew each time, and each of its pages then costs a fault and
 # is zeroed. Both sides run with blocks of every size taken from one heap that is never given back.
@@ -332,45 +334,72 @@ def times(case: Case, device: torch.device) -> dict:
         side.step(0, side.arrived(0))
         side.feed(case.batch)
     result, rates, copies = {name: [] for name in sides}, [], []
-    for t in range(1, case.repeats + 1):
+    steps = range(1, case.repeats + 1)
+    for t in steps:
         for name, side in sides.items():
-            # In bf16 our attention may use the flash kernel alone: without it this raises.
-            flash = case.dtype == "bf16" and name == "ours"
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else nullcontext():
-                result[name].append(seconds(side.step, t, side.arrived(t)))
+            result[name].append(seconds(side.step, t, side.arrived(t)))
         rates.append(matmul_rate(case, device))
         copies.append(copy_rate(device))
-    train_part, val_part, _ = sides["ours"].batches.step(1)
-    passes = [*train_part, *train_part, *val_part]
-    masters = sides["ours"].penalty.opt_w.masters.values()
-    adamw = 2 * 7 * sum(lisa.local(m).nbytes for m in masters)  # reads p, g, m, v; writes p, m, v
-    flops = flop_count(case, passes)
+    side = next(iter(sides.values()))
+    as_ours = batches(side, case.batch, case.micro)
+    parts = [as_ours.step(t)[:2] for t in steps]
+    passes = [[*train_part, *train_part, *val_part] for train_part, val_part in parts]
+    flops = [flop_count(case, t, part) for t, part in zip(steps, passes, strict=True)]
+    adamw = 2 * 7 * trained_bytes(case) / case.ranks  # reads p, g, m, v; writes p, m, v
+    rate, copied = median(rates), median(copies)
+    side.feed(case.ranks * len(side.sources))
+    kernels = attention_kernels(lambda: side.step(0, side.arrived(0)))
     return result | {
-        "padded_tokens": sum(b.tokens.numel() for b in passes) * case.ranks,
+        "attention": kernels,
+        "padded_tokens": [case.ranks * sum(b.tokens.numel() for b in part) for part in passes],
         "flops": flops,
-        "flops_per_s": median(rates),
+        "flops_per_s": rate,
         "adamw_bytes": adamw,
-        "copy_bytes_per_s": median(copies),
-        "floor": flops / median(rates) + adamw / median(copies),
+        "copy_bytes_per_s": copied,
+        "floor": [n / rate + adamw / copied for n in flops],
         "peak": report.peak_memory(),
     }
 
 
-def flop_count(case: Case, passes: list[data.MicroBatch]) -> int:
-    """Of all matrix products in this rank's forward and backward passes, counted on the meta
-    device. No weight gradients where LISA trains nothing."""
+def meta_model(case: Case, step: int) -> hf.Transformer:
+    """On the meta device, with the blocks of a step trained."""
     args, config = case.args(), hf.ModelConfig.from_hf(SHAPES[case.shape])
     with torch.device("meta"):
         model = hf.Transformer(config)
-    n = config.n_layers
-    active = lisa.draw(args.seed, 0, n, args.lisa_layers, args.lisa_ends)
+    period, n = step // args.lisa_interval, config.n_layers
+    active = lisa.draw(args.seed, period, n, args.lisa_layers, args.lisa_ends)
     model.requires_grad_(n in active)
     for i, block in enumerate(model.blocks):
         block.requires_grad_(i in active)
+    return model
+
+
+def trained_bytes(case: Case) -> int:
+    """Of a copy's masters, over all ranks."""
+    trained = (p for p in meta_model(case, 0).parameters() if p.requires_grad)
+    return sum(p.numel() for p in trained) * max(4, DTYPES[case.dtype].itemsize)
+
+
+def flop_count(case: Case, step: int, passes: list[data.MicroBatch]) -> int:
+    """Of all matrix products in this rank's forward and backward passes, counted on the meta
+    device. No weight gradients where LISA trains nothing, and nothing is computed twice."""
+    model = meta_model(case, step)
+    model.head.logits_bytes = math.inf
     with FlopCounterMode(display=False) as counter:
         for batch in passes:
             model(batch.tokens.to("meta"), batch.labels).sum().backward()
     return counter.get_total_flops()
+
+
+def per_call(call: Callable, device: torch.device) -> float:
+    """Median seconds of a call; on a GPU of many in a row, since a wait takes as long as one."""
+    n = 1 if device.type == "cpu" else 100
+
+    def many() -> None:
+        for _ in range(n):
+            call()
+
+    return median(seconds(many) for _ in range(7)) / n
 
 
 def matmul_rate(case: Case, device: torch.device) -> float:
@@ -378,15 +407,22 @@ def matmul_rate(case: Case, device: torch.device) -> float:
     config, dtype = hf.ModelConfig.from_hf(SHAPES[case.shape]), DTYPES[case.dtype]
     x = torch.randn(256 * case.micro, config.width, device=device, dtype=dtype)
     weight = torch.randn(config.hidden, config.width, device=device, dtype=dtype)
-    took = [seconds(F.linear, x, weight) for _ in range(10)]
-    return 2 * x.numel() * config.hidden / median(took)
+    return 2 * x.numel() * config.hidden / per_call(lambda: F.linear(x, weight), device)
 
 
 def copy_rate(device: torch.device) -> float:
     """Bytes a second, read and written, in a copy of 64 MB."""
     a = torch.ones(1 << 24, device=device)
     b = torch.empty_like(a)
-    return 2 * a.nbytes / median(seconds(b.copy_, a) for _ in range(5))
+    return 2 * a.nbytes / per_call(lambda: b.copy_(a), device)
+
+
+def attention_kernels(step: Callable) -> list[str]:
+    """Names of the kernels that attention ran in, by a profile of one step."""
+    with profile() as seen:
+        step()
+    names = {event.key for event in seen.key_averages()}
+    return sorted(name for name in names if re.search("flash|fmha|_scaled_dot_product", name))
 
 
 def peak(case: Case, device: torch.device) -> dict:
@@ -425,20 +461,23 @@ def worker(what: str, case: Case) -> None:
 # What the first process does: start workers, make tables
 
 
-def start(command: list[str], threads: int = 1, allocator: dict | None = None) -> dict | list:
+def start(command: list[str], threads: int = 1, device: str = "cpu") -> dict | list:
     """Run a command; the JSON in the last line it prints."""
-    env = os.environ | (ALLOCATOR if allocator is None else allocator)
+    env = os.environ | ALLOCATOR | {"PYTHONPATH": str(Path(__file__).resolve().parent)}
     env |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
+    if device == "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(what: str, case: Case, **kwargs) -> dict:
+def run(what: str, case: Case) -> dict:
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"]
     launch = [sys.executable, *(several if case.ranks > 1 else [])]
-    return start([*launch, __file__, "worker", what, json.dumps(asdict(case))], case.threads)
+    command = [*launch, __file__, "worker", what, json.dumps(asdict(case))]
+    return start(command, case.threads, case.device)
 
 
 def spread(values: list[float]) -> str:
@@ -452,7 +491,7 @@ def ratios(a: list[float], b: list[float]) -> list[float]:
 def speed(args: argparse.Namespace) -> dict:
     """The bilevel step of both sides, start-up, and the cost against sizes."""
     if args.device == "cuda":
-        return {"steps": gpu_steps()}
+        return {"steps": gpu_steps(gpu_cases(args.quick))}
     results = {"steps": steps(args.quick, args.only)}
     if args.only:
         return results
@@ -470,8 +509,9 @@ def steps(quick: bool, only: str) -> dict:
         r = results[case.title] = run("times", case)
         r["ratio"] = ratios(r["ours"], r["reference"])
         a, b = median(r["ours"]), median(r["reference"])
+        floor = median(ratios(r["floor"], r["reference"]))
         print(f"{case.title:33}{a:7.2f}s{b:10.2f}s  {spread(r['ratio']):25}{case.goal:5}"
-              f"{r['floor'] / b:7.2f}", flush=True)  # fmt: skip
+              f"{floor:7.2f}", flush=True)  # fmt: skip
     for r in list(results.values())[:1]:
         print(f"floor: the products at {r['flops_per_s'] / 1e9:.0f} GFLOP/s and AdamW's bytes at "
               f"{r['copy_bytes_per_s'] / 1e9:.1f} GB/s (as measured in the first case), over the "
@@ -512,7 +552,8 @@ def cost(quick: bool) -> dict:
         row = results[name] = {}
         for case in cases[:: 3 if quick else 1]:
             r = run("times", case)
-            row[value[name](case)] = 1e6 * median(r["ours"]) / r["padded_tokens"]
+            tokens = median(r["padded_tokens"])
+            row[value[name](case)] = 1e6 * median(r["ours"]) / tokens
         print(f"{name:19} " + "  ".join(f"{n}: {ms:.1f}" for n, ms in row.items()), flush=True)
     return results
 
@@ -538,7 +579,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 imported = time.perf_counter()
 directory, cached = sys.argv[1:]
-tokenizer, samples = AutoTokenizer.from_pretrained(directory), torch.load(cached)
+tokenizer = AutoTokenizer.from_pretrained(directory)
+tokens, labels, lengths = torch.load(cached)
+samples = list(zip(tokens.split(lengths), labels.split(lengths)))
 copies = [AutoModelForCausalLM.from_pretrained(directory) for _ in "wu"]
 optimizers = [torch.optim.AdamW(model.parameters(), 1e-5) for model in copies]
 lam = torch.zeros(2, requires_grad=True)
@@ -547,21 +590,19 @@ print(json.dumps([imported - began, time.perf_counter() - imported]))
 """
 
 
-def start_up(quick: bool) -> dict:
-    """GPT-2 124M and tokenised records from the disk, three times in turn."""
+def start_up(quick: bool, repeats: int = 5) -> dict:
+    """GPT-2 124M and the same tokenised records from the disk, by turns."""
     results = {"ours": [], "reference": []}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         files = write_files(folder, "quick" if quick else "gpt2", 100 if quick else 9000)
-        flags = f"--model {folder / 'model'} --train {files[0]} {files[1]} --val {files[2]}"
+        flags = f"--model {folder / 'model'} --train a={files[0]} b={files[1]} --val {files[2]}"
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-        for n in range(4):
+        save_samples(files, folder)  # which fills our cache, too
+        reference = [str(folder / "model"), str(folder / "samples.pt")]
+        for n in range(repeats):
             line = [*flags.split(), "--out", str(folder / f"run{n}")]
-            ours = start([sys.executable, "-c", OURS_STARTS, *line])
-            if n == 0:  # fills the cache
-                continue
-            reference = [str(folder / "model"), str(folder / "samples.pt")]
-            results["ours"].append(ours)
+            results["ours"].append(start([sys.executable, "-c", OURS_STARTS, *line]))
             results["reference"].append(start([sys.executable, "-c", REFERENCE_STARTS, *reference]))
     took = {name: [second for _, second in pairs] for name, pairs in results.items()}
     imports = {name: median(first for first, _ in pairs) for name, pairs in results.items()}
@@ -572,9 +613,9 @@ def start_up(quick: bool) -> dict:
     return results
 
 
-def write_files(folder: Path, shape: str, n: int) -> list[str]:
-    """A checkpoint with a tokenizer, two sources of n records and validation, and the reference's
-    cached samples. Returns NAME=PATH of the sources, and the path of validation."""
+def write_files(folder: Path, shape: str, n: int) -> list[Path]:
+    """A checkpoint with a tokenizer, two sources of n records and validation. Returns their paths.
+    """
     config = hf.ModelConfig.from_hf(SHAPES[shape])
     model = hf.build(config, hf.random_weights(config, 0))
     hf.save_pretrained(model, folder / "model")
@@ -585,11 +626,17 @@ def write_files(folder: Path, shape: str, n: int) -> list[str]:
         records = [{"instruction": t[:80], "output": t[80:]} for t in texts[i * n : (i + 1) * n]]
         paths.append(folder / f"{name}.json")
         paths[-1].write_text(json.dumps(records))
-    sources, val = datasets(Case("", shape, "alpaca", records=n))
-    examples = (d.example(i) for d in (*sources, val) for i in range(len(d)))
-    samples = [tuple(map(torch.from_numpy, example)) for example in examples]
-    torch.save(samples, folder / "samples.pt")
-    return [f"a={paths[0]}", f"b={paths[1]}", str(paths[2])]
+    return paths
+
+
+def save_samples(files: list[Path], folder: Path) -> None:
+    """The reference's cache: all tokens, their labels, and the samples' lengths."""
+    tok = tokenizer.load_tokenizer(folder / "model")
+    sets = [data.load_dataset(file, tok, "alpaca", 512, cache_dir()) for file in files]
+    examples = [dataset.example(i) for dataset in sets for i in range(len(dataset))]
+    tokens, labels = (torch.from_numpy(np.concatenate(x)) for x in zip(*examples, strict=True))
+    lengths = [len(ids) for ids, _ in examples]
+    torch.save((tokens, labels, lengths), folder / "samples.pt")
 
 
 def random_texts(n: int) -> list[str]:
@@ -665,38 +712,46 @@ def tokenize(args: argparse.Namespace) -> dict:
     return {"seconds": took, "tokens": total, "speed": speeds}
 
 
-def gpu_steps() -> dict:
-    """GPT-2 124M and LLaMA-3-8B with random weights in bf16, 64 samples of 1024 tokens, with and
-    without --compile; the reference where it fits. Attention is refused but by the flash kernel."""
+def gpu_cases(quick: bool) -> list[Case]:
+    """GPT-2 124M and LLaMA-3-8B with random weights in bf16, 64 samples of 1024 tokens: with the
+    ends trained and frozen, each with and without --compile; and the reference."""
+    sizes = {"gpt2": 16, "llama3-8b": 4}  # micro-batch
+    base = Case("", "quick", "1+63", None, 8, 4, repeats=2, dtype="bf16", device="cuda",
+                flags="--max-length 64")  # fmt: skip
+    if quick:
+        shapes = [base]
+    else:
+        base = replace(base, lengths="1+1023", batch=64, repeats=5, flags="--max-length 1024")
+        shapes = [replace(base, shape=shape, micro=micro) for shape, micro in sizes.items()]
+    cases = []
+    for shape in shapes:
+        for flags in ("", "--lisa-ends frozen", "--compile", "--lisa-ends frozen --compile"):
+            title, more = f"{shape.shape}, ours {flags}", f"{shape.flags} {flags}"
+            cases.append(replace(shape, title=title, flags=more, sides=("ours",)))
+        cases.append(replace(shape, title=f"{shape.shape}, reference", sides=("reference",)))
+    return cases
+
+
+def gpu_steps(cases: list[Case]) -> dict:
+    """Each case in a process of its own, with the peak that plan.py foretells for ours."""
     results = {}
-    print(f"\n{'':40}{'step':>9}{'tokens/s':>10}{'of peak':>8}{'memory':>9}{'plan':>9}")
-    for shape, ends, compiled, name in itertools.product(
-        ("gpt2", "llama3-8b"), ("always", "frozen"), (False, True), SIDES
-    ):
-        if name == "reference" and compiled:
-            continue
-        flags = f"--max-length 1024 --lisa-ends {ends}" + " --compile" * compiled
-        case = Case(
-            f"{shape}, {name}, ends {ends}{', compiled' * compiled}", shape, "1+1023", None, 64,
-            16 if shape == "gpt2" else 4, repeats=5, dtype="bf16", device="cuda", sides=(name,),
-            flags=flags,
-        )  # fmt: skip
-        planned = plan.plan(
-            hf.ModelConfig.from_hf(SHAPES[shape]), ranks=1, dtype=torch.bfloat16,
-            micro_batch_size=case.micro, max_length=1024, lisa_layers=2, lisa_ends=ends,
-            activation_checkpointing=False, cpu_offload=False,
-        ).peak  # fmt: skip
+    print(f"\n{'':44}{'step':>9}{'tokens/s':>10}{'of peak':>8}{'memory':>10}{'plan':>10}")
+    for case in cases:
+        (name,), args = case.sides, case.args()
         try:
             r = results[case.title] = run("times", case)
         except RuntimeError as error:
-            full = "OutOfMemoryError" in str(error)
-            reason = "does not fit" if full else str(error).splitlines()[-1]
-            print(f"{case.title:40} {reason}", flush=True)
+            if "OutOfMemoryError" not in str(error):
+                raise
+            print(f"{case.title:44} does not fit", flush=True)
             continue
+        settings = plan.settings(args, 1, DTYPES[case.dtype])
+        foretold = plan.plan(hf.ModelConfig.from_hf(SHAPES[case.shape]), **settings).peak
+        planned = f"{foretold / 1e9:8.2f}GB" if name == "ours" else ""
         took = median(r[name])
-        print(f"{case.title:40}{took:8.3f}s{r['padded_tokens'] / took:10.0f}"
-              f"{r['flops'] / took / r['flops_per_s']:8.2f}{r['peak'] / 1e9:7.1f}GB"
-              f"{planned / 1e9:7.1f}GB", flush=True)  # fmt: skip
+        print(f"{case.title:44}{took:8.3f}s{median(r['padded_tokens']) / took:10.0f}"
+              f"{median(r['flops']) / took / r['flops_per_s']:8.2f}{r['peak'] / 1e9:8.2f}GB"
+              f"{planned}  {', '.join(r['attention'])}", flush=True)  # fmt: skip
     return results
 
 
@@ -711,7 +766,6 @@ def about() -> dict:
     return {
         "date": time.strftime("%Y-%m-%d"), "cpu": cpu, "cores": os.cpu_count(), "gpu": gpu,
         "python": platform.python_version(), "torch": str(torch.__version__),
-        "allocator": " ".join(f"{key}={value}" for key, value in ALLOCATOR.items()),
     }  # fmt: skip
 
 
@@ -723,24 +777,39 @@ def main() -> int:
         import fidelity
 
         return fidelity.main(sys.argv[2:])
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", nargs="?", default="speed",
-                        choices=(*COMMANDS, "fidelity"))
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        epilog="'benchmark.py fidelity' has flags of its own: 'benchmark.py fidelity --help'",
+    )
+    parser.add_argument("command", nargs="?", default="speed", choices=COMMANDS)
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, choices=("cpu", "cuda"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="of speed [cuda where there is "
+                        "one]; memory and tokenize run on the CPU")
     parser.add_argument("--only", default="", help="speed: steps of cases whose title has this")
     parser.add_argument("--tokenizer", help="tokenize: a directory with tokenizer.json")
     parser.add_argument("--texts", help="tokenize: a file of records")
     args = parser.parse_args()
+    has_gpu = torch.cuda.is_available() and args.command == "speed"
+    if args.device == "cuda" and not has_gpu:
+        parser.error("--device cuda goes with speed, where there is a GPU")
+    args.device = args.device or ("cuda" if has_gpu else "cpu")
+    if args.only and (args.command, args.device) != ("speed", "cpu"):
+        parser.error("--only goes with speed on a CPU alone")
     if not any(args.only in case.title for case in speed_cases(args.quick)):
         titles = "; ".join(case.title for case in speed_cases(args.quick))
         parser.error(f"--only {args.only}: no case has this in its title. They are: {titles}")
     if bool(args.texts) != bool(args.tokenizer):
         parser.error("--texts and --tokenizer go together")
-    print(*(f"{key}: {value}" for key, value in about().items()), sep="\n")
-    results = COMMANDS[args.command](args)
-    print(json.dumps({"about": about(), args.command: results}))
+    found = about()
+    if args.command != "tokenize":  # which starts no processes
+        found["allocator"] = " ".join(f"{key}={value}" for key, value in ALLOCATOR.items())
+    print(*(f"{key}: {value}" for key, value in found.items()), sep="\n")
+    try:
+        results = COMMANDS[args.command](args)
+    except ValueError as error:  # a file that cannot be used
+        print(error, file=sys.stderr)
+        return 2
+    print(json.dumps({"about": found, args.command: results}))
     return 0
 
 

@@ -19,8 +19,10 @@ The inner maximum over u is −α min_u L2(λ, u), so u tracks w*(λ), and one s
     w ← AdamW(w, g_w)   g_w = ∇_w [L1(w) + α L2(λ, w)]
     λ ← Adam (λ, g_λ)   g_λ = α ∇_λ [L2(λ, w) − L2(λ, u)] = α Jᵀ (ℓ(w) − ℓ(u)),   J = ∂p/∂λ
 
-with all three gradients taken at the old (λ, w, u). Source: Pan et al., ScaleBiO, ACL 2025,
-arXiv 2406.19976. PlainStep trains a single module on what the weights have chosen.
+with all three gradients taken at the old (λ, w, u). Differs from the paper: AdamW and clipping get
+g_u / α and g_w / α, so that neither the moments nor the clipping threshold depend on α. Source:
+Pan et al., ScaleBiO, ACL 2025, arXiv 2406.19976. PlainStep trains a single module on what the
+weights have chosen.
 
 This file knows nothing of language models, shards or LISA: w and u are any two modules, and a
 micro-batch is any object with a field `group`.
@@ -135,6 +137,7 @@ class Step:
 
 
 def sample_losses(model: nn.Module, batch) -> Tensor:
+    """The default `losses`, of a language model: (b,)."""
     return model(batch.tokens, batch.labels)
 
 
@@ -190,7 +193,9 @@ class PenaltyStep(Step):
         """Update u, w and λ once. Collective: every rank calls it.
 
         train, val  this rank's micro-batches; `group` (b,) is the source's index, S for validation
-        counts      (S + 1,) samples of each group in the global batch, known before any forward
+        counts      (S + 1,) samples of each group in the global batch, known before any forward. It
+                    has every source; or at most one sample of each where it has fewer samples than
+                    there are sources, which then take turns, as in data.Batches
         stop        ask all ranks to stop; comes back in the stats of each
         """
         probs = self.sources.probs().detach()
@@ -199,8 +204,7 @@ class PenaltyStep(Step):
         coverage = (n[:-1].sum() / n_sources).clamp(max=1)  # c_i: share of steps with source i
         present = n[:-1] > 0
 
-        # What is back-propagated is Σ_j coef[group_j] ℓ_j = L2 + L1 / α, that is g / α: neither
-        # Adam's moments nor clipping then depend on α.
+        # What is back-propagated is Σ_j coef[group_j] ℓ_j = L2 + L1 / α, that is g / α.
         coef = torch.cat([probs / (coverage * n[:-1].clamp(min=1)), 1 / (self.alpha * n[-1:])])
         sum_u = self._backward(self.u, train, coef)
         sum_w = self._backward(self.w, [*train, *val], coef)
@@ -212,7 +216,7 @@ class PenaltyStep(Step):
 
         loss_u, loss_w = sum_u / n[:-1], sum_w[:-1] / n[:-1]  # 0 / 0 = NaN where absent
         if finite:
-            self._update(self.opt_w, norm_w)  # before u: w was at work last, and u is next
+            self._update(self.opt_w, norm_w)  # w first: one move less where copies take turns
             self._update(self.opt_u, norm_u)
             gap = torch.where(present, (loss_w - loss_u) / coverage, 0)
             self.sources.update(self.alpha * gap)

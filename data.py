@@ -587,8 +587,8 @@ class Batches:
         if len(self.datasets) > S:
             val = self._samples(S, t * self.val_batch_size, (t + 1) * self.val_batch_size)
         counts = torch.tensor([*(stops - starts).tolist(), len(val)])
-        loads = [0] * self.world
-        return self._deal(train, loads), self._deal(val, loads), counts
+        tokens = [0] * self.world
+        return self._deal(train, tokens), self._deal(val, tokens), counts
 
     def _taken(self, t: int) -> np.ndarray:
         """Samples of each source in the steps before t, (S,)."""
@@ -605,23 +605,24 @@ class Batches:
             self._permutations[group] = epoch, rng.permutation(len(self.datasets[group]))
         return self._permutations[group][1]
 
-    def _deal(self, samples: list[Sample], loads: list[int]) -> list[MicroBatch]:
+    def _deal(self, samples: list[Sample], tokens: list[int] | None = None) -> list[MicroBatch]:
         """This rank's share. Sorted by length, the samples make rounds of W micro-batches; in each
         round the longest goes to the rank that has the fewest tokens so far, and so on.
 
-        loads (W,): tokens of each rank so far, added to. All ranks get as many samples: fillers,
-        of group -1, complete what W does not divide.
+        tokens (W,): of each rank so far, added to; by default none. All ranks get as many samples:
+        fillers, of group -1, complete what W does not divide.
         """
+        tokens = tokens or [0] * self.world
         samples = sorted(samples, key=lambda s: -self.datasets[s[0]].lengths[s[1]])  # stable
         places = [(s, s[0]) for s in samples]
         places += [(s, -1) for s in samples[-1:]] * (-len(samples) % self.world)
         share, parts, left = len(places) // self.world, [], iter(places)
         for start in range(0, share, self.micro_batch_size):
             size = min(self.micro_batch_size, share - start)
-            for rank in sorted(range(self.world), key=loads.__getitem__):
+            for rank in sorted(range(self.world), key=tokens.__getitem__):
                 part = list(itertools.islice(left, size))
                 (group, i), _ = part[0]
-                loads[rank] += size * int(self.datasets[group].lengths[i])
+                tokens[rank] += size * int(self.datasets[group].lengths[i])
                 if rank == self.rank:
                     parts.append(zip(*part, strict=True))
         return [_collate(self.datasets, part, self.pad_to, groups) for part, groups in parts]

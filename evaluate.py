@@ -134,7 +134,10 @@ def open_records(path: Path, c: Checkpoint, max_length: int) -> data.Dataset:
     name, _, seed = path.name.partition("-seed")
     if name in tasks.TASKS and (seed or "0").isdecimal() and not path.exists():
         _, _, test = tasks.task(name, int(seed or 0))
-        return data.Dataset.from_records(test, c.tokenizer, c.template, max_length)
+        dataset = data.Dataset.from_records(test, c.tokenizer, c.template, max_length)
+        if not len(dataset):
+            raise ValueError(f"{path}: no record has an answer left in {max_length} tokens")
+        return dataset
     return data.load_dataset(path, c.tokenizer, c.template, max_length, cache_dir())
 
 
@@ -233,6 +236,11 @@ def generate_command(args: argparse.Namespace) -> Work:
     else:  # the prompt is text to go on with
         prompts = [[tok.bos_id] * tok.add_bos + tok.encode(p) for p in args.prompt]
         stops = [*tok.eos_ids, *c.config.eos_ids]
+    room = c.config.max_positions
+    data.Problems(
+        f"--prompt {text[:40]!r}: {len(ids)} tokens: permitted are 1 to {room - 1}"
+        for text, ids in zip(args.prompt, prompts, strict=True) if not 0 < len(ids) < room
+    ).raise_if_any()
 
     def work(device: torch.device) -> int:
         new = hf.generate(
@@ -403,15 +411,17 @@ def answer_questions(
     todo: dict[float, list[mtbench.Question]] = {}
     for q in questions:
         if q.id not in given:
-            heat = mtbench.TEMPERATURES.get(q.category, mtbench.OTHER_TEMPERATURE)
-            todo.setdefault(heat, []).append(q)
+            temperature = mtbench.TEMPERATURES.get(q.category, mtbench.OTHER_TEMPERATURE)
+            todo.setdefault(temperature, []).append(q)
     size = args.batch_size * dist.get_world_size()
-    parts = [(heat, group[n : n + size])
-             for heat, group in todo.items() for n in range(0, len(group), size)]  # fmt: skip
+    parts = [
+        (temperature, group[n : n + size])
+        for temperature, group in todo.items() for n in range(0, len(group), size)
+    ]  # fmt: skip
     with Writer(file, sum(len(part) for _, part in parts)) as writer:
         model = load(c, args.dtype, device) if parts else None
-        for heat, part in parts:
-            options = args.max_new_tokens, args.batch_size, heat, args.seed
+        for temperature, part in parts:
+            options = args.max_new_tokens, args.batch_size, temperature, args.seed
             chats = [[("user", q.turns[0])] for q in part]
             first = dict(respond(model, c, chats, *options))
             for i, chat in enumerate(chats):
@@ -422,7 +432,8 @@ def answer_questions(
                 writer.append({
                     "question_id": q.id, "model_id": c.name, "tstamp": time.time(),
                     "choices": [{"index": 0, "turns": turns}], "questions": q.turns,
-                    "ends": [first[i].end, second.end], "temperature": heat, "settings": settings,
+                    "ends": [first[i].end, second.end], "temperature": temperature,
+                    "settings": settings,
                 })  # fmt: skip
     return given
 
@@ -498,21 +509,22 @@ def say(*lines: str) -> int:
     return 0
 
 
-def at_least(least: float, kind: type = int) -> Callable[[str], float]:
+def at_least(least: float, kind: type = int, most: float = math.inf) -> Callable[[str], float]:
     """A type for argparse."""
 
     def number(text: str) -> float:
-        if kind(text) < least:
-            raise argparse.ArgumentTypeError(f"{text}: permitted is a number of at least {least}")
+        if not least <= kind(text) <= most:
+            limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text}: permitted is a number {limits}")
         return kind(text)
 
     return number
 
 
-def task_flags(commands: argparse._SubParsersAction, shape: argparse.ArgumentParser) -> None:
+def task_flags(commands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
     """gsm8k, math and mt-bench, with the flags that they share."""
     positive, natural = at_least(1), at_least(0)
-    kept = argparse.ArgumentParser(add_help=False, parents=[shape])
+    kept = argparse.ArgumentParser(add_help=False, parents=[common])
     kept.add_argument("--model", help="a directory or hub id")
     kept.add_argument("--limit", type=positive, help="take the first so many questions [all]")
     kept.add_argument("--max-new-tokens", type=positive, default=1024, help="of a reply [1024]")
@@ -552,13 +564,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     positive, natural = at_least(1), at_least(0)
     parser = argparse.ArgumentParser(description="Judge a model on held-out data, or let it talk.")
     commands = parser.add_subparsers(dest="command", required=True)
-    shape = argparse.ArgumentParser(add_help=False)
-    shape.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
-                       help="of the parameters; auto: bf16 on GPUs, fp32 on CPUs [auto]")
-    shape.add_argument("--template", choices=templates.TEMPLATES,
-                       help="[that of the model, as far as its files tell, else alpaca]")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
+                        help="of the parameters; auto: bf16 on GPUs, fp32 on CPUs [auto]")
+    common.add_argument("--template", choices=templates.TEMPLATES,
+                        help="[that of the model, as far as its files tell, else alpaca]")
 
-    p = commands.add_parser("loss", parents=[shape], help="mean sample loss and perplexity")
+    p = commands.add_parser("loss", parents=[common], help="mean sample loss and perplexity")
     p.add_argument("--model", nargs="+", required=True, help="directories or hub ids")
     p.add_argument("--data", nargs="+", required=True, metavar="[NAME=]PATH",
                    help="records; a directory or quoted glob stands for its train_*.json(l), "
@@ -567,14 +579,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                    help="tokens of a sample, at most the model's positions [512]")
     p.add_argument("--micro-batch-size", type=positive, default=8, help="samples of a forward [8]")
 
-    task_flags(commands, shape)
-    p = commands.add_parser("generate", parents=[shape], help="continue prompts")
+    task_flags(commands, common)
+    p = commands.add_parser("generate", parents=[common], help="continue prompts")
     p.add_argument("--model", required=True, help="a directory or hub id")
     p.add_argument("--prompt", nargs="+", required=True,
                    help="put as users' turns with --template; else text to go on with")
     p.add_argument("--max-new-tokens", type=positive, default=128, help="[128]")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 = the likeliest token [0]")
-    p.add_argument("--top-p", type=float, default=1.0, help="nucleus of the distribution [1]")
+    p.add_argument("--temperature", type=at_least(0, float), default=0.0,
+                   help="0 = the likeliest token [0]")
+    p.add_argument("--top-p", type=at_least(1e-6, float, 1), default=1.0,
+                   help="nucleus of the distribution [1]")
     p.add_argument("--seed", type=natural, default=0, help="[0]")
 
     p = commands.add_parser("plot", help="weights and losses of runs, as a picture")

@@ -54,16 +54,22 @@ class ModelConfig:
         field whose effect is not supported or not known."""
         f = Fields(config)
         family, bos, eos = f.get("model_type"), f.get("bos_token_id"), f.get("eos_token_id")
-        if family not in READERS:
+        if not isinstance(family, str) or family not in READERS:
             raise ValueError(f"model_type = {family!r}: supported are {', '.join(READERS)}")
-        values = READERS[family](f)
+        try:
+            values = READERS[family](f)
+        except (TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"config.json: a field is of the wrong type ({error})") from None
         f.refuse_unread()
+        eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        if not all(type(i) is int for i in eos):
+            f.problems.append(f"eos_token_id = {config['eos_token_id']!r}: must be an id or ids")
         if problems := f.problems or f.clashes:
             raise ValueError("\n".join(f"config.json: {problem}" for problem in problems))
         return cls(
             family=family,
             bos_id=bos,
-            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            eos_ids=eos,
             ignored_dropout=tuple(k for k, v in config.items() if DROPOUT.search(k) and v),
             hf=dict(config),
             **values,
@@ -106,10 +112,22 @@ class Fields:
     def size(self, key: str, default: int | None = None) -> int:
         """A positive integer; `default` where it is missing or null."""
         value = self.get(key)
-        value = default if value is None else value
-        if type(value) is int and value > 0:
+        return self.positive(key, default if value is None else value, (int,))
+
+    def number(self, key: str, default: float) -> float:
+        """A positive number; `default` where it is missing."""
+        return self.positive(key, self.get(key, default))
+
+    def optional(self, key: str, default: float) -> float | None:
+        """A positive number or null; `default` where it is missing."""
+        value = self.get(key, default)
+        return None if value is None else self.positive(key, value)
+
+    def positive(self, key: str, value, kinds: tuple = (int, float)) -> float:
+        if type(value) in kinds and value > 0:
             return value
-        self.problems.append(f"{key} = {value!r}: must be a positive integer")
+        kind = "number" if float in kinds else "integer"
+        self.problems.append(f"{key} = {value!r}: must be a positive {kind}")
         return 1
 
     def only(self, key: str, *allowed):
@@ -148,6 +166,7 @@ class Fields:
         part = rope.pop("partial_rotary_factor", None) or self.get(share) or default
         self.only(base, theta, None)  # where version 5 kept the old key, the two agree
         self.only(share, part, None)
+        theta, part = self.positive(base, theta), self.positive(share, part)
         kind = rope.pop("rope_type", None) or rope.get("type") or "default"
         rope.pop("type", None)
         llama3 = None
@@ -193,7 +212,7 @@ def read_gpt2(f: Fields) -> dict:
         "hidden": f.size("n_inner", 4 * f.size("n_embd")),
         "tied": f.only("tie_word_embeddings", True, False),
         "norm": "layer",
-        "norm_eps": f.get("layer_norm_epsilon", 1e-5),
+        "norm_eps": f.number("layer_norm_epsilon", 1e-5),
         "activation": f.only("activation_function", "gelu_new", *ACTIVATIONS),
         "gated": False,
         "qkv_bias": True,
@@ -216,7 +235,7 @@ def read_gpt_neox(f: Fields) -> dict:
         "hidden": f.size("intermediate_size"),
         "tied": f.only("tie_word_embeddings", False, True),
         "norm": "layer",
-        "norm_eps": f.get("layer_norm_eps", 1e-5),
+        "norm_eps": f.number("layer_norm_eps", 1e-5),
         "activation": f.only("hidden_act", "gelu", *ACTIVATIONS),
         "gated": False,
         "qkv_bias": bias,
@@ -242,7 +261,7 @@ def read_llama_like(f: Fields, act="hidden_act", default="silu", tied=False) -> 
         "score_scale": H**-0.5,
         "hidden": f.size("intermediate_size"),
         "tied": f.only("tie_word_embeddings", tied, not tied),
-        "norm_eps": f.get("rms_norm_eps", 1e-6),
+        "norm_eps": f.number("rms_norm_eps", 1e-6),
         "activation": f.only(act, default, *ACTIVATIONS),
     }
 
@@ -257,13 +276,13 @@ def read_llama(f: Fields) -> dict:
 
 def read_mistral(f: Fields) -> dict:
     values = read_llama_like(f)
-    window = f.get("sliding_window", 4096)
+    window = f.optional("sliding_window", 4096)
     return values | {"windows": (window,) * values["n_layers"]}
 
 
 def read_qwen2(f: Fields) -> dict:
     values = read_llama_like(f)
-    window, first = f.get("sliding_window", 4096), f.get("max_window_layers", 28)
+    window, first = f.optional("sliding_window", 4096), f.get("max_window_layers", 28)
     window = window if f.get("use_sliding_window") else None
     sliding = [window is not None and i >= first for i in range(values["n_layers"])]
     return values | {"windows": f.windows(window, sliding), "qkv_bias": True}
@@ -279,7 +298,7 @@ def read_gemma2(f: Fields) -> dict:
     f.size("head_dim")
     f.get("hidden_act")  # which transformers does not look at either
     values = read_llama_like(f, "hidden_activation", "gelu_pytorch_tanh", tied=True)
-    window = f.get("sliding_window", 4096)
+    window = f.optional("sliding_window", 4096)
     f.only("sliding_window_size", window)
     bias = f.only("attention_bias", False, True)
     return values | {
@@ -289,8 +308,8 @@ def read_gemma2(f: Fields) -> dict:
         "qkv_bias": bias,
         "out_bias": bias,
         "score_scale": f.size("query_pre_attn_scalar", 256) ** -0.5,
-        "score_cap": f.get("attn_logit_softcapping", 50.0),
-        "logit_cap": f.get("final_logit_softcapping", 30.0),
+        "score_cap": f.optional("attn_logit_softcapping", 50.0),
+        "logit_cap": f.optional("final_logit_softcapping", 30.0),
         "embed_scale": values["width"] ** 0.5,
     }
 

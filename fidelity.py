@@ -29,12 +29,14 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import data
 import inputs
 import report
+import shard
 import tasks
 import train
 from bilevel import PenaltyStep, SourceWeights
@@ -200,7 +202,13 @@ def run_cell(cell: Cell, out: Path) -> str:
         stack.enter_context(mock.patch.dict(inputs.TINY, MODEL))
         for where, name, other in REPLACED.get(cell.setting, ()):
             stack.enter_context(mock.patch.object(where, name, other))
-        code = train.main(argv)
+        stack.enter_context(mock.patch.object(shard, "leave", sys.exit))
+        try:
+            code = train.main(argv)
+        except SystemExit as leaving:
+            code = leaving.code
+        if dist.is_initialized():  # an error left it behind
+            dist.destroy_process_group()
     ended = f"{time.perf_counter() - began:.0f} s" if code == 0 else f"failed: see {folder}.log"
     return f"{cell.task}, {cell.setting}, seed {cell.seed}: {ended}"
 

@@ -7,6 +7,7 @@ Every problem is collected, so that one ValueError shows them together, a line e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import filecmp
 import glob
@@ -120,6 +121,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     def add(group, flag, text, **kwargs):
         a, b = DEFAULTS.get(flag.replace("-", "_"), (kwargs.get("default"), None))
         if flag.replace("-", "_") in DEFAULTS:
+            a = "as --epochs says" if a is None else a
             text += f" [{a}]" if a == b else f" [{a} (tiny: {b})]"
         elif a not in (None, False):
             text += f" [{a}]"
@@ -231,14 +233,20 @@ def other_modes(mode: str) -> list[str]:
 
 
 def fresh(out: Path, restarted: bool) -> Path:
-    """The first of out, out-2, ... that does not exist; after a restart the last one that does."""
-    taken = []
+    """The first of out, out-2, ... that does not exist, or after a restart that this run made."""
+
+    def ours(path: Path) -> bool:
+        lock = path / LOCK
+        return restarted and lock.exists() and lock.read_text() == launcher()
+
     others = (out.with_name(f"{out.name}-{n}") for n in itertools.count(2))
-    for path in itertools.chain([out], others):
-        if not path.exists():
-            break
-        taken.append(path)
-    return taken[-1] if restarted and taken else path
+    paths = itertools.chain([out], others)
+    return next(path for path in paths if not path.exists() or ours(path))
+
+
+def launcher() -> str:
+    """What stays the same when torchrun starts the ranks anew: its own process."""
+    return str(os.getppid())
 
 
 def prepare(args: argparse.Namespace, world: int) -> Inputs:
@@ -332,7 +340,7 @@ def check_flags(args: argparse.Namespace, world: int) -> list[str]:
     for flag in ("lr-w", "weight-decay", "clip", *["lr-u", "lr-lambda"] * bilevel):
         value = getattr(args, flag.replace("-", "_"))
         need(0 <= value < math.inf, flag, "a number of at least 0")
-    need(args.seed >= 0, "seed", "a whole number of at least 0")
+    need(0 <= args.seed < 2**32, "seed", "a whole number from 0 to below 2^32")
     need(args.steps is None or args.steps > 0, "steps", "a whole number above 0")
     need(0 <= args.warmup < 1, "warmup", "a share from 0 to below 1")
     need(args.save_every >= 0, "save-every", "a number of steps, or 0")
@@ -628,3 +636,6 @@ def hold(out: Path) -> None:
         raise ValueError(f"--out {out}: another run is writing to it") from None
     except OSError:
         pass  # a file system without locks
+    with contextlib.suppress(OSError):  # a full disk is noticed by what matters more
+        os.truncate(lock, 0)
+        os.write(lock, launcher().encode())

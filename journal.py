@@ -50,10 +50,12 @@ def read(path: Path) -> list[dict]:
         raise ValueError(f"{path}: {error.strerror}") from None
     for n, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-            assert isinstance(rows[-1], dict)
-        except (ValueError, AssertionError):
-            raise ValueError(f"{path}:{n}: not a JSON object") from None
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{n}: not a JSON object")
+        rows.append(row)
     return rows
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def read_weights(spec: str, names: list[str]) -> dict[str, float] | None:
         return None
     if spec == "uniform":
         return dict.fromkeys(names, 1 / len(names))
-    if "=" in spec and not Path(spec).exists():
+    if "=" in spec and not os.path.exists(spec):  # a long list is no path at all
         stated, problems = _from_list(spec)
         unknown = [name for name in stated if name not in names]
         if unknown:
@@ -79,14 +80,15 @@ def _from_file(path: str) -> tuple[dict, list[str]]:
     """(weights, problems) of a weights.json."""
     try:
         weights = json.loads(Path(path).read_text())["weights"]
-        assert isinstance(weights, dict) and weights
-        return weights, []
+        if isinstance(weights, dict) and weights:
+            return weights, []
     except FileNotFoundError:
         return {}, [f"no such file; permitted is {PERMITTED}"]
     except OSError as error:
         return {}, [error.strerror]
-    except (ValueError, KeyError, TypeError, AssertionError):
-        return {}, ["not the weights.json of a run"]
+    except (ValueError, KeyError, TypeError):
+        pass
+    return {}, ["not the weights.json of a run"]
 
 
 def apportion(weights: dict[str, float], total: int) -> dict[str, int]:
@@ -191,7 +193,7 @@ class MixtureBatches(Batches):
         starts = self.ends - [len(source) for source in self.datasets]
         samples = list(zip(groups.tolist(), (picked - starts[groups]).tolist(), strict=True))
         counts = torch.from_numpy(np.bincount(groups, minlength=self.n_sources + 1))
-        return self._deal(samples, [0] * self.world), [], counts
+        return self._deal(samples), [], counts
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:

@@ -360,19 +360,20 @@ def generate(
     stop_when: Callable[[bool], bool] = bool,
     device: torch.device | str | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt until EOS or `max_new_tokens`. Returns the new tokens, without EOS.
+    """Continue each prompt until EOS, `max_new_tokens` or the model's last position. Returns the
+    new tokens, without EOS.
 
     eos_id      one id or several
     stop_when   told after each token whether all rows are finished; returns whether to stop. Under
                 FSDP every rank must make the same number of forwards: all-reduce it there
     device      where the model computes, if its parameters lie elsewhere
-    Raises ValueError for an empty prompt, or one that leaves too few positions.
+    Raises ValueError for an empty prompt, or one that leaves no position.
     """
     limit = model.config.max_positions
-    bad = [i for i, p in enumerate(prompts) if not 0 < len(p) <= limit - max_new_tokens]
+    bad = [i for i, p in enumerate(prompts) if not 0 < len(p) < limit]
     if bad or not prompts:
-        raise ValueError(f"prompts {bad}: each needs 1 to {limit - max_new_tokens} tokens, so that "
-                         f"{max_new_tokens} more fit into {limit} positions")
+        raise ValueError(f"prompts {bad}: each needs 1 to {limit - 1} tokens: there are {limit} "
+                         "positions")
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature}, top_p {top_p}: must be >= 0, and in (0, 1]")
     device = device or next(model.parameters()).device
@@ -380,24 +381,26 @@ def generate(
     rng = torch.Generator(device).manual_seed(seed)
     lengths = torch.tensor([len(p) for p in prompts], device=device)  # (B,)
     rows, longest = torch.arange(len(prompts), device=device), max(map(len, prompts))
-    padded = [p + [0] * (longest + max_new_tokens - len(p)) for p in prompts]
+    size = min(longest + max_new_tokens, limit)
+    padded = [p + [0] * (size - len(p)) for p in prompts]
     tokens = torch.tensor(padded, device=device)  # (B, L)
     cache = Cache(torch.zeros_like(lengths), tokens.shape[1]) if use_cache else None
-    finished = torch.zeros_like(lengths, dtype=torch.bool)
-    for step in range(max_new_tokens):
-        if cache is not None and step > 0:
+    finished, n_new = torch.zeros_like(lengths, dtype=torch.bool), 0
+    while n_new < max_new_tokens:
+        if cache is not None and n_new > 0:
             cache.lengths = lengths - 1
             fed, last = tokens[rows, lengths - 1][:, None], torch.zeros_like(lengths)
         else:
-            fed, last = tokens[:, : longest + step], lengths - 1
+            fed, last = tokens[:, : longest + n_new], lengths - 1
         logits = model(fed, cache=cache, last=last)[:, 0]  # (B, V)
         new = sample(logits, temperature, top_p, rng)
-        tokens[rows, lengths] = new
-        lengths = lengths + 1
-        finished |= torch.isin(new, ends)
+        goes_on = lengths < size  # a row at the end is fed its last token again, to no effect
+        tokens[rows[goes_on], lengths[goes_on]] = new[goes_on]
+        lengths, n_new = lengths + goes_on, n_new + 1
+        finished |= torch.isin(new, ends) | (lengths == size)
         if stop_when(bool(finished.all())):
             break
-    stops, n_new = set(ends.tolist()), int(lengths[0]) - len(prompts[0])
+    stops = set(ends.tolist())
     rows_and_prompts = zip(tokens.tolist(), prompts, strict=True)
     replies = [row[len(p) : len(p) + n_new] for row, p in rows_and_prompts]
     return [list(takewhile(lambda token: token not in stops, reply)) for reply in replies]

@@ -1,11 +1,11 @@
 """MT-Bench (Zheng et al., arXiv 2306.05685): 80 two-turn questions, and a judge that grades each of
 the two answers from 1 to 10.
 
-    questions = read_questions("question.jsonl", read_references("gpt-4.jsonl"))
+    questions = read_questions("question.jsonl", read_answers("gpt-4.jsonl"))
     judge = Judge("http://localhost:8000/v1", "some-model")
     with Journal(path) as journal:
         failure = grade(questions, answers, judge, journal)
-        print(table(questions, scores(questions, answers, judge.model, journal.rows)))
+        print(*table(questions, scores(questions, answers, judge.model, journal.rows)), sep="\n")
 
 The judge is any endpoint that speaks OpenAI's chat completions. A score is kept with the messages
 that it was asked by, and counts only while the same would be asked: a new answer is graded anew.

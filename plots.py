@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 import report
+from data import Problems
 from inputs import HARMLESS
 
 NEEDS = "pictures need matplotlib: pip install matplotlib"
@@ -69,8 +70,9 @@ def read_run(path: Path) -> Run:
         run = Run(path, config, report.rows_before(path, math.inf))
         if not run.rows:
             raise ValueError(f"{path}: the run has not done a step yet")
-        assert run.names and run.kind
-    except (OSError, KeyError, TypeError, AssertionError, json.JSONDecodeError):
+        if not (run.names and run.kind):
+            raise KeyError
+    except (OSError, KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(f"{path}: not the directory of a run") from None
     return run
 
@@ -78,14 +80,11 @@ def read_run(path: Path) -> Run:
 def plot(paths: list[Path], file: Path) -> None:
     """Draw runs into an image file. ValueError, a line per problem: no matplotlib, directories that
     hold no run, a file that cannot be written."""
-    runs, problems = [], []
+    runs, problems = [], Problems()
     for path in paths:
-        try:
+        with problems.collecting():
             runs.append(read_run(path))
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
+    problems.raise_if_any()
     figure = figure_of(runs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a font without some character: it is drawn as a box

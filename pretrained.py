@@ -138,6 +138,8 @@ def load_config(directory: str | Path, name: str = CONFIG) -> ModelConfig:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: not a JSON object")
     return ModelConfig.from_hf(config)
 
 

@@ -62,7 +62,9 @@ def load(c: Checkpoint, dtype: str, device: torch.device) -> hf.Transformer:
 class Reply(NamedTuple):
     text: str
     tokens: int
-    end: str  # "stop"; "length": cut by --max-new-tokens; "no room": the prompt alone is too long
+    # "stop"; "length": cut by --max-new-tokens or the last position; "no room": the prompt alone
+    # is too long
+    end: str
 
 
 def respond(
@@ -87,12 +89,11 @@ def respond(
     yield from ((i, Reply("", 0, "no room")) for i in order if len(prompts[i]) >= room)
     for n in range(0, len(fit), batch_size * world):
         part = fit[n : n + batch_size * world]
-        limit = min(max_new_tokens, room - len(prompts[part[0]]))
         # Every rank has the same number of rows: the last chat fills up.
         rows = -(-len(part) // world)
         own = [part[min(k, len(part) - 1)] for k in range(rank, rows * world, world)]
         new = hf.generate(
-            model, [prompts[i] for i in own], limit, temperature, eos_id=c.stops,
+            model, [prompts[i] for i in own], max_new_tokens, temperature, eos_id=c.stops,
             seed=seed + own[0], stop_when=all_finished if world > 1 else bool, device=device,
         )  # fmt: skip
         every = [None] * world
@@ -101,6 +102,7 @@ def respond(
             text = c.tokenizer.decode(ids)
             if mark := turn_mark(c.template):  # a model may go on with a question of its own
                 text = text.split(mark)[0]
+            limit = min(max_new_tokens, room - len(prompts[i]))
             yield i, Reply(text.strip(), len(ids), "stop" if len(ids) < limit else "length")
 
 

@@ -206,48 +206,47 @@ def replace(path: Path, text: str) -> None:
 
 
 def summarise(rows: list[dict]) -> dict:
-    """What weights.json says of the results: final weights, and over the last fifth of the steps
-    their mean, the mean gap ℓ_i(w) − ℓ_i(u) with its standard error, and whether they settled.
-
-    A weight has settled if its centred logit drifts by less than SETTLED over the last fifth, and
-    by less than two standard errors of the drift. The schedule has `limited` a weight, not near 0
-    or 1, if its logit drifts at more than half the speed that the learning rates of λ permit: Adam
-    moves it by about the rate in each step. Where the rates fall to 0 it is then both.
-    """
+    """What weights.json says of the results: `of_source` of each, and of the run as a whole."""
     tail = rows[-max(1, len(rows) // 5) :]
     names = list(rows[-1]["weights"])
     p = np.array([[row["weights"][name] for name in names] for row in tail])
     logits = np.log(np.maximum(p, 1e-300))
     logits -= logits.mean(1, keepdims=True)
-    drift, drift_se = zip(*(slope(column) for column in logits.T), strict=True)
-    gaps = [
-        [
-            row["source_loss_w"][name] - row["source_loss_u"][name]
-            for row in tail
-            if None not in (row["source_loss_w"][name], row["source_loss_u"][name])
-        ]
-        for name in names
-    ]
-    settled = [abs(d) < SETTLED and abs(d) < 2 * se for d, se in zip(drift, drift_se, strict=True)]
-    permitted = sum(row["lr_lambda"] for row in tail)
-    limited = [
-        NEAR < q < 1 - NEAR and max(permitted / 2, 2 * se) < abs(d) < math.inf
-        for q, d, se in zip(p[-1].tolist(), drift, drift_se, strict=True)
-    ]
-    columns = {
-        "weights": p[-1].tolist(),
-        "mean_last_20pct": p.mean(0).tolist(),
-        "gap": [float(np.mean(g)) if g else None for g in gaps],
-        "gap_se": [standard_error(g) for g in gaps],
-        "settled": settled,
-        "limited": limited,
+    results = {
+        name: of_source(name, tail, p[:, i], logits[:, i]) for i, name in enumerate(names)
     }
-    by_name = {key: dict(zip(names, values, strict=True)) for key, values in columns.items()}
-    return by_name | {
+    by_key = {key: {name: results[name][key] for name in names} for key in results[names[0]]}
+    return by_key | {
         "step": rows[-1]["step"] + 1,
         "skipped": sum(not row["finite"] for row in rows),
         "alpha": rows[-1]["alpha"],
         "test_loss": before_and_after(rows, "test_loss"),
+    }
+
+
+def of_source(name: str, tail: list[dict], p: np.ndarray, logits: np.ndarray) -> dict:
+    """A source's final weight, and over the last fifth of the steps, `tail`, its mean, the mean gap
+    ℓ_i(w) − ℓ_i(u) with its standard error, and whether the weight settled.
+
+    p, logits (n,): weight and centred logit after each step of `tail`. The weight has settled if it
+    was near 0 or 1 all the time, or if the logit drifts by less than SETTLED and by less than two
+    standard errors of the drift. The schedule has `limited` it, where it was not near, if the logit
+    drifts at more than half the speed that the learning rates of λ permit: Adam moves it by about
+    the rate in each step. Where the rates fall to 0 it is then both.
+    """
+    losses = [(row["source_loss_w"][name], row["source_loss_u"][name]) for row in tail]
+    gaps = [w - u for w, u in losses if None not in (w, u)]
+    drift, se = slope(logits)
+    near = bool(((p < NEAR) | (p > 1 - NEAR)).all())
+    still = abs(drift) < SETTLED and abs(drift) < 2 * se
+    permitted = sum(row["lr_lambda"] for row in tail)
+    return {
+        "weights": float(p[-1]),
+        "mean_last_20pct": float(p.mean()),
+        "gap": float(np.mean(gaps)) if gaps else None,
+        "gap_se": standard_error(gaps),
+        "settled": math.isfinite(drift) and (near or still),
+        "limited": not near and max(permitted / 2, 2 * se) < abs(drift) < math.inf,
     }
 
 
@@ -368,7 +367,11 @@ def render_weights(out: Path) -> list[str]:
     lines += skipped_lines(result["skipped"])
     parts = mixture.apportion(weights, MIXTURE)  # so that the printed probabilities sum to one
     probs = ",".join(f"{n / MIXTURE:.4f}" for n in parts.values())
-    mixer = json.dumps(parts)
+    # Of a source with weight p, n p samples are asked: as large an n as the sources permit. A count
+    # of 1 would be read as all of a source.
+    sizes = [result["sources"][name]["samples"] / p for name, p in weights.items() if p > 0]
+    counts = mixture.apportion(weights, int(min(MIXTURE, *sizes)))
+    mixer = json.dumps({name: n for name, n in counts.items() if n > 1})
     lines += [
         "",
         "The same mixture elsewhere:",

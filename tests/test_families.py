@@ -54,6 +54,11 @@ def test_config_reads_token_ids_and_dropout():
         ({"num_attention_heads": 5}, ["num_attention_heads"]),
         ({"num_hidden_layers": None}, ["num_hidden_layers"]),
         ({"model_type": "mamba"}, ["mamba"]),
+        ({"model_type": []}, ["model_type"]),
+        ({"rope_theta": "1e4", "rms_norm_eps": None}, ["rope_theta", "rms_norm_eps"]),
+        ({"rope_scaling": "linear"}, ["wrong type"]),
+        ({"model_type": "qwen2", "sliding_window": "8"}, ["sliding_window"]),
+        ({"eos_token_id": "</s>"}, ["eos_token_id"]),
         ({"model_type": "gpt2"} | GPT2_SIZES, list(SIZES)[1:]),
         (
             {"model_type": "gemma2", "head_dim": 8, "use_bidirectional_attention": True},

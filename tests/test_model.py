@@ -144,13 +144,22 @@ def test_generation_runs_until_the_caller_stops_it(checkpoint):
     assert told == [True] * 6
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama-3.1"])
+def test_generation_ends_each_row_at_the_last_position(family, checkpoint):
+    ours = hf.from_pretrained(checkpoint(family)[1])  # of 64 positions
+    prompts = [[3, 1, 4] * 20, [2] * 50, [7, 8]]
+    alone = [hf.generate(ours, [prompt], 20)[0] for prompt in prompts]
+    assert list(map(len, alone)) == [4, 14, 20]
+    assert hf.generate(ours, prompts, 20) == alone
+    assert hf.generate(ours, prompts, 20, use_cache=False) == alone
+
+
 def test_generation_refuses_what_does_not_fit(checkpoint):
     ours = hf.from_pretrained(checkpoint("gpt2")[1])
-    with pytest.raises(ValueError, match=r"prompts \[0, 2\]: each needs 1 to 54 tokens"):
-        hf.generate(ours, [[], [1], [1] * 55], 10)
+    with pytest.raises(ValueError, match=r"prompts \[0, 2\]: each needs 1 to 63 tokens"):
+        hf.generate(ours, [[], [1], [1] * 64], 10)
     with pytest.raises(ValueError, match="65 tokens: the model has 64 positions"):
         ours(torch.zeros(1, 65, dtype=torch.long))
-    assert len(hf.generate(ours, [[1] * 54], 10)[0]) == 10
     for wrong in {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             hf.generate(ours, [[1]], 10, **wrong)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import inputs
 import shard
 from tests import forked, kill_trial
 from tests.forked import at, done, rows, run, saved, send, state
@@ -147,6 +148,16 @@ def test_a_rank_that_starts_late_takes_the_same_fresh_out():
     code, said = forked.finish(forked.start(argv, 2, {1: partial(wait_for, "out")}))
     assert code == 0, said
     assert saved("out") == ["step-1"] and not Path("out-2").exists()
+
+
+def test_after_a_restart_the_fresh_out_is_the_one_that_this_run_made():
+    Path("out").mkdir()
+    (Path("out") / inputs.LOCK).write_text("1")  # of another launcher
+    fresh = partial(inputs.fresh, Path("out"))
+    assert fresh(restarted=True) == Path("out-2")  # the first attempt ended before it made one
+    inputs.hold(Path("out-2"))
+    assert fresh(restarted=True) == Path("out-2")
+    assert fresh(restarted=False) == Path("out-3")
 
 
 def test_a_run_branches_off_from_a_checkpoint_of_another(whole):
