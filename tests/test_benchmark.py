@@ -84,10 +84,10 @@ def test_flop_count_matches_a_count_by_hand():
     batch = benchmark.data.MicroBatch(tokens, labels, torch.zeros(1, dtype=torch.long))
     D, V, L, T, M = 64, 512, 3, 8, 4
     products = 2 * T * L * 12 * D * D + 2 * M * D * V  # forward; twice as much backward
-    counted = benchmark.flop_count(case, [batch])
+    counted = benchmark.flop_count(case, 0, [batch])
     attention = counted - 3 * products
     assert 0 <= attention <= 3 * 4 * T * T * D * L  # causal or not, forward and backward
-    lisa = benchmark.flop_count(replace(case, flags="--lisa-layers 2"), [batch])
+    lisa = benchmark.flop_count(replace(case, flags="--lisa-layers 2"), 0, [batch])
     assert counted - lisa == 2 * T * 12 * D * D  # no weight gradients in the block that is frozen
 
 
@@ -120,4 +120,36 @@ def test_tokenize_makes_texts_of_its_own():
 def test_workers_measure_on_two_ranks():
     r = benchmark.run("times", replace(CASE, ranks=2, dtype="fp32"))
     assert len(r["ours"]) == len(r["reference"]) == 1
-    assert 0 < r["floor"] < r["reference"][0]
+    assert 0 < r["floor"][0] < r["reference"][0]
+
+
+def test_gpu_cases_run_on_what_is_there(monkeypatch, capsys):
+    ours, *_, reference = benchmark.gpu_cases(quick=True)
+    results = benchmark.gpu_steps([ours, reference])
+    assert [len(r["attention"]) > 0 for r in results.values()] == [True, True]
+    ours, reference = capsys.readouterr().out.splitlines()[-2:]
+    assert ours.count("GB") == 2 and reference.count("GB") == 1  # the plan is of ours
+
+    def full(*_):
+        raise RuntimeError("torch.OutOfMemoryError: CUDA out of memory")
+
+    monkeypatch.setattr(benchmark, "run", full)
+    assert benchmark.gpu_steps(benchmark.gpu_cases(quick=False)) == {}
+    assert capsys.readouterr().out.count("does not fit") == 10
+
+
+def test_start_up_is_measured_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = benchmark.start_up(quick=True, repeats=1)
+    assert [len(pairs) for pairs in results.values()] == [1, 1]
+
+
+@pytest.mark.parametrize("args, said", [
+    (["memory", "--only", "x"], "--only goes with speed"),
+    (["speed", "--only", "x"], "no case has this in its title"),
+    (["memory", "--device", "cuda"], "--device cuda goes with speed, where there is a GPU"),
+    (["tokenize", "--texts", "none.json", "--tokenizer", "."], "none.json"),
+])  # fmt: skip
+def test_wrong_flags_are_a_line(args, said):
+    done = subprocess.run([sys.executable, BENCHMARK, *args], capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

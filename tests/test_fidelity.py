@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -248,6 +249,24 @@ def test_tables_are_made_of_what_is_there(cell, capsys):
     tables = json.loads((cell / "tables.json").read_text())
     assert [row[0] for row in tables["Graded noise"][1:]] == list(tasks.NOISE)
     assert "| LISA, coupled draws | 1 |" in shown and "full training" not in shown
+
+
+def test_settings_that_are_no_flags_of_train_run_too(tmp_path):
+    cells = [
+        replace(cell, flags=f"{cell.flags} --steps 2") for setting in fidelity.REPLACED
+        for cell in fidelity.learn("graded", setting, range(1))
+    ]  # fmt: skip
+    assert fidelity.run(cells, tmp_path, workers=1), next(tmp_path.rglob("*.log")).read_text()
+
+
+def test_a_cell_that_fails_is_told_of_and_the_others_go_on(tmp_path, capsys):
+    (good,) = fidelity.learn("graded", fidelity.COUPLED, range(1))
+    good = replace(good, flags=f"{good.flags} --steps 2")
+    wrong = [replace(good, task="a", flags="--steps nonsense"), replace(good, task="b", flags=(
+        f"{good.flags} --train x={tmp_path}/none --val y"))]  # fmt: skip
+    assert not fidelity.run([*wrong, good], tmp_path, workers=1)
+    told = capsys.readouterr().out.splitlines()
+    assert ["failed: see" in line for line in told] == [True, True, False]
 
 
 def test_spearman_shares_ranks():
