@@ -78,6 +78,12 @@ HARMLESS |= {"train", "val", "test"}  # paths: the records themselves are compar
 LOCK = ".lock"  # in --out
 
 
+def dtype_of(flag: str, device_type: str) -> torch.dtype:
+    """What parameters are stored in, by --dtype."""
+    auto = "bf16" if device_type == "cuda" else "fp32"
+    return DTYPES[auto if flag == "auto" else flag]
+
+
 def cache_dir() -> Path:
     """Where tokenised data is kept: $XDG_CACHE_HOME/scalebio, by default in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "scalebio"

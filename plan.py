@@ -312,7 +312,7 @@ def plan(
             one = state(config, ranks, dtype, *draw, rank)
             here = copies - bool(cpu_offload)
             all_copies = {name: here * n_bytes for name, n_bytes in one.items()}
-            all_copies["gradients"] = copies * one["gradients"]  # see shard.Turns
+            all_copies["gradients"] = copies * one["gradients"]  # see shard.Offload
             host = sum(one.values()) - one["gradients"]
             step = Step(config, dtype, ranks, B, *shape, *draw, activation_checkpointing)
             for moment in step.moments():

@@ -23,7 +23,7 @@ import model as hf
 import shard
 import templates
 import tokenizer
-from inputs import DTYPES
+from inputs import dtype_of
 from journal import Journal, read
 from tokenizer import Turns
 
@@ -53,8 +53,7 @@ def open_checkpoint(name: str, template: str | None = None) -> Checkpoint:
 
 def load(c: Checkpoint, dtype: str, device: torch.device) -> hf.Transformer:
     """The model, sharded where there are several ranks. Collective: every rank calls it."""
-    kind = DTYPES[("bf16" if device.type == "cuda" else "fp32") if dtype == "auto" else dtype]
-    model = shard.build(c.config, kind, device)
+    model = shard.build(c.config, dtype_of(dtype, device.type), device)
     shard.fill(model, hf.read_weights(c.directory, c.config))
     return model
 

@@ -119,7 +119,7 @@ def shard(model: Transformer, device: torch.device, whole: bool) -> None:
     fully_shard(model, **rules)
 
 
-class Turns:
+class Offload:
     """Copies of a model that take turns on the device (--cpu-offload): while one is at work the
     others' shards, masters and moments wait in host memory.
 
@@ -192,21 +192,21 @@ def whole_storage(t: Tensor) -> Tensor:
 
 def bring(model: nn.Module) -> None:
     """See to it that a model's shards are on the device."""
-    if model.turns is not None:
-        model.turns.bring(model)
+    if model.offload is not None:
+        model.offload.bring(model)
 
 
 def now(model: nn.Module, t: Tensor) -> Tensor:
     """A parameter or a piece of optimiser state of `model`, wherever it is now."""
-    return t if model.turns is None else model.turns.now(t)
+    return t if model.offload is None else model.offload.now(t)
 
 
 def build(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, turns: Turns | None = None
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, offload: Offload | None = None
 ) -> Transformer:
     """A model, sharded if there are several ranks, and not filled yet. Collective.
 
-    turns: shared by the copies that take turns on the device
+    offload: shared by the copies that take turns on the device
     """
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
@@ -215,9 +215,9 @@ def build(
     model.gather_once = several and n_bytes <= GATHER_ONCE_BYTES
     if several:
         shard(model, device, whole=model.gather_once)
-    model.turns = turns
-    if turns is not None:
-        turns.follow(model)
+    model.offload = offload
+    if offload is not None:
+        offload.follow(model)
     model.to_empty(device=device)
     if several:
         # FSDP notes in which dtype gradients are reduced when it is first used, and only for

@@ -40,7 +40,7 @@ import report
 import shard
 import templates
 from bilevel import PenaltyStep, PlainStep, SourceWeights
-from inputs import DTYPES, Inputs, checkpoints, hold, parse, plan_inputs, prepare, record
+from inputs import Inputs, checkpoints, dtype_of, hold, parse, plan_inputs, prepare, record
 from lisa import Lisa
 
 
@@ -66,29 +66,25 @@ class Stopped(Exception):
 Trainer = PenaltyStep | PlainStep
 
 
-def load_copies(args: argparse.Namespace, inputs: Inputs, device: torch.device, names: str):
-    """Copies of the model, equal to the last bit. Collective: every rank calls it."""
-    turns = shard.Turns(device) if args.cpu_offload else None
-    settings = inputs.config, dtype_of(args, device.type), device, turns
+def load_copies(
+    args: argparse.Namespace, inputs: Inputs, device: torch.device, n: int
+) -> list[hf.Transformer]:
+    """n copies of the model, equal to the last bit. Collective: every rank calls it."""
+    offload = shard.Offload(device) if args.cpu_offload else None
+    settings = inputs.config, dtype_of(args.dtype, device.type), device, offload
     w = shard.build(*settings)
     if inputs.checkpoint:
         shard.fill(w, hf.read_weights(inputs.checkpoint, inputs.config))
     else:
         shard.fill(w, hf.random_weights(inputs.config, args.seed))
-    others = [shard.build(*settings) for _ in names[1:]]
-    for copy in others:
+    copies = [w, *(shard.build(*settings) for _ in range(n - 1))]
+    for copy in copies[1:]:
         shard.copy_shards(copy, w)
-    for copy in (w, *others):
+    for copy in copies:
         copy.recompute = args.activation_checkpointing
         if args.compile:
             shard.compile_blocks(copy)
-    return w, *others
-
-
-def dtype_of(args: argparse.Namespace, device_type: str) -> torch.dtype:
-    """What parameters are stored in."""
-    auto = "bf16" if device_type == "cuda" else "fp32"
-    return DTYPES[auto if args.dtype == "auto" else args.dtype]
+    return copies
 
 
 def make_trainer(args: argparse.Namespace, inputs: Inputs, device: torch.device) -> Trainer:
@@ -96,9 +92,9 @@ def make_trainer(args: argparse.Namespace, inputs: Inputs, device: torch.device)
     """
     rest = {"clip": args.clip, "on_micro": shard.once_per_pass}
     if args.mode == "finetune":
-        (w,) = load_copies(args, inputs, device, "w")
+        (w,) = load_copies(args, inputs, device, 1)
         return PlainStep(w, make_lisa(args, w, args.lr_w, 0), **rest)
-    w, u = load_copies(args, inputs, device, "wu")
+    w, u = load_copies(args, inputs, device, 2)
     opt_w = make_lisa(args, w, args.lr_w, 0)
     opt_u = make_lisa(args, u, args.lr_u, int(args.lisa_coupling == "independent"))
     wide = torch.promote_types(next(w.parameters()).dtype, torch.float32)
@@ -112,8 +108,8 @@ def make_lisa(args: argparse.Namespace, model: hf.Transformer, lr: float, copy: 
         model, args.lisa_layers, args.lisa_interval, args.seed, args.lisa_ends, copy, lr,
         args.weight_decay, bring=partial(shard.bring, model),
     )  # fmt: skip
-    if model.turns is not None:
-        model.turns.follow(model, opt.state_tensors)
+    if model.offload is not None:
+        model.offload.follow(model, opt.state_tensors)
     return opt
 
 
@@ -315,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
         train(args, inputs, device, signals)
         if first:
             used = f"memory: {memory.planned}, measured {memory.measured()}"
-            no_picture = draw(args)  # first, as the report lists the files
+            no_picture = draw_picture(args)  # first, as the report lists the files
             last_words = "\n".join([report.render(args.out), *no_picture, used])
     except Stopped as stopped:
         code = 128 + (signals or [signal.SIGTERM])[0]
@@ -344,7 +340,7 @@ def retold(out: Path) -> str:
         return f"no report: {error.filename}: {error.strerror}"
 
 
-def draw(args: argparse.Namespace) -> list[str]:
+def draw_picture(args: argparse.Namespace) -> list[str]:
     """The picture of a finished run; or a line that says why there is none."""
     name = "weights.png" if args.mode == "bilevel" else "losses.png"
     try:
@@ -371,7 +367,7 @@ def reason(error: BaseException, args: argparse.Namespace) -> str:
 
 def plan_settings(args: argparse.Namespace, inputs: Inputs, device: torch.device) -> dict:
     """What the plan of this run is made from; the longest sample may be shorter than permitted."""
-    settings = plan.settings(args, dist.get_world_size(), dtype_of(args, device.type))
+    settings = plan.settings(args, dist.get_world_size(), dtype_of(args.dtype, device.type))
     padded = data.padding() * -(-inputs.longest // data.padding())
     return settings | {"max_length": min(args.max_length, padded)}
 
@@ -383,7 +379,7 @@ def show_plan(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    settings = plan.settings(args, args.gpus, dtype_of(args, "cuda"))
+    settings = plan.settings(args, args.gpus, dtype_of(args.dtype, "cuda"))
     needed, fix = plan.plan(config, **settings), None
     too_much = args.gpu_memory is not None and not plan.fits(needed, args.gpu_memory)
     if too_much:

@@ -91,16 +91,16 @@ def penalty_step(
 ) -> PenaltyStep:
     """Both copies, sharded, as train.py makes them."""
     device = torch.device("cpu")
-    turns, opts = shard.Turns(device) if offload else None, []
-    w = shard.build(config, dtype, device, turns)
+    moved, opts = shard.Offload(device) if offload else None, []
+    w = shard.build(config, dtype, device, moved)
     shard.fill(w, random_weights(config, 0))
-    u = shard.build(config, dtype, device, turns)
+    u = shard.build(config, dtype, device, moved)
     shard.copy_shards(u, w)
     for model in (w, u):
         bring = functools.partial(shard.bring, model)
         opts.append(Lisa(model, n_active, interval, seed, ends, bring=bring))
         if offload:
-            turns.follow(model, opts[-1].state_tensors)
+            moved.follow(model, opts[-1].state_tensors)
     return PenaltyStep(w, u, *opts, SourceWeights(1), 10.0, on_micro=shard.once_per_pass)
 
 
@@ -156,7 +156,7 @@ def turns() -> list:
             one_step(penalty, config, 2, 16)
         state = [*penalty.w.parameters(), *penalty.opt_w.state_tensors(),
                  *penalty.u.parameters(), *penalty.opt_u.state_tensors()]  # fmt: skip
-        waiting = penalty.w.turns.waiting
+        waiting = penalty.w.offload.waiting
         live = [sum(local(t).untyped_storage().nbytes() for t in state),
                 sum(host.nbytes for _, host in waiting[penalty.w].values())]  # fmt: skip
         one = planning.state(config, 1, DTYPES[dtype], 2, True)
