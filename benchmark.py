@@ -128,11 +128,11 @@ def speed_cases(quick: bool) -> list[Case]:
         return [Case("alpaca, 1 rank", "quick", "alpaca", 0.5, repeats=2, threads=1)]
     return [
         tiny,
-        Case("124M, alpaca, 1 rank", "gpt2", "alpaca", 0.5, 32, 8, repeats=2),
+        Case("124M, alpaca, 1 rank", "gpt2", "alpaca", 0.5, 32, 8, repeats=5),
         # Half the micro-batch: the reference's logits and activations for 8 take some 10 GB a rank.
-        Case("124M, alpaca, 2 ranks", "gpt2", "alpaca", 0.5, 32, 4, ranks=2, threads=1, repeats=2),
-        Case("124M, 256 tokens, all labels", "gpt2", "0+256", 1.0, 4),
-        Case("124M, 256 tokens, 160 response", "gpt2", "96+160", 0.8, 4),
+        Case("124M, alpaca, 2 ranks", "gpt2", "alpaca", 0.5, 32, 4, ranks=2, threads=1),
+        Case("124M, 256 tokens, all labels", "gpt2", "0+256", 1.0, 4, repeats=5),
+        Case("124M, 256 tokens, 160 response", "gpt2", "96+160", 0.8, 4, repeats=5),
     ]
 
 
@@ -523,7 +523,7 @@ def scaling() -> dict:
     """Throughput of two ranks over that of one, a thread each, by turns; and what the machine gives
     to matrix products alone."""
     two = next(case for case in speed_cases(False) if case.ranks == 2)
-    cases = [replace(two, ranks=n, sides=("ours",)) for n in (1, 2)]
+    cases = [replace(two, ranks=n, sides=("ours",), repeats=2) for n in (1, 2)]
     took, rates = ([], []), ([], [])
     for _, i in itertools.product(range(2), range(2)):
         rates[i].append(run("products", cases[i])["flops_per_s"])
