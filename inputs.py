@@ -260,7 +260,7 @@ def prepare(args: argparse.Namespace, world: int) -> Inputs:
     problems = data.Problems(check_flags(args, world) + check_out(args))
     for flag in ("gpus", "gpu_memory", "json"):
         if getattr(args, flag):
-            problems.add(f"--{flag.replace('_', '-')} goes with --plan alone")
+            problems.add(f"{spelt(flag)} goes with --plan alone")
     config, checkpoint, tok, weights = None, None, None, None
     with problems.collecting():
         weights = read_weights(args)
@@ -311,62 +311,65 @@ def draw_mixture(args: argparse.Namespace, inputs: Inputs, weights: dict | None)
     inputs.notes += notes
 
 
+COUNT = lambda x: x > 0, "a whole number above 0"
+SCALE = lambda x: 0 < x < 1e9, "a number above 0 and below 1e9"
+RATE = lambda x: 0 <= x < math.inf, "a number of at least 0"
+RANGES = {  # flag: (test, what is permitted)
+    **dict.fromkeys(("batch_size", "val_batch_size", "micro_batch_size", "max_length", "steps",
+                     "outer_rounds", "samples", "lisa_interval", "keep"), COUNT),
+    **dict.fromkeys(("epochs", "alpha", "tau", "timeout"), SCALE),
+    **dict.fromkeys(("lr_w", "lr_u", "lr_lambda", "weight_decay", "clip"), RATE),
+    "warmup": (lambda x: 0 <= x < 1, "a share from 0 to below 1"),
+    "seed": (lambda x: 0 <= x < 2**32, "a whole number from 0 to below 2^32"),
+    "lisa_layers": (lambda x: x >= 0, "0 (all) or a number of blocks"),
+    "save_every": (lambda x: x >= 0, "a number of steps, or 0"),
+}  # fmt: skip
+
+
 def check_flags(args: argparse.Namespace, world: int) -> list[str]:
-    problems = []
-
-    def need(ok: bool, flag: str, permitted: str) -> None:
-        if not ok:
-            value = getattr(args, flag.replace("-", "_"))
-            problems.append(f"--{flag} {value}: permitted is {permitted}")
-
-    bilevel = args.mode == "bilevel"
+    """A line for each flag that is out of range, contradicts another or does not suit the machine.
+    """
+    others = other_modes(args.mode)
+    given = {flag: value for flag, value in vars(args).items() if value is not None}
+    problems = [f"{spelt(flag)} makes no sense with --mode {args.mode}"
+                for flag in others if flag in given]  # fmt: skip
+    given = {flag: value for flag, value in given.items() if flag not in others}
     problems += [
-        f"--{flag.replace('_', '-')} makes no sense with --mode {args.mode}"
-        for flag in other_modes(args.mode)
-        if getattr(args, flag) is not None
+        f"{spelt(flag)} {given[flag]}: permitted is {permitted}"
+        for flag, (within, permitted) in RANGES.items()
+        if flag in given and not within(given[flag])
     ]
-    for flag in ("batch-size", "val-batch-size")[: 1 + bilevel]:
-        value = getattr(args, flag.replace("-", "_"))
-        need(value > 0, flag, "a whole number above 0")
+    for flag in ("batch_size", "val_batch_size"):
+        value = given.get(flag, 0)
         if value > 0 and value % world:
             below, above = value // world * world, -(-value // world) * world
             near = " or ".join(str(v) for v in (below, above) if v)
-            problems.append(f"--{flag} {value} is not divisible by {world} ranks: take {near}")
-    for flag in ("micro-batch-size", "lisa-interval", "max-length"):
-        need(getattr(args, flag.replace("-", "_")) > 0, flag, "a whole number above 0")
-    for flag in ("epochs", "timeout", *["alpha", "tau"] * bilevel):
-        need(0 < getattr(args, flag) < 1e9, flag, "a number above 0 and below 1e9")
-    if bilevel:
-        need(args.outer_rounds > 0, "outer-rounds", "a whole number above 0")
-    else:
-        need(args.samples > 0, "samples", "a whole number above 0")
-    if bilevel and args.alpha > 0 and args.tau > 0:
+            problems.append(f"{spelt(flag)} {value} is not divisible by {world} ranks: take {near}")
+    if "tau" in given and args.alpha > 0 and args.tau > 0:
         last = math.log(args.alpha) + (args.outer_rounds - 1) * math.log(args.tau)  # ln alpha
-        need(last < math.log(1e9), "tau", "what leaves alpha below 1e9 in the last outer round")
-    for flag in ("lr-w", "weight-decay", "clip", *["lr-u", "lr-lambda"] * bilevel):
-        value = getattr(args, flag.replace("-", "_"))
-        need(0 <= value < math.inf, flag, "a number of at least 0")
-    need(0 <= args.seed < 2**32, "seed", "a whole number from 0 to below 2^32")
-    need(args.steps is None or args.steps > 0, "steps", "a whole number above 0")
-    need(0 <= args.warmup < 1, "warmup", "a share from 0 to below 1")
-    need(args.save_every >= 0, "save-every", "a number of steps, or 0")
-    need(args.keep > 0, "keep", "a whole number above 0")
-    need(args.lisa_layers >= 0, "lisa-layers", "0 (all) or a number of blocks")
-    for flag, value in ("lisa-ends", "sampled"), ("lisa-coupling", "independent"):
-        if args.lisa_layers == 0 and getattr(args, flag.replace("-", "_")) == value:
-            problems.append(f"--{flag} {value} contradicts --lisa-layers 0: nothing is drawn where "
-                            "everything trains")
+        if not last < math.log(1e9):
+            problems.append(f"--tau {args.tau}: permitted is what leaves alpha below 1e9 in the "
+                            "last outer round")
+    for flag, value in ("lisa_ends", "sampled"), ("lisa_coupling", "independent"):
+        if args.lisa_layers == 0 and given.get(flag) == value:
+            problems.append(f"{spelt(flag)} {value} contradicts --lisa-layers 0: nothing is drawn "
+                            "where everything trains")
     if args.compile and not args.plan and not shutil.which(os.environ.get("CXX", "g++")):
         problems.append("--compile needs a C++ compiler: install g++, or name one in CXX")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available() and local > torch.cuda.device_count():
         problems.append(f"{local} ranks on a machine of {torch.cuda.device_count()} GPUs: take as "
                         "many as there are GPUs, or hide them with CUDA_VISIBLE_DEVICES=")
-    if bilevel and args.train and not args.val:
+    if args.mode == "bilevel" and args.train and not args.val:
         problems.append("--val is missing: --train needs validation records beside it")
     if not args.train and (args.val or args.test):
         problems.append("--train is missing: --val and --test do not go with a built-in task")
     return problems
+
+
+def spelt(flag: str) -> str:
+    """A flag as it is typed."""
+    return f"--{flag.replace('_', '-')}"
 
 
 def open_model(args: argparse.Namespace) -> tuple[hf.ModelConfig, Path | None, tokenizer.Tokenizer]:
@@ -595,7 +598,7 @@ def check_out(args: argparse.Namespace) -> list[str]:
     for where, record in runs.items():
         old = record["flags"]
         problems += [
-            f"{where} holds another run: --{flag.replace('_', '-')} was {old.get(flag)}, "
+            f"{where} holds another run: {spelt(flag)} was {old.get(flag)}, "
             f"now {new.get(flag)}"
             for flag in sorted((old.keys() | new.keys()) - HARMLESS)
             if old.get(flag) != new.get(flag)
