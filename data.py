@@ -96,14 +96,14 @@ def iter_records(path: str | os.PathLike, problems: Problems) -> Iterator[tuple[
     """Stream the records of a JSON array or JSON Lines file, gzipped or not."""
     kind = None
     try:
-        for line, record in json_values(path, problems):
+        for line, where, record in located_values(path, problems):
             try:
                 if not isinstance(record, dict):
                     raise ValueError(f"the record is {type(record).__name__}, not an object")
                 kind = kind or _format_of(record)
                 yield line, FORMATS[kind](record)
             except ValueError as error:
-                problems.add(f"{path}:{line}: {error}")
+                problems.add(f"{where}: {error}")
     except (OSError, EOFError, zlib.error) as error:
         problems.add(f"{path}: {getattr(error, 'strerror', None) or error}")
 
@@ -197,6 +197,10 @@ def json_values(path: str | os.PathLike, problems: Problems) -> Iterator[tuple[i
                 problems.add(f"{path}:{array.line}: {_json_error(error)}")
             return
         for line, text in enumerate(file, start=1):
+            if line == 1 and text.strip() == "{":
+                problems.add(f"{path}:1: an object over several lines: expected a JSON array of "
+                             "records, or a record on each line")  # fmt: skip
+                return
             if text.strip():
                 try:
                     value = json.loads(text)
@@ -204,6 +208,16 @@ def json_values(path: str | os.PathLike, problems: Problems) -> Iterator[tuple[i
                     problems.add(f"{path}:{line}: {_json_error(error)}")
                 else:
                     yield line, value
+
+
+def located_values(
+    path: str | os.PathLike, problems: Problems
+) -> Iterator[tuple[int, str, object]]:
+    """(line, "path:line", value) of each record, with its number in a line that has several."""
+    last, n = 0, 0
+    for line, value in json_values(path, problems):
+        last, n = line, n + 1 if line == last else 1
+        yield line, f"{path}:{line}" + f" (record {n} of the line)" * (n > 1), value
 
 
 def _json_error(error: ValueError | RecursionError) -> str:
@@ -428,7 +442,8 @@ def load_dataset(
                     _build_entry(entry, path, digest, tokenizer, template, max_length)
                     found = _map_entry(entry)
         except OSError as error:
-            raise ValueError(f"{cache_dir}: cannot write the cache: {error.strerror}") from None
+            raise ValueError(f"{cache_dir}: cannot write the cache: {error.strerror} (its place is "
+                             "in XDG_CACHE_HOME)") from None  # fmt: skip
     arrays, meta = found
     return Dataset._of_arrays(arrays, max_length, path=str(path), sha256=digest, **meta)
 
@@ -455,7 +470,8 @@ def _build_entry(
         hashes = np.fromfile(temporary / "hashes.bin", np.uint64)
         if not len(hashes) and not problems.count:
             reasons = [f"{n} dropped: {reason}" for reason, n in dropped.items() if n]
-            problems.add(f"{path}: no records{' left: ' * bool(reasons)}{', '.join(reasons)}")
+            left = f" left in {max_length} tokens: " if reasons else ""
+            problems.add(f"{path}: no records{left}{', '.join(reasons)}")
         if not problems.count and _sha256(path) != digest:
             problems.add(f"{path}: was written to while it was read")
         problems.raise_if_any()

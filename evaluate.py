@@ -612,7 +612,7 @@ COMMANDS = {"loss": loss_command, "gsm8k": problems_command, "math": problems_co
             "mt-bench": mtbench_command, "generate": generate_command}  # fmt: skip
 
 
-def refuse(error: ValueError) -> int:
+def refuse(error: Exception) -> int:
     """Say what is wrong, once where all ranks find it. Returns the exit code."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(10)  # torchrun ends the other ranks when rank 0 leaves
@@ -627,7 +627,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "plot":
             return plot_command(args)
         work = COMMANDS[args.command](args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return refuse(error)
     device = shard.start(timeout=1800)
     try:

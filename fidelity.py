@@ -66,7 +66,8 @@ BEST = {"denoising": "clean", "graded": "clean", "multilingual": "aru", "instruc
 LEARNED = {"learned": COUPLED, "learned, lr of λ × 3": "lr of λ × 3"}
 MIXTURES = (*LEARNED, "uniform", "proportional", "best alone")
 # Real data: bytes of text, a model that has read English captions.
-ASSETS = Path(__file__).resolve().parent.parent / "shared" / "assets"
+BESIDE = Path(__file__).resolve().parent.parent / "shared" / "assets"
+ASSETS = Path(os.environ.get("SCALEBIO_ASSETS", BESIDE))
 CAPTIONS, N_CAPTIONS = "multilingual/multi30k/train.en", 29_000
 READ = ("--mode finetune --weights captions=1 --samples 8000 --steps 200 "
         "--batch-size 40 --lr-w 3e-3 --max-length 96 --schedule constant")

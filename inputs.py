@@ -139,7 +139,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g = parser.add_argument_group("model and data")
     add(g, "model", "'tiny', a local Hugging Face directory, or a hub id", default="tiny")
     add(g, "train", "sources, as NAME=PATH ..., or one directory or quoted glob of train_*.json(l)",
-        nargs="+", metavar="NAME=PATH")
+        nargs="+", action="extend", metavar="NAME=PATH")
     add(g, "val", "validation records, JSON or JSONL: the weights minimise their loss; finetune "
         "watches it")
     add(g, "test", "held-out records, for the report")
@@ -280,6 +280,8 @@ def prepare(args: argparse.Namespace, world: int) -> Inputs:
             problems.add(f"{name}: no record is left{after}")
     if args.mode == "finetune" and not problems.count:
         draw_mixture(args, inputs, weights)
+    for problem in check_space(args, config):
+        problems.add(problem)
     for problem in changed_data(args, inputs):
         problems.add(problem)
     problems.raise_if_any()
@@ -311,7 +313,7 @@ def draw_mixture(args: argparse.Namespace, inputs: Inputs, weights: dict | None)
     inputs.notes += notes
 
 
-COUNT = lambda x: x > 0, "a whole number above 0"
+COUNT = lambda x: 0 < x < 1e9, "a whole number above 0 and below 1e9"
 SCALE = lambda x: 0 < x < 1e9, "a number above 0 and below 1e9"
 RATE = lambda x: 0 <= x < math.inf, "a number of at least 0"
 RANGES = {  # flag: (test, what is permitted)
@@ -345,7 +347,7 @@ def check_flags(args: argparse.Namespace, world: int) -> list[str]:
             below, above = value // world * world, -(-value // world) * world
             near = " or ".join(str(v) for v in (below, above) if v)
             problems.append(f"{spelt(flag)} {value} is not divisible by {world} ranks: take {near}")
-    if "tau" in given and args.alpha > 0 and args.tau > 0:
+    if "tau" in given and 0 < args.alpha < 1e9 and args.tau > 0:
         last = math.log(args.alpha) + (args.outer_rounds - 1) * math.log(args.tau)  # ln alpha
         if not last < math.log(1e9):
             problems.append(f"--tau {args.tau}: permitted is what leaves alpha below 1e9 in the "
@@ -409,6 +411,17 @@ def plan_inputs(args: argparse.Namespace) -> hf.ModelConfig:
     return config
 
 
+def check_space(args: argparse.Namespace, config: hf.ModelConfig) -> list[str]:
+    """Whether the model that the run will leave finds room on the disk."""
+    dtype = dtype_of(args.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    needed = dtype.itemsize * sum(map(math.prod, hf.parameter_shapes(config).values()))
+    parent = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
+    if (free := shutil.disk_usage(parent).free) >= needed:
+        return []
+    return [f"--out {args.out}: {free / 1e9:.3f} GB are free, and the model takes "
+            f"{needed / 1e9:.3f}"]  # fmt: skip
+
+
 def check_sizes(args: argparse.Namespace, config: hf.ModelConfig) -> list[str]:
     """Flags against the model."""
     problems = []
@@ -448,7 +461,9 @@ def source_paths(train: list[str]) -> dict[str, Path]:
     paths = {}
     for name, path in pairs:
         if not (name and path):
-            problems.append(f"--train {name}: expected NAME=PATH")
+            problems.append(f"--train {name}{'=' * bool(path)}{path}: expected NAME=PATH")
+        elif "," in name:
+            problems.append(f"--train {name}={path}: a name may have no comma, as in --weights")
         elif name in paths:
             problems.append(f"--train {path}: the name {name} is used twice")
         paths[name] = Path(path)
@@ -507,6 +522,11 @@ def describe(args: argparse.Namespace, inputs: Inputs) -> None:
                 notes.append(f"{name}: {count} records dropped: {reason}")
         if dataset.duplicates:
             notes.append(f"{name}: {dataset.duplicates} records are repetitions")
+    if args.mode == "bilevel" and len(inputs.sources) == 1:
+        notes.append("there is one source: its weight is 1, whatever is learned")
+    for (a, one), (b, other) in itertools.combinations(inputs.sources.items(), 2):
+        if one.sha256 == other.sha256:
+            notes.append(f"{a} and {b} are the same records")
     for held in [name for name in ("val", "test") if name in inputs.all]:
         for name, source in inputs.sources.items():
             shared = data.overlap(source, inputs.all[held])

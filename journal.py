@@ -24,11 +24,11 @@ def convert_rows(path: str | os.PathLike, convert: Callable[[dict], object], lac
     is, one ValueError has a line "path:line: lacks …" for each."""
     problems, found = data.Problems(), []
     try:
-        for line, row in data.json_values(path, problems):
+        for _, where, row in data.located_values(path, problems):
             try:
                 found.append(convert(row))
             except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-                problems.add(f"{path}:{line}: lacks {lacks}")
+                problems.add(f"{where}: lacks {lacks}")
     except (OSError, EOFError, zlib.error) as error:
         problems.add(f"{path}: {getattr(error, 'strerror', None) or error}")
     if not found and not problems.count:

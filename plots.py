@@ -139,8 +139,11 @@ def draw_weights(axes, runs: list[Run], colours: dict) -> None:
         for name, style in colours.items():
             p = run.series("weights", name)
             top = max(top, np.nanmax(p))
-            line(axes, p, **style, linewidth=1.5 if len(runs) == 1 else 0.8)
+            label = shorten(name, NAME_LENGTH) if run is runs[0] else None
+            line(axes, p, **style, linewidth=1.5 if len(runs) == 1 else 0.8, label=label)
     axes.set(xlabel="step", ylabel="weight", ylim=(0, min(1.02, 1.1 * top)))
+    if len(colours) <= 9:  # the bars' names have the colours too
+        legend_above(axes)
 
 
 def draw_source_losses(axes, runs: list[Run], colours: dict, with_validation: bool) -> None:
@@ -187,8 +190,8 @@ def draw_bars(axes, runs: list[Run], colours: dict) -> None:
         text = f"{value:.4f}" + (f" ± {se:.4f}" if se is not None else "")
         axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     axes.set_yticks(range(len(order)), [shorten(name, NAME_LENGTH) for name in order], fontsize=8)
-    for label in axes.get_yticklabels():
-        label.set_parse_math(False)  # a "$" in a name is a dollar
+    for name, label in zip(order, axes.get_yticklabels(), strict=True):
+        label.set(color=colours[name]["color"], parse_math=False)  # a "$" in a name is a dollar
     learned = "weight: mean of the last fifth (dot: final)"
     axes.set(xlabel=learned if runs[0].learns else "share of the mixture", xlim=(0, None),
              ylim=(max(len(order), 3) - 0.4, -0.6))  # fmt: skip
@@ -252,7 +255,9 @@ def steps_label(window: int) -> str:
 
 
 def legend_above(axes) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small")
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3}
+    for text in axes.legend(**place, frameon=False, fontsize="small").get_texts():
+        text.set_parse_math(False)
 
 
 def shorten(text: str, length: int) -> str:

@@ -140,7 +140,11 @@ def load_config(directory: str | Path, name: str = CONFIG) -> ModelConfig:
         raise ValueError(f"{file}: cannot be read ({error})") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file}: not a JSON object")
-    return ModelConfig.from_hf(config)
+    try:
+        return ModelConfig.from_hf(config)
+    except ValueError as error:
+        lines = (line.removeprefix(f"{CONFIG}: ") for line in str(error).splitlines())
+        raise ValueError("\n".join(f"{file}: {line}" for line in lines)) from None
 
 
 def find_checkpoint(id_or_dir: str | Path, weights: bool = True) -> Path:

@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
         finished = (args.out / "model").is_dir()
         if first and not finished:
             hold(args.out)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if first:
             print(error, file=sys.stderr)
         else:
@@ -338,6 +338,8 @@ def retold(out: Path) -> str:
         return report.render(out)
     except OSError as error:  # somebody took a file away
         return f"no report: {error.filename}: {error.strerror}"
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"no report: a file in {out} is damaged ({error})"
 
 
 def draw_picture(args: argparse.Namespace) -> list[str]:
@@ -358,9 +360,13 @@ def reason(error: BaseException, args: argparse.Namespace) -> str:
         return f"{error.filename or args.out}: {error.strerror or error}"
     if "inline_container" in str(error):  # torch.save forgets what the system said
         return f"a checkpoint in {args.out} could not be written: is the disk full?"
+    if type(error).__name__ == "SafetensorError":
+        return f"{args.out}/model could not be written: {error}"
     if shard.lost_peer(error):
+        saved = shard.whole_checkpoints(args.out / "checkpoints")
+        goes_on = "goes on from the last checkpoint" if saved else "starts anew: nothing was saved"
         return ("another rank is gone, or did not come within the --timeout of "
-                f"{args.timeout:g} s. The same command goes on from the last checkpoint.")
+                f"{args.timeout:g} s. The same command {goes_on}.")
     traceback.print_exception(error)
     return next(iter(str(error).splitlines()), type(error).__name__)
 
@@ -376,7 +382,7 @@ def show_plan(args: argparse.Namespace) -> int:
     """The memory plan of these flags. Returns 0, 1 if the memory does not do, 2 for bad input."""
     try:
         config = plan_inputs(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     settings = plan.settings(args, args.gpus, dtype_of(args.dtype, "cuda"))

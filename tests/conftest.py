@@ -9,7 +9,8 @@ import pytest
 # imported; the processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
+BESIDE = Path(__file__).resolve().parents[2] / "shared" / "assets"
+ASSETS = Path(os.environ.get("SCALEBIO_ASSETS", BESIDE))
 
 
 @pytest.fixture

@@ -137,6 +137,16 @@ def test_malformed_records_are_named_by_line(content, line, problem, write, tmp_
     assert not list((tmp_path / "cache").glob("*/"))  # nothing is cached
 
 
+def test_records_of_one_line_are_told_apart(write):
+    with pytest.raises(ValueError, match=r":1 \(record 3 of the line\): lacks 'output'$"):
+        read_records(write(f'[{GOOD}, {GOOD}, {{"instruction": "a"}}]'))
+
+
+def test_an_object_over_several_lines_is_one_problem(write):
+    with pytest.raises(ValueError, match=":1: an object over several lines: [^\n]*$"):
+        read_records(write(json.dumps({"data": [ALPACA]}, indent=1)))
+
+
 @pytest.mark.parametrize("content, problem", [
     ("", "no records"),
     (" \n \n", "no records"),

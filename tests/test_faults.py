@@ -104,11 +104,15 @@ def test_a_full_disk_ends_the_run_and_the_last_checkpoint_stays(stopped):
     try:
         shutil.copytree(stopped, "disk/out")
         room = shutil.disk_usage("disk").free
-        Path("disk/ballast").write_bytes(b"x" * (room - 3_000_000))
+        Path("disk/ballast").write_bytes(b"x" * (room - 5_000_000))
         code, said = run("--out", "disk/out", "--save-every", "2")
         assert code == 1 and "Traceback" not in said
         assert "No space left on device" in said or "is the disk full?" in said
         assert saved("disk/out") == ["step-2", "step-4"]
+        with open("disk/ballast", "ab") as file:
+            file.write(b"x" * (shutil.disk_usage("disk").free - 1_000_000))
+        code, said = run("--out", "disk/out", "--save-every", "2")
+        assert code == 2 and "GB are free, and the model takes 0.00" in said
         Path("disk/ballast").unlink()
         assert "goes on from disk/out/checkpoints/step-4" in done("--out", "disk/out")
     finally:

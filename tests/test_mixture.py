@@ -133,6 +133,12 @@ def test_a_draw_is_without_replacement_and_depends_on_its_own_source_alone():
     assert [json.loads(line)["source"] for line in lines] == ["a"] * 20 + ["b"] * 20
 
 
+def test_a_long_list_of_weights_is_no_path():
+    names = [f"a_source_with_a_long_name_{i}" for i in range(20)]
+    weights = mixture.read_weights(",".join(f"{name}=1" for name in names), names)
+    assert weights == dict.fromkeys(names, 1 / 20)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_each_sample_comes_once_an_epoch_whatever_the_number_of_ranks(world):
     sources = [dataset(17), dataset(9, "b")]

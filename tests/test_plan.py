@@ -307,7 +307,7 @@ def test_34b_fits_eight_gpus_of_48_gb_and_70b_eight_of_80_gb():
     yi, llama = CONFIGS["Yi-34B"], CONFIGS["LLaMA-3-70B"]
     assert planning.fits(planning.plan(yi, **FLAGS), 48)  # without checkpointing even
     assert planning.fits(planning.plan(llama, **checkpointed), 80)
-    # shared/design.md's formula: (4 P + 2 A (4 + 8 + 4)) / D
+    # (4 P + 2 A (4 + 8 + 4)) / D, of both copies
     assert round(planning.plan(yi, **checkpointed).persistent / 1e9, 1) == 25.3
     assert round(planning.plan(llama, **checkpointed).persistent / 1e9, 1) == 50.5
     for config, card in ((yi, 141), (llama, 141)):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import data
+import inputs
 import model as hf
 import plan
 import report
@@ -104,6 +105,8 @@ def test_denoising_orders_the_sources_under_torchrun():
     assert after < 0.5 * before
     for text in ("clean", "interleave_probs", "dataset_mixer", "held-out test loss", "█"):
         assert text in done.stdout
+    mixer = json.loads(done.stdout.split("dataset_mixer: ")[1].splitlines()[0])
+    assert all(1 < n <= result["sources"][name]["samples"] for name, n in mixer.items())
     assert len(rows(Path("out"))) == 40
     first = rows(Path("out"))[0]
     assert first["source_loss_w"] == first["source_loss_u"]
@@ -246,6 +249,10 @@ def test_all_problems_are_printed_together(sound, capsys, tmp_path):
     [
         ({"--train": ["a=a.json", "a=b.json"]}, "--train b.json: the name a is used twice"),
         ({"--train": ["a=a.json", "b.json"]}, "--train b.json: expected NAME=PATH"),
+        ({"--train": ["a=a.json", "=b.json"]}, "--train =b.json: expected NAME=PATH"),
+        ({"--train": ["a=a.json", "b,c=b.json"]}, "--train b,c=b.json: a name may have no comma"),
+        ({"--train": ["a=a.json", f"b={'x' * 300}"]}, "x"),
+        ({"--out": "x" * 300}, "[Errno 36] File name too long: 'x"),
         ({"--train": ["nowhere*.json"]}, "--train nowhere*.json: no file matches"),
         ({"--train": ["twins"]}, "--train twins/train_x.jsonl: the name x is used twice"),
         ({"--val": "a.json"}, "--val a.json is the same file as --train a"),
@@ -254,6 +261,8 @@ def test_all_problems_are_printed_together(sound, capsys, tmp_path):
         ({"--val-batch-size": "0"}, "--val-batch-size 0: "),
         ({"--alpha": "nan"}, "--alpha nan: "),
         ({"--seed": "-1"}, "--seed -1: "),
+        ({"--seed": str(2**32)}, "--seed 4294967296: "),
+        ({"--alpha": "1e308"}, "--alpha 1e+308: "),
         ({"--steps": "0"}, "--steps 0: "),
         ({"--tau": "1e5", "--outer-rounds": "3"}, "--tau 100000.0: "),
         ({"--template": "llama3"}, "--template llama3: "),
@@ -267,6 +276,17 @@ def test_refusals(sound, capsys, change, expected):
         write_records(Path("twins") / name)
     lines = refusal(flags(sound | change), capsys)
     assert len(lines) == 1 and lines[0].startswith(expected), lines
+
+
+def test_sources_may_be_given_one_by_one_and_what_is_odd_is_noted(sound):
+    a, b = sound.pop("--train")
+    same = a.replace("a=", "again=", 1)
+    args = inputs.parse([*flags(sound), "--train", a, "--train", b, same])
+    made = inputs.prepare(args, 1)
+    assert list(made.sources) == ["a", "b", "again"]
+    assert "a and again are the same records" in made.notes
+    args = inputs.parse([*flags(sound), "--train", a])
+    assert any("there is one source" in note for note in inputs.prepare(args, 1).notes)
 
 
 def spoil_missing(folder):
@@ -459,6 +479,8 @@ def test_settled_and_drifting_weights():
 
     still = report.summarise(history(lambda t: 0.7 + 0.01 * math.sin(t * t)))
     assert still["settled"] == {"a": True, "b": True}
+    near = report.summarise(history(lambda t: 0.99 + 1e-5 * t))
+    assert near["settled"] == {"a": True, "b": True} and not any(near["limited"].values())
     assert still["gap"]["a"] == pytest.approx(0.05) and still["gap"]["b"] is None
     moving = report.summarise(history(lambda t: 0.3 + 0.001 * t))
     assert moving["settled"] == {"a": False, "b": False}
