@@ -357,6 +357,7 @@ def _unpack(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(stored < 0, ~stored, stored), np.where(stored < 0, IGNORE, stored)
 
 
+TRUNCATED = "no response token left after truncation"
 ARRAYS = {"tokens": np.int32, "lengths": np.int64, "hashes": np.uint64, "lines": np.int64,
           "numbers": np.int64}
 
@@ -381,7 +382,7 @@ def _tokenise(
         dropped["empty answer"] += len(part) - len(answered)
         samples = encode_conversations(tokenizer, template, [t for *_, t in answered], max_length)
         kept = [n for n, (_, has_loss) in enumerate(samples) if any(has_loss)]
-        dropped["no response token left after truncation"] += len(answered) - len(kept)
+        dropped[TRUNCATED] += len(answered) - len(kept)
         stored = [np.where(samples[n][1], samples[n][0], ~np.array(samples[n][0])) for n in kept]
         yield {
             "tokens": np.concatenate([np.zeros(0, np.int32), *stored]).astype(np.int32),
@@ -470,8 +471,8 @@ def _build_entry(
         hashes = np.fromfile(temporary / "hashes.bin", np.uint64)
         if not len(hashes) and not problems.count:
             reasons = [f"{n} dropped: {reason}" for reason, n in dropped.items() if n]
-            left = f" left in {max_length} tokens: " if reasons else ""
-            problems.add(f"{path}: no records{left}{', '.join(reasons)}")
+            cut = f" to {max_length} tokens" * bool(dropped[TRUNCATED])  # the last reason
+            problems.add(f"{path}: no records{' left: ' * bool(reasons)}{', '.join(reasons)}{cut}")
         if not problems.count and _sha256(path) != digest:
             problems.add(f"{path}: was written to while it was read")
         problems.raise_if_any()

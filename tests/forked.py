@@ -71,7 +71,10 @@ def start(
     faults: dict[int, Callable[[], None]] | None = None,
     flags: list[str] = FLAGS,
 ) -> list[multiprocessing.Process]:
-    """One process a rank, without a launcher. faults: rank -> what to call before the run."""
+    """One process a rank, without a launcher. faults: rank -> what to call before the run; a
+    --train in `argv` takes the place of the one in `flags`."""
+    if "--train" in argv and "--train" in flags:
+        flags = flags[: flags.index("--train")] + flags[flags.index("--train") + 2 :]
     world = {}
     if ranks > 1:
         with socket.socket() as s:

@@ -189,7 +189,7 @@ def test_hostile_texts_stay_text(as_array, write, tmp_path):
 
 def test_sixty_problems_are_listed_then_counted(write):
     with pytest.raises(ValueError) as error:
-        read_records(write("{\n" * 100))
+        read_records(write("{x\n" * 100))
     lines = str(error.value).splitlines()
     assert len(lines) == 61 and lines[-1] == "… and 40 more"
     assert lines[59].split(": ")[0].endswith(":60")

@@ -184,8 +184,8 @@ def test_all_problems_are_printed_together(pipeline, capsys):
     assert refusal(spoilt, capsys) == [
         "--val-batch-size makes no sense with --mode finetune",
         "--alpha makes no sense with --mode finetune",
-        "--batch-size 0: permitted is a whole number above 0",
-        "--samples 0: permitted is a whole number above 0",
+        "--batch-size 0: permitted is a whole number above 0 and below 1e9",
+        "--samples 0: permitted is a whole number above 0 and below 1e9",
         "--weights c=0.5,b=-1: no source is called c: there are a, b",
         "--weights c=0.5,b=-1: the weight of b is -1.0: permitted is a number of at least 0",
     ]
@@ -196,7 +196,7 @@ def test_all_problems_are_printed_together(pipeline, capsys):
         "--weights makes no sense with --mode bilevel",
         "--repeat makes no sense with --mode bilevel",
     ]
-    lines = refusal([*tune, "--weights", "learned/weights.json", "--out", "new",
+    lines = refusal(["--mode", "finetune", "--weights", "learned/weights.json", "--out", "new",
                      "--train", "a=a.json", "c=b.json"], capsys)  # fmt: skip
     assert lines == ["--weights learned/weights.json: it is about the sources a, b, but those to "
                      "train on are a, c"]  # fmt: skip
