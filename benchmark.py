@@ -463,7 +463,8 @@ def worker(what: str, case: Case) -> None:
 
 def start(command: list[str], threads: int = 1, device: str = "cpu") -> dict | list:
     """Run a command; the JSON in the last line it prints."""
-    env = os.environ | ALLOCATOR | {"PYTHONPATH": str(Path(__file__).resolve().parent)}
+    here, given = str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")
+    env = os.environ | ALLOCATOR | {"PYTHONPATH": f"{here}{os.pathsep}{given}" if given else here}
     env |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
     if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
