@@ -124,6 +124,7 @@ class Fields:
         return None if value is None else self.positive(key, value)
 
     def positive(self, key: str, value, kinds: tuple = (int, float)) -> float:
+        """The value; or 1, and a problem, if it is not a positive number of these kinds."""
         if type(value) in kinds and value > 0:
             return value
         kind = "number" if float in kinds else "integer"

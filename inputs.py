@@ -247,7 +247,7 @@ def fresh(out: Path, restarted: bool) -> Path:
 
     others = (out.with_name(f"{out.name}-{n}") for n in itertools.count(2))
     paths = itertools.chain([out], others)
-    return next(path for path in paths if not path.exists() or ours(path))
+    return next(path for path in paths if not os.path.exists(path) or ours(path))
 
 
 def launcher() -> str:
@@ -412,11 +412,12 @@ def plan_inputs(args: argparse.Namespace) -> hf.ModelConfig:
 
 
 def check_space(args: argparse.Namespace, config: hf.ModelConfig) -> list[str]:
-    """Whether the model that the run will leave finds room on the disk."""
+    """Whether the model that the run will leave finds room on the disk, if it is not there yet."""
     dtype = dtype_of(args.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     needed = dtype.itemsize * sum(map(math.prod, hf.parameter_shapes(config).values()))
     parent = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
-    if (free := shutil.disk_usage(parent).free) >= needed:
+    free = shutil.disk_usage(parent).free
+    if free >= needed or (args.out / "model").is_dir():
         return []
     return [f"--out {args.out}: {free / 1e9:.3f} GB are free, and the model takes "
             f"{needed / 1e9:.3f}"]  # fmt: skip

@@ -254,6 +254,7 @@ def test_all_problems_are_printed_together(sound, capsys, tmp_path):
         ({"--train": ["a=a.json", f"b={'x' * 300}"]},
          "[Errno 36] File name too long: 'x"),
         ({"--out": "x" * 300}, "[Errno 36] File name too long: 'x"),
+        ({"--out": "x" * 300, "--resume": "never"}, "[Errno 36] File name too long: 'x"),
         ({"--train": ["nowhere*.json"]}, "--train nowhere*.json: no file matches"),
         ({"--train": ["twins"]}, "--train twins/train_x.jsonl: the name x is used twice"),
         ({"--val": "a.json"}, "--val a.json is the same file as --train a"),
