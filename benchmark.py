@@ -351,7 +351,7 @@ def times(case: Case, device: torch.device) -> dict:
     kernels = attention_kernels(lambda: side.step(0, side.arrived(0)))
     return result | {
         "attention": kernels,
-        "padded_tokens": [case.ranks * sum(b.tokens.numel() for b in part) for part in passes],
+        "tokens": [case.ranks * sum(b.n_tokens for b in part) for part in passes],
         "flops": flops,
         "flops_per_s": rate,
         "adamw_bytes": adamw,
@@ -548,12 +548,12 @@ def cost(quick: bool) -> dict:
     value = {"length": lambda c: 2 * int(c.lengths.split("+")[0]), "batch": lambda c: c.batch,
              "sources": lambda c: c.sources, "records": lambda c: 2 * c.records}  # fmt: skip
     results = {}
-    print("\ncost against        milliseconds a step, per 1000 padded tokens")
+    print("\ncost against        milliseconds a step, per 1000 tokens")
     for name, cases in sizes.items():
         row = results[name] = {}
         for case in cases[:: 3 if quick else 1]:
             r = run("times", case)
-            tokens = median(r["padded_tokens"])
+            tokens = median(r["tokens"])
             row[value[name](case)] = 1e6 * median(r["ours"]) / tokens
         print(f"{name:19} " + "  ".join(f"{n}: {ms:.1f}" for n, ms in row.items()), flush=True)
     return results
@@ -753,7 +753,7 @@ def gpu_steps(cases: list[Case]) -> dict:
         foretold = plan.plan(hf.ModelConfig.from_hf(SHAPES[case.shape]), **settings).peak
         planned = f"{foretold / 1e9:8.2f}GB" if name == "ours" else ""
         took = median(r[name])
-        print(f"{case.title:44}{took:8.3f}s{median(r['padded_tokens']) / took:10.0f}"
+        print(f"{case.title:44}{took:8.3f}s{median(r['tokens']) / took:10.0f}"
               f"{median(r['flops']) / took / r['flops_per_s']:8.2f}{r['peak'] / 1e9:8.2f}GB"
               f"{planned}  {', '.join(r['attention'])}", flush=True)  # fmt: skip
     return results

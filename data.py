@@ -526,6 +526,11 @@ class MicroBatch:
     labels: torch.Tensor  # (B, T) int64; labels[:, t] is tokens[:, t], -100 where there is no loss
     group: torch.Tensor  # (B,) int64: index of the source, S for validation, -1 for a filler
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of its samples, each up to the last one with loss."""
+        return int(((self.labels != IGNORE).flip(1).cumsum(1) > 0).sum())
+
     def to(self, device: torch.device | str) -> MicroBatch:
         """Copy without a wait. Labels stay: the model picks the positions with loss on the host."""
         if torch.device(device).type == "cpu":
@@ -638,8 +643,7 @@ class Batches:
             size = min(self.micro_batch_size, share - start)
             for rank in sorted(range(self.world), key=tokens.__getitem__):
                 part = list(itertools.islice(left, size))
-                (group, i), _ = part[0]
-                tokens[rank] += size * int(self.datasets[group].lengths[i])
+                tokens[rank] += sum(int(self.datasets[g].lengths[i]) for (g, i), _ in part)
                 if rank == self.rank:
                     parts.append(zip(*part, strict=True))
         return [_collate(self.datasets, part, self.pad_to, groups) for part, groups in parts]

@@ -5,12 +5,15 @@ what sets a family apart is a field of `ModelConfig`, read from Hugging Face's c
 reference is `transformers`, whose logits, losses and gradients tests/test_model.py compares.
 Checkpoints' files are pretrained.py's concern.
 
+The residual stream is a table of P rows, one for each position that takes part in a prediction:
+only attention sees a batch (B, T) with its padding. Without labels, P = B T.
+
     model = from_pretrained("gpt2")                     # a hub id or a directory
     losses = model(tokens, labels)                      # (B,), the mean over each sample's response
     replies = generate(model, prompts, max_new_tokens=64, eos_id=model.config.eos_ids)
 
 B batch, T time, D width, N heads, K key/value heads, H head size, R rotated part of a head,
-V vocabulary, M response positions, L slots of the cache.
+V vocabulary, P positions that are computed, M that predict, L slots of the cache.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +63,7 @@ class Embed(nn.Module):
         self.positions = nn.Embedding(c.max_positions, c.width) if c.learned_positions else None
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        x = F.embedding(tokens, self.weight)  # (B, T, D)
+        x = F.embedding(tokens, self.weight)  # (P, D)
         if self.positions is not None:
             x = x + self.positions(positions)
         if self.scale != 1:
@@ -106,6 +110,36 @@ def causal_mask(positions: Tensor, slots: int, window: int | None) -> Tensor:
     return mask & (key > query - window) if window else mask
 
 
+class Context(NamedTuple):
+    """What the blocks share, beside the residual stream.
+
+    shape      B, T
+    rows       (P,): the positions that are computed, of the B * T; None: all of them, P = B * T
+    cos, sin   from rope_tables, where positions are rotated
+    mask       from causal_mask; None: causal
+    cache      (2, B, L, K, H), to be written at `positions` (B, T) and attended to
+    """
+
+    shape: tuple[int, int]
+    positions: Tensor
+    rows: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    mask: Tensor | None = None
+    cache: Tensor | None = None
+
+
+def take(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Rows of a table, (n, …) -> (len(rows), …); None: all of them."""
+    return x if rows is None else x.index_select(0, rows)
+
+
+def spread(x: Tensor, rows: Tensor | None, n: int) -> Tensor:
+    """The opposite: x as these rows of a table of n, the others zero. A copy, not atomic additions:
+    the same bits every time."""
+    return x if rows is None else x.new_zeros(n, *x.shape[1:]).index_copy_(0, rows, x)
+
+
 class Attention(nn.Module):
     """Causal attention of N query heads over K key/value heads."""
 
@@ -121,29 +155,22 @@ class Attention(nn.Module):
         self.head_size, self.groups = H, c.n_heads // c.n_kv_heads
         self.scale, self.cap = c.score_scale, c.score_cap
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor | None = None,
-        sin: Tensor | None = None,
-        mask: Tensor | None = None,
-        cache: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
-        """x (B, T, D); cos, sin from rope_tables; mask from causal_mask, or None: causal; cache
-        (2, B, L, K, H) to be written at `positions` (B, T) and attended to."""
-        B, T, _ = x.shape
-        q = self.q_norm(self.q(x).view(B, T, -1, self.head_size))  # (B, T, N, H)
-        k = self.k_norm(self.k(x).view(B, T, -1, self.head_size))  # (B, T, K, H)
-        v = self.v(x).view(B, T, -1, self.head_size)
-        if cos is not None:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
+    def forward(self, x: Tensor, at: Context, keep: Tensor | None = None) -> Tensor:
+        """x (P, D) -> (P, D), or with keep (M,) those of the results, (M, D)."""
+        (B, T), H = at.shape, self.head_size
+        q = self.q_norm(self.q(x).unflatten(1, (-1, H)))  # (P, N, H)
+        k = self.k_norm(self.k(x).unflatten(1, (-1, H)))  # (P, K, H)
+        v = self.v(x).unflatten(1, (-1, H))
+        q, k, v = (spread(t, at.rows, B * T).unflatten(0, (B, T)) for t in (q, k, v))
+        if at.cos is not None:
+            q, k = rotate(q, at.cos, at.sin), rotate(k, at.cos, at.sin)
+        if at.cache is not None:
             rows = torch.arange(B, device=x.device)[:, None]
-            cache[0, rows, positions], cache[1, rows, positions] = k, v
-            k, v = cache  # (B, L, K, H)
-        y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+            at.cache[0, rows, at.positions], at.cache[1, rows, at.positions] = k, v
+            k, v = at.cache  # (B, L, K, H)
+        y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), at.mask)
+        y = y.transpose(1, 2).reshape(B * T, -1)
+        return self.o(take(take(y, at.rows), keep))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (B, N, T, H), k and v (B, K, T or L, H) -> (B, N, T, H)."""
@@ -172,7 +199,7 @@ class MLP(nn.Module):
         self.activation = c.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.up(x) if self.gate is None else self.gate(x)  # (B, T, hidden)
+        inner = self.up(x) if self.gate is None else self.gate(x)  # (…, hidden)
         if self.activation == "silu":
             inner = F.silu(inner)
         else:  # every other spelling than "gelu" names the tanh approximation
@@ -200,9 +227,10 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp, self.mlp_post_norm = norm(), MLP(c), norm(c.post_norms)
         self.parallel = c.parallel
 
-    def forward(self, x: Tensor, *context: Tensor | None) -> Tensor:
-        """x (B, T, D); context: what else Attention.forward takes."""
-        a = self.attn(self.attn_norm(x), *context)
+    def forward(self, x: Tensor, at: Context, keep: Tensor | None = None) -> Tensor:
+        """x (P, D) -> (P, D), or with keep (M,) those of the results, (M, D)."""
+        a = self.attn(self.attn_norm(x), at, keep)
+        x = take(x, keep)
         if self.parallel:
             return x + a + self.mlp(self.mlp_norm(x))
         x = x + self.attn_post_norm(a)
@@ -210,7 +238,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Logits, or the loss of each sample, computed at the response positions alone."""
+    """Logits, or the loss at each position."""
 
     logits_bytes = 512e6  # if a micro-batch's fp32 logits would exceed this, they are recomputed
 
@@ -219,23 +247,9 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(c.vocab, c.width))
         self.cap = c.logit_cap
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """x (B, T, D) -> logits (B, T, V), or with labels (B, T) losses (B,)."""
-        if labels is None:
-            return self.logits(x)
-        B, T, D = x.shape
-        # Sizes that depend on the data are found where the labels are: on the CPU, without waiting
-        # for the GPU.
-        answered = labels[:, 1:] != -100  # (B, T - 1), by the position that predicts
-        rows, times = answered.nonzero(as_tuple=True)  # (M,)
-        indices = torch.stack((rows * T + times, labels[rows, times + 1]))
-        where, targets = indices.to(x.device, non_blocking=True)
-        counts = answered.sum(1).clamp(min=1).to(x.device, non_blocking=True)  # (B,)
-        hidden = x.reshape(B * T, D).index_select(0, where)  # (M, D)
-        losses = self.token_losses(hidden, targets)  # (M,)
-        # Back in their places: unlike atomic additions, a sum over T is the same bits every time.
-        table = losses.new_zeros(B * T).index_copy(0, where, losses).view(B, T)
-        return table.sum(1) / counts  # (B,)
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """x (M, D) -> logits (M, V), or with targets (M,) losses (M,)."""
+        return self.logits(x) if targets is None else self.token_losses(x, targets)
 
     def logits(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight).to(wide(x.dtype))
@@ -255,6 +269,43 @@ class Head(nn.Module):
         chunks = zip(hidden.tensor_split(n), targets.tensor_split(n), strict=True)
         options = {"use_reentrant": False, "preserve_rng_state": False}
         return torch.cat([checkpoint(losses, h, t, **options) for h, t in chunks])
+
+
+class Answers:
+    """Where labels (B, T) ask for predictions, and what takes part in these: of each sample, the
+    positions up to its last prediction, none of its padding.
+
+    Sizes that depend on the data are found where the labels are: on the CPU, without waiting for
+    the GPU.
+
+    rows (P,)      positions that take part, of the B * T; None: all, so few are left out
+    keep (M,)      positions that predict, as indices of the P
+    targets (M,)   the tokens there
+    """
+
+    def __init__(self, labels: Tensor, device: torch.device):
+        self.shape = labels.shape
+        answered = F.pad(labels[:, 1:] != -100, (0, 1))  # (B, T), by the position that predicts
+        needed = answered.flip(1).cumsum(1).flip(1) > 0  # (B, T)
+        places = answered.flatten().nonzero().squeeze(1)  # (M,), of the B * T
+        rows = needed.flatten().nonzero().squeeze(1)
+        keep = needed.flatten().cumsum(0)[places] - 1
+        # Copying q, k, v and y from P rows to B * T and back takes a few hundredths of a block.
+        if len(rows) > 0.95 * needed.numel():
+            rows, keep = None, places
+        targets = labels.flatten()[places + 1]
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        self.rows = None if rows is None else move(rows)
+        self.places, self.keep, self.targets = move(torch.stack((places, keep, targets)))
+        self.counts = move(answered.sum(1).clamp(min=1))  # (B,)
+
+    def means(self, losses: Tensor) -> Tensor:
+        """Of each sample, (B,), from losses (M,); 0 where there are none."""
+        table = spread(losses, self.places, self.shape.numel()).view(self.shape)
+        return table.sum(1) / self.counts
 
 
 class Transformer(nn.Module):
@@ -294,11 +345,19 @@ class Transformer(nn.Module):
         c, (B, T) = self.config, tokens.shape
         if c.learned_positions and c.max_positions < T:
             raise ValueError(f"{T} tokens: the model has {c.max_positions} positions")
+        rows = keep = None
+        if labels is not None:
+            answers = Answers(labels, tokens.device)
+            rows, keep = answers.rows, answers.keep
+        elif last is not None:
+            keep = torch.arange(B, device=tokens.device) * T + last
         positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
         if cache is not None:
             positions = positions + cache.lengths[:, None]  # (B, T)
-        x = self.embed(tokens, positions)  # (B, T, D)
+        flat = take(tokens.flatten(), rows), take(positions.expand(B, T).flatten(), rows)
+        x = self.embed(*flat)  # (P, D)
         tables = rope_tables(c, positions, wide(x.dtype)) if c.rotary else (None, None)
+        at = Context((B, T), positions, rows, *tables)
         masks = {}
         for window in set(c.windows):
             free = cache is None and c.score_cap is None and (window is None or window >= T)
@@ -306,14 +365,17 @@ class Transformer(nn.Module):
             masks[window] = None if free else causal_mask(positions, slots, window)
         for i, block in enumerate(self.blocks):
             mine = None if cache is None else cache.of_block(i, x, c)
-            inputs = x, *tables, masks[c.windows[i]], mine, positions
+            at = at._replace(mask=masks[c.windows[i]], cache=mine)
+            # After the last block's attention no other position matters.
+            inputs = x, at, keep if i == c.n_layers - 1 else None
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x = block(*inputs)
-        if last is not None:
-            x = x[torch.arange(B, device=x.device), last][:, None]  # (B, 1, D)
-        return self.head(self.norm(x), labels)
+        x = self.norm(x)  # (M, D), or (B * T, D)
+        if labels is None:
+            return self.head(x).view(B, -1, c.vocab)
+        return answers.means(self.head(x, answers.targets))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -329,9 +391,10 @@ class Cache:
         self.blocks: list[Tensor] = []
 
     def of_block(self, i: int, x: Tensor, c: ModelConfig) -> Tensor:
-        """Block i's keys and values (2, B, L, K, H), made on first use."""
+        """Block i's keys and values (2, B, L, K, H), made on first use, of x's dtype."""
         if i == len(self.blocks):
-            self.blocks.append(x.new_zeros(2, len(x), self.slots, c.n_kv_heads, c.head_size))
+            size = 2, len(self.lengths), self.slots, c.n_kv_heads, c.head_size
+            self.blocks.append(x.new_zeros(size))
         return self.blocks[i]
 
 

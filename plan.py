@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 import shard
 from families import ModelConfig
-from model import Transformer, causal_mask, rope_tables, wide
+from model import Context, Transformer, causal_mask, rope_tables, wide
 
 GB = 1_000_000_000
 RESERVED = 2 * GB
@@ -170,40 +170,45 @@ def run(module, x: Tensor, given: list[Tensor], *args) -> Pass:
 
 @lru_cache(maxsize=256)
 def block_pass(
-    c: ModelConfig, dtype: torch.dtype, B: int, T: int, active: bool, alone: bool = False
+    c: ModelConfig, dtype: torch.dtype, B: int, T: int, active: bool, alone: bool, kept: int = 0
 ) -> Pass:
-    """Of one block, with its parameters trained or frozen. alone: on one rank, where a parameter's
-    gradient is added to the sum, and gone, as soon as it is there."""
+    """Of one block, with its parameters trained or frozen.
+
+    alone   on one rank, where a parameter's gradient is added to the sum, and gone, as soon as it
+            is there
+    kept    of the last block: positions that predict
+    """
     block = meta_model(c, dtype).blocks[0].requires_grad_(active)
     if active and alone:
         for p in block.parameters():
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    x = torch.empty(B, T, c.width, dtype=dtype, device="meta", requires_grad=True)
-    context = shared_by_blocks(c, dtype, T)
-    args = [None, None, *context] if not c.rotary else [*context]
-    args += [None] * (3 - len(args))
-    return run(block, x, [*block.parameters(), *context], *args)
+    at = shared_by_blocks(c, dtype, B, T)
+    x = torch.empty(B * T, c.width, dtype=dtype, device="meta", requires_grad=True)
+    keep = torch.empty(kept, dtype=torch.long, device="meta") if kept else None
+    return run(block, x, [*block.parameters(), *tensors(at)], at, keep)
 
 
-def shared_by_blocks(c: ModelConfig, dtype: torch.dtype, T: int) -> list[Tensor]:
+def shared_by_blocks(c: ModelConfig, dtype: torch.dtype, B: int, T: int) -> Context:
     """RoPE tables, and the mask where one is needed; see Transformer.forward."""
     positions = torch.arange(T, device="meta")[None]
-    tables = [*rope_tables(c, positions, wide(dtype))] if c.rotary else []
+    tables = rope_tables(c, positions, wide(dtype)) if c.rotary else (None, None)
     short = [window for window in set(c.windows) if window is not None and window < T]
     masked = short or c.score_cap is not None
-    return tables + ([causal_mask(positions, T, min(short, default=None))] if masked else [])
+    mask = causal_mask(positions, T, min(short, default=None)) if masked else None
+    return Context((B, T), positions, None, *tables, mask)
+
+
+def tensors(at: Context) -> list[Tensor]:
+    return [t for t in at if isinstance(t, Tensor)]
 
 
 @lru_cache(maxsize=256)
-def head_pass(
-    c: ModelConfig, dtype: torch.dtype, B: int, T: int, response: int, active: bool
-) -> Pass:
-    """Of the final norm and the loss, over the last `response` positions of each sample."""
+def head_pass(c: ModelConfig, dtype: torch.dtype, n: int, active: bool) -> Pass:
+    """Of the final norm and the losses at n positions."""
     model = meta_model(c, dtype).requires_grad_(active)
-    x = torch.empty(B, T, c.width, dtype=dtype, device="meta", requires_grad=True)
-    labels = torch.full((B, T), -100)
-    labels[:, T - response :] = 0
-    return run(lambda x: model.head(model.norm(x), labels), x, [*model.parameters()])
+    x = torch.empty(n, c.width, dtype=dtype, device="meta", requires_grad=True)
+    targets = torch.empty(n, dtype=torch.long, device="meta")
+    return run(lambda x: model.head(model.norm(x), targets), x, [*model.parameters()])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -379,20 +384,28 @@ class Step:
             * self.dtype.itemsize <= shard.GATHER_ONCE_BYTES
         )
         self.buffered = not self.whole
-        trained, frozen = block_pass(*of, True, self.ranks == 1), block_pass(*of, False)
-        # Memory peaks at the last block, while all others' activations wait: plan for it to train.
-        self.top = trained if self.n_active else frozen
+        alone = self.ranks == 1
+        trained, frozen = (block_pass(*of, active, alone) for active in (True, False))
+        # The last block is at work while all others' activations wait: plan for it to train. The
+        # one before has fewer, but is larger where few positions predict.
+        predict = self.B * min(self.response, self.T - 1)
+        self.top = block_pass(*of, self.n_active > 0, alone, predict)
+        self.second = trained if self.n_active else frozen
         self.x = self.B * self.T * c.width * self.dtype.itemsize
-        self.context = sum(t.nbytes for t in shared_by_blocks(c, self.dtype, self.T))
+        shared = shared_by_blocks(c, self.dtype, self.B, self.T)
+        self.context = sum(t.nbytes for t in tensors(shared))
+        n_trained = max(0, self.n_active - 1)  # of the blocks below the last
         if self.checkpointing:
+            self.below = c.n_layers * self.x
             self.top_saved = self.x
-            self.saved = (c.n_layers + 1) * self.x
+            self.below_second = self.below - self.x
         else:
-            n_frozen = c.n_layers - self.n_active
-            self.saved = self.x + self.n_active * trained.saved + n_frozen * frozen.saved
+            n_frozen = c.n_layers - 1 - n_trained
+            self.below = self.x + n_trained * trained.saved + n_frozen * frozen.saved
             self.top_saved = self.top.saved
-        self.below = self.saved - self.top_saved
-        self.loss = head_pass(*of, self.response, self.ends)
+            self.below_second = self.below - (trained if n_trained else frozen).saved
+        self.saved = self.below + self.top_saved
+        self.loss = head_pass(c, self.dtype, predict, self.ends)
 
     def moments(self) -> Iterator[dict[str, int]]:
         """Bytes by component, from the head's forward down to the embedding's gradient."""
@@ -415,19 +428,19 @@ class Step:
 
         gathered = self.block + next_block + kept
         grads = self.block * size if self.n_active else 0
-        own = self.top.backward - grads
+        top, second = self.top.backward - grads, self.second.backward - grads
         # The input of a reduction is kept until the next group's: of the head, then of a block.
         buffers = done.reduced * full
-        yield self.at(gathered, self.below + own, 0, grads + waiting, buffers, done)
+        yield self.at(gathered, self.below + top, 0, grads + waiting, buffers, done)
         if self.n_active:
             under = self.below + self.x
             yield from self.reduction(next_block + kept, self.block, under, waiting, done)
             done, buffers = done.plus(self.block), self.block * full
-            under = self.below - self.top_saved + own
-            yield self.at(gathered, under, 0, grads + waiting, buffers, done)
+        if self.config.n_layers > 1:
+            yield self.at(gathered, self.below_second + second, 0, grads + waiting, buffers, done)
         if not tied:  # while the first block is at work, the embedding is gathered
             gathered = self.block + self.buffered * self.embed
-            yield self.at(gathered, self.x + own, 0, grads, buffers, done)
+            yield self.at(gathered, self.x + second, 0, grads, buffers, done)
         if self.ends:
             group = self.both if tied else self.embed
             grads = self.embed * size + 2 * waiting  # the head's, and the sum of both
@@ -455,6 +468,8 @@ class Step:
         yield at(self.saved, self.loss.forward)
         yield at(self.saved, self.loss.backward - head_grads, head_grads)
         yield at(self.below + self.top.backward, grads=waiting)
+        if self.config.n_layers > 1:
+            yield at(self.below_second + self.second.backward, grads=waiting)
         if self.ends:
             yield at(self.x, grads=in_embed + 2 * waiting)
 

@@ -163,9 +163,9 @@ def train(
         held_out = held_out_losses(args, inputs, trainer.w, step, total)
         began = time.perf_counter()
         train_part, val_part, counts = batch
-        # Padded tokens of this rank that go through a forward and a backward, in every copy.
+        # Tokens of this rank's samples that go through a forward and a backward, in every copy.
         copies = len(trainer.copies)
-        tokens = sum(b.tokens.numel() for b in [*copies * train_part, *val_part])
+        tokens = sum(b.n_tokens for b in [*copies * train_part, *val_part])
         train_part, val_part = ([b.to(device) for b in part] for part in (train_part, val_part))
         stats = trainer.step(train_part, val_part, counts, stop=bool(signals))
 

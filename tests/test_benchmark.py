@@ -77,18 +77,20 @@ def test_both_sides_see_the_same_samples(sides):
 
 
 def test_flop_count_matches_a_count_by_hand():
-    """Of one sample of 8 tokens with 4 of response, in a model of which all trains."""
+    """Of one sample of 8 tokens with 4 of response, in a model of which all trains: nothing is
+    computed at its last token, nor before the response once the last block has attended to it."""
     case = replace(CASE, lengths="4+4", flags="--lisa-layers 0")
     tokens = torch.zeros(1, 8, dtype=torch.long)
     labels = torch.tensor([[-100] * 4 + [0] * 4])
     batch = benchmark.data.MicroBatch(tokens, labels, torch.zeros(1, dtype=torch.long))
-    D, V, L, T, M = 64, 512, 3, 8, 4
-    products = 2 * T * L * 12 * D * D + 2 * M * D * V  # forward; twice as much backward
+    D, V, L, T, P, M = 64, 512, 3, 8, 7, 4
+    weights = P * (12 * L - 9) * D * D + M * 9 * D * D + M * D * V  # 9: MLP and what follows y
+    products = 2 * weights  # forward; twice as much backward
     counted = benchmark.flop_count(case, 0, [batch])
     attention = counted - 3 * products
     assert 0 <= attention <= 3 * 4 * T * T * D * L  # causal or not, forward and backward
     lisa = benchmark.flop_count(replace(case, flags="--lisa-layers 2"), 0, [batch])
-    assert counted - lisa == 2 * T * 12 * D * D  # no weight gradients in the block that is frozen
+    assert counted - lisa == 2 * P * 12 * D * D  # no weight gradients in the block that is frozen
 
 
 def test_alpaca_lengths_have_the_means_of_the_files():

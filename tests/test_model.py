@@ -275,6 +275,45 @@ def test_batch_without_labels_has_loss_and_gradient_zero(checkpoint):
     assert all(p.grad.abs().sum() == 0 for p in ours.parameters())
 
 
+def padded(tokens, labels, width):
+    """The same with more columns, of tokens that are not to matter."""
+    rng = torch.Generator().manual_seed(width)
+    rest = torch.randint(0, 67, (len(tokens), width), generator=rng)
+    return torch.cat([tokens, rest], 1), torch.nn.functional.pad(labels, (0, width), value=-100)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_padding_neither_matters_nor_costs(case, checkpoint):
+    ours = hf.from_pretrained(checkpoint(case)[1], torch.float64)
+    seen = []
+    for block in ours.blocks:
+        block.register_forward_hook(lambda module, args, out: seen.append((len(args[0]), len(out))))
+
+    def losses_and_grads(tokens, labels):
+        ours.zero_grad()
+        losses = ours(tokens, labels)
+        (losses * torch.arange(1, len(losses) + 1)).sum().backward()
+        return losses.detach(), torch.cat([p.grad.flatten() for p in ours.parameters()])
+
+    tokens, _, labels = batch()
+    results = [losses_and_grads(*padded(tokens, labels, width)) for width in (0, 3, 17)]
+    alone = [ours(t[None], label[None]) for t, label in zip(tokens, labels, strict=True)]
+    torch.testing.assert_close(torch.cat(alone), results[0][0], rtol=1e-12, atol=1e-12)
+    answered, L = labels[:, 1:] != -100, len(ours.blocks)
+    needed = sum(int(row.nonzero().max()) + 1 for row in answered if row.any())
+    for n in range(3):
+        assert seen[n * L] == (needed, needed)
+        assert seen[(n + 1) * L - 1] == (needed, answered.sum())
+    assert seen[-1] == (0, 0)  # the last sample, alone, has no labels
+
+    seen.clear()  # where there is hardly any padding it is left in place
+    full = torch.randint(0, 67, (2, 30), generator=torch.Generator().manual_seed(0))
+    results += [losses_and_grads(*padded(full, full, width)) for width in (0, 20)]
+    assert [seen[0][0], seen[L][0]] == [2 * 30, 2 * 29]
+    for one, other in (results[:2], results[1:3], results[3:]):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def test_frozen_parameters_cost_no_gradient(checkpoint):
     ours = hf.from_pretrained(checkpoint("llama-3.1")[1]).requires_grad_(False)
     ours.blocks[1].requires_grad_(True)

@@ -118,10 +118,11 @@ def test_offloading_the_idle_copy_changes_no_bit(results):
 
 def test_compiled_blocks_match_eager_ones_without_compiling_for_each_width(results):
     """Five widths and two batch sizes: a graph for blocks that train, and two for those that do
-    not, above the lowest that does and below it."""
+    not, above the lowest that does and below it; two of the last block; and all that again for
+    batches without padding."""
     for result in results:
         losses, weights, graphs = result["compiled"]
-        assert max(losses, weights) < 1e-12 and 0 < graphs <= 3
+        assert max(losses, weights) < 1e-12 and 0 < graphs <= 10
 
 
 def test_loading_holds_one_full_tensor_beside_the_shards(tmp_path):
