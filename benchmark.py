@@ -1,6 +1,7 @@
 """Speed and memory, as ratios against a plain implementation that runs beside ours.
 
-    python benchmark.py [speed|memory|tokenize] [--quick] [--device cpu|cuda]
+    python benchmark.py [speed|memory] [--quick] [--device cpu|cuda]
+    python benchmark.py tokenize                            # preparation.py
     python benchmark.py fidelity                            # fidelity.py, with flags of its own
 
 The **reference** does what is usually written: two `transformers` models, torch.optim.AdamW over
@@ -25,11 +26,9 @@ import json
 import math
 import os
 import platform
-import random
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -54,10 +53,9 @@ import pretrained
 import report
 import shard
 import tasks
-import templates
 import tokenizer
 import train
-from inputs import DTYPES, TINY, Inputs, cache_dir, parse
+from inputs import DTYPES, TINY, Inputs, parse
 
 # glibc maps a block above a threshold anew each time, and each of its pages then costs a fault and
 # is zeroed. Both sides run with blocks of every size taken from one heap that is never given back.
@@ -491,6 +489,8 @@ def ratios(a: list[float], b: list[float]) -> list[float]:
 
 def speed(args: argparse.Namespace) -> dict:
     """The bilevel step of both sides, start-up, and the cost against sizes."""
+    import preparation
+
     if args.device == "cuda":
         return {"steps": gpu_steps(gpu_cases(args.quick))}
     results = {"steps": steps(args.quick, args.only)}
@@ -498,7 +498,7 @@ def speed(args: argparse.Namespace) -> dict:
         return results
     if not args.quick:
         results["1 to 2 ranks"] = scaling()
-    return results | {"start-up": start_up(args.quick), "cost": cost(args.quick)}
+    return results | {"start-up": preparation.start_up(args.quick), "cost": cost(args.quick)}
 
 
 def steps(quick: bool, only: str) -> dict:
@@ -560,105 +560,6 @@ def cost(quick: bool) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
-# Start-up: from the end of imports to the first step, in processes of their own
-
-OURS_STARTS = """
-import time; began = time.perf_counter()
-import json, sys
-import torch._dynamo  # which AdamW imports when it is first made
-import bilevel, shard, train
-imported = time.perf_counter()
-def first_step(*_, **__):
-    print(json.dumps([imported - began, time.perf_counter() - imported]))
-    shard.leave(0)
-bilevel.PenaltyStep.step = first_step
-train.main(sys.argv[1:])
-"""
-REFERENCE_STARTS = """
-import time; began = time.perf_counter()
-import json, sys
-import torch, torch._dynamo
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
-imported = time.perf_counter()
-directory, cached = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(directory)
-tokens, labels, lengths = torch.load(cached)
-samples = list(zip(tokens.split(lengths), labels.split(lengths)))
-copies = [AutoModelForCausalLM.from_pretrained(directory) for _ in "wu"]
-optimizers = [torch.optim.AdamW(model.parameters(), 1e-5) for model in copies]
-lam = torch.zeros(2, requires_grad=True)
-optimizers.append(torch.optim.Adam([lam], 1e-2))
-print(json.dumps([imported - began, time.perf_counter() - imported]))
-"""
-
-
-def start_up(quick: bool, repeats: int = 5) -> dict:
-    """GPT-2 124M and the same tokenised records from the disk, by turns."""
-    results = {"ours": [], "reference": []}
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        files = write_files(folder, "quick" if quick else "gpt2", 100 if quick else 9000)
-        flags = f"--model {folder / 'model'} --train a={files[0]} b={files[1]} --val {files[2]}"
-        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-        save_samples(files, folder)  # which fills our cache, too
-        reference = [str(folder / "model"), str(folder / "samples.pt")]
-        for n in range(repeats):
-            line = [*flags.split(), "--out", str(folder / f"run{n}")]
-            for name, code, words in (
-                ("ours", OURS_STARTS, line), ("reference", REFERENCE_STARTS, reference)
-            ):  # fmt: skip
-                results[name].append(start([sys.executable, "-c", code, *words], threads=2))
-    took = {name: [second for _, second in pairs] for name, pairs in results.items()}
-    imports = {name: median(first for first, _ in pairs) for name, pairs in results.items()}
-    print("\nstart-up               ours  reference  ratio")
-    print(f"imports             {imports['ours']:6.2f}s{imports['reference']:10.2f}s")
-    print(f"then to first step  {median(took['ours']):6.2f}s{median(took['reference']):10.2f}s  "
-          f"{spread(ratios(took['ours'], took['reference']))} (goal 0.5, and 3 s)")  # fmt: skip
-    return results
-
-
-def write_files(folder: Path, shape: str, n: int) -> list[Path]:
-    """A checkpoint with a tokenizer, two sources of n records and validation. Returns their paths.
-    """
-    config = hf.ModelConfig.from_hf(SHAPES[shape])
-    model = hf.build(config, hf.random_weights(config, 0))
-    hf.save_pretrained(model, folder / "model")
-    texts = random_texts(3 * n)
-    train_tokenizer(texts[:1000], folder / "model")
-    paths = []
-    for i, name in enumerate(("train_a", "train_b", "val")):
-        records = [{"instruction": t[:80], "output": t[80:]} for t in texts[i * n : (i + 1) * n]]
-        paths.append(folder / f"{name}.json")
-        paths[-1].write_text(json.dumps(records))
-    return paths
-
-
-def save_samples(files: list[Path], folder: Path) -> None:
-    """The reference's cache: all tokens, their labels, and the samples' lengths."""
-    tok = tokenizer.load_tokenizer(folder / "model")
-    sets = [data.load_dataset(file, tok, "alpaca", 512, cache_dir()) for file in files]
-    examples = [dataset.example(i) for dataset in sets for i in range(len(dataset))]
-    tokens, labels = (torch.from_numpy(np.concatenate(x)) for x in zip(*examples, strict=True))
-    lengths = [len(ids) for ids, _ in examples]
-    torch.save((tokens, labels, lengths), folder / "samples.pt")
-
-
-def random_texts(n: int) -> list[str]:
-    rng = random.Random(0)
-    words = tasks.words(rng, 2000, 3, tasks.CONSONANTS)
-    return [" ".join(rng.choices(words, k=rng.randint(20, 120))) for _ in range(n)]
-
-
-def train_tokenizer(texts: list[str], directory: Path) -> None:
-    """Write a byte-level BPE tokenizer of 400 ids."""
-    from tokenizers import ByteLevelBPETokenizer
-
-    made = ByteLevelBPETokenizer()
-    made.train_from_iterator(texts, 400, special_tokens=["<|endoftext|>"], show_progress=False)
-    made.save(str(directory / "tokenizer.json"))
-
-
-# --------------------------------------------------------------------------------------------------
 # The other commands
 
 
@@ -682,38 +583,10 @@ def memory(args: argparse.Namespace) -> dict:
 
 
 def tokenize(args: argparse.Namespace) -> dict:
-    """Records to tokens with loss masks, and texts to tokens, against `tokenizers` on the texts."""
-    import tokenizers
+    """Against `tokenizers`: see preparation.py."""
+    import preparation
 
-    with tempfile.TemporaryDirectory() as folder:
-        if args.texts:
-            records = [turns for *_, turns in data.read_records(args.texts)]
-            directory = Path(args.tokenizer)
-        else:
-            directory, texts = Path(folder), random_texts(500 if args.quick else 20_000)
-            train_tokenizer(texts[:1000], directory)
-            records = [[("user", t[:80]), ("assistant", t[80:])] for t in texts]
-        tok = tokenizer.load_tokenizer(directory)
-        theirs = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    rendered = (templates.render(tok, "alpaca", turns) for turns in records)
-    texts = ["".join(s for s, _ in segments if isinstance(s, str)) for segments in rendered]
-    calls = {
-        "tokenizers": lambda: theirs.encode_batch(texts, add_special_tokens=False),
-        "texts": lambda: tok.codec.encode_batch(texts),
-        "records": lambda: templates.encode_conversations(tok, "alpaca", records, 10**6),
-    }
-    took = {name: [] for name in calls}
-    for _, (name, call) in itertools.product(range(5), calls.items()):
-        began = time.perf_counter()
-        call()
-        took[name].append(time.perf_counter() - began)
-    total = sum(map(len, tok.codec.encode_batch(texts)))
-    print(f"\n{len(texts)} texts, {total} tokens; `tokenizers` encode_batch: "
-          f"{total / median(took['tokenizers']) / 1e6:.2f} million tokens a second")  # fmt: skip
-    speeds = {name: ratios(took["tokenizers"], took[name]) for name in ("texts", "records")}
-    print(f"ours, of its speed (goal 1.0): texts to tokens {spread(speeds['texts'])}, "
-          f"records to tokens and masks {spread(speeds['records'])}")  # fmt: skip
-    return {"seconds": took, "tokens": total, "speed": speeds}
+    return preparation.tokenize(args.texts, args.tokenizer, args.quick)
 
 
 def gpu_cases(quick: bool) -> list[Case]:

@@ -42,6 +42,7 @@ import shard
 import tasks
 import templates
 from inputs import DTYPES, cache_dir, source_paths
+from records import Problems, json_values
 from replies import (
     Checkpoint,
     Writer,
@@ -114,7 +115,7 @@ def loss(model: hf.Transformer, dataset: data.Dataset, micro_batch_size: int = 8
 
 def data_paths(items: list[str]) -> dict[str, Path]:
     """{label: path} from [NAME=]PATH …; a directory or glob stands for its train_*.json(l)."""
-    paths, problems = {}, data.Problems()
+    paths, problems = {}, Problems()
     for item in items:
         name, _, path = item.rpartition("=")
         if not name and (Path(path).is_dir() or re.search(r"[*?[]", path)):
@@ -146,7 +147,7 @@ def source_of_record(path: Path) -> dict[int, str]:
     sources = {}
     if not path.is_file():
         return sources
-    for number, (_, record) in enumerate(data.json_values(path, data.Problems()), start=1):
+    for number, (_, record) in enumerate(json_values(path, Problems()), start=1):
         if not isinstance(record.get("source"), str):
             return {}
         sources[number] = record["source"]
@@ -155,7 +156,7 @@ def source_of_record(path: Path) -> dict[int, str]:
 
 def loss_command(args: argparse.Namespace) -> Work:
     """Models side by side on every file, and on every source within a file."""
-    problems = data.Problems()
+    problems = Problems()
     paths = attempt(problems, data_paths, args.data) or {}
     names = dict.fromkeys(args.model)
     opened = [attempt(problems, open_checkpoint, name, args.template) for name in names]
@@ -237,7 +238,7 @@ def generate_command(args: argparse.Namespace) -> Work:
         prompts = [[tok.bos_id] * tok.add_bos + tok.encode(p) for p in args.prompt]
         stops = [*tok.eos_ids, *c.config.eos_ids]
     room = c.config.max_positions
-    data.Problems(
+    Problems(
         f"--prompt {text[:40]!r}: {len(ids)} tokens: permitted are 1 to {room - 1}"
         for text, ids in zip(args.prompt, prompts, strict=True) if not 0 < len(ids) < room
     ).raise_if_any()
@@ -266,7 +267,7 @@ def problems_command(args: argparse.Namespace) -> Work:
         if not rows or any({"index", "answer", "output", "settings"} - row.keys() for row in rows):
             raise ValueError(f"--rescore {args.rescore}: not a file of generations")
         return lambda device: say(*accuracy(rows, args.command))
-    problems = data.Problems(
+    problems = Problems(
         f"--{flag} is missing" for flag in ("model", "data") if not getattr(args, flag)
     )
     problems.raise_if_any()
@@ -285,7 +286,7 @@ def problems_command(args: argparse.Namespace) -> Work:
     settings |= {"shots": args.shots, "instruction": args.instruction,
                  "exemplars": fingerprint(exemplars)}  # fmt: skip
     out = out_directory(args) / f"{args.command}.jsonl"
-    data.Problems(other_settings(out, settings)).raise_if_any()
+    Problems(other_settings(out, settings)).raise_if_any()
     for row in journal.read(out):
         if row["index"] < len(asked) and row["question"] != asked[row["index"]].question:
             raise ValueError(f"{out} holds answers to other questions: take another --out")
@@ -336,7 +337,7 @@ def accuracy(rows: list[dict], task: str) -> list[str]:
 
 def mtbench_command(args: argparse.Namespace) -> Work:
     """Answers to both turns of every question, and what a judge thinks of them."""
-    problems = data.Problems()
+    problems = Problems()
     if not args.questions or not (args.model or args.answers):
         raise ValueError("needs --questions, and --model or --answers")
     references = args.reference and attempt(
@@ -361,7 +362,7 @@ def mtbench_command(args: argparse.Namespace) -> Work:
     if c:
         settings = settings_of(c, args.max_new_tokens, args.dtype)
         file = out / "mt-bench-answers.jsonl"
-        data.Problems(other_settings(file, settings)).raise_if_any()
+        Problems(other_settings(file, settings)).raise_if_any()
 
     def work(device: torch.device) -> int:
         replies = given or answer_questions(args, c, questions, out, device)
@@ -461,7 +462,7 @@ def have_graded(
 # Input and output
 
 
-def attempt(problems: data.Problems, make: Callable, *args) -> object | None:
+def attempt(problems: Problems, make: Callable, *args) -> object | None:
     """make(*args); where it raises ValueError, None, and its lines are among the problems."""
     with problems.collecting():
         return make(*args)

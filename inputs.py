@@ -32,6 +32,7 @@ import tasks
 import templates
 import tokenizer
 from lisa import ENDS
+from records import Problems, read_records
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 TINY = {  # a llama of 0.9M parameters; the vocabulary is the byte tokenizer's
@@ -257,7 +258,7 @@ def launcher() -> str:
 
 def prepare(args: argparse.Namespace, world: int) -> Inputs:
     """Check flags, model and data. Raises one ValueError with a line for each problem."""
-    problems = data.Problems(check_flags(args, world) + check_out(args))
+    problems = Problems(check_flags(args, world) + check_out(args))
     for flag in ("gpus", "gpu_memory", "json"):
         if getattr(args, flag):
             problems.add(f"{spelt(flag)} goes with --plan alone")
@@ -397,7 +398,7 @@ def read_config(name: str) -> hf.ModelConfig:
 def plan_inputs(args: argparse.Namespace) -> hf.ModelConfig:
     """The configuration that --plan asks about. Raises one ValueError with all problems."""
     args.gpus = 8 if args.gpus is None else args.gpus
-    problems = data.Problems(check_flags(args, max(1, args.gpus)))
+    problems = Problems(check_flags(args, max(1, args.gpus)))
     if args.gpus < 1:
         problems.add(f"--gpus {args.gpus}: permitted is a whole number above 0")
     if args.gpu_memory is not None and not plan.room(args.gpu_memory) > 0:
@@ -486,7 +487,7 @@ def open_data(
             name: data.Dataset.from_records(records, tok, args.template, args.max_length)
             for name, records in (groups | {"val": val, "test": test}).items()
         }
-    problems, paths, datasets = data.Problems(), {}, {}
+    problems, paths, datasets = Problems(), {}, {}
     with problems.collecting():
         paths = {f"train {name}": path for name, path in source_paths(args.train).items()}
     paths |= {k: Path(v) for k, v in (("val", args.val), ("test", args.test)) if v}
@@ -498,7 +499,7 @@ def open_data(
     for name, path in paths.items():
         with problems.collecting():
             if tok is None:
-                data.read_records(path)
+                read_records(path)
             else:
                 datasets[name] = data.load_dataset(
                     path, tok, args.template, args.max_length, cache_dir()

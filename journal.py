@@ -16,15 +16,15 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import data
+from records import Problems, located_values
 
 
 def convert_rows(path: str | os.PathLike, convert: Callable[[dict], object], lacks: str) -> list:
     """`convert` of each row of a JSON array or JSON Lines. Where it raises because of what the row
     is, one ValueError has a line "path:line: lacks …" for each."""
-    problems, found = data.Problems(), []
+    problems, found = Problems(), []
     try:
-        for _, where, row in data.located_values(path, problems):
+        for _, where, row in located_values(path, problems):
             try:
                 found.append(convert(row))
             except (KeyError, TypeError, ValueError, IndexError, AttributeError):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import benchmark
+import preparation
 import pretrained
 import shard
 
@@ -142,7 +143,7 @@ def test_gpu_cases_run_on_what_is_there(monkeypatch, capsys):
 
 def test_start_up_is_measured_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    results = benchmark.start_up(quick=True, repeats=1)
+    results = preparation.start_up(quick=True, repeats=1)
     assert [len(pairs) for pairs in results.values()] == [1, 1]
 
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import Batches, Dataset, eval_batches, load_dataset, overlap, read_records
+from data import Batches, Dataset, eval_batches, load_dataset, overlap
+from records import Problems, iter_records, read_records
 from tasks import NOISE, TASKS, task
 from templates import encode_conversation
 from tokenizer import byte_tokenizer
@@ -88,7 +89,7 @@ def test_arrays_are_read_in_pieces(write, monkeypatch):
     for content in (json.dumps(records), json.dumps(records, indent=2, ensure_ascii=False)):
         path = write(content)
         for size in (1, 2, 3, 7, 50, 1000):
-            monkeypatch.setattr(data, "CHUNK", size)
+            monkeypatch.setattr("records.CHUNK", size)
             assert [turns for _, turns in read_records(path)] == expected
 
 
@@ -224,8 +225,8 @@ def test_any_record_is_kept_counted_or_named(tmp_path_factory, records, as_array
     except ValueError as error:
         named = str(error).splitlines()
         assert all(line.startswith(str(path)) for line in named)
-    problems = data.Problems()
-    read = sum(1 for _ in data.iter_records(path, problems))
+    problems = Problems()
+    read = sum(1 for _ in iter_records(path, problems))
     assert read + problems.count == len(records)
     if dataset is None:
         assert named
@@ -377,7 +378,7 @@ def test_one_process_builds_and_the_others_wait(write, tmp_path):
 
 
 def test_a_file_written_to_while_it_is_read_is_named(write, tmp_path, monkeypatch):
-    path, read = write([ALPACA]), data.iter_records
+    path, read = write([ALPACA]), iter_records
 
     def and_write(*args):
         yield from read(*args)
@@ -532,6 +533,7 @@ def test_micro_batches_are_padded_to_a_multiple_within_max_length():
         assert batch.tokens.shape[1] == -(-longest // 8) * 8
         assert batch.tokens.dtype == batch.labels.dtype == batch.group.dtype == torch.int64
         assert (batch.labels[batch.tokens == 0] == -100).all()
+        assert batch.n_tokens == (batch.tokens != 0).sum()
         kept = batch.labels != -100
         assert torch.equal(batch.labels[kept], batch.tokens[kept]) and kept.any(1).all()
         assert batch.to("cpu") is batch
