@@ -489,7 +489,7 @@ def ratios(a: list[float], b: list[float]) -> list[float]:
 
 def speed(args: argparse.Namespace) -> dict:
     """The bilevel step of both sides, start-up, and the cost against sizes."""
-    import preparation
+    import preparation  # which imports this file
 
     if args.device == "cuda":
         return {"steps": gpu_steps(gpu_cases(args.quick))}
@@ -584,7 +584,7 @@ def memory(args: argparse.Namespace) -> dict:
 
 def tokenize(args: argparse.Namespace) -> dict:
     """Against `tokenizers`: see preparation.py."""
-    import preparation
+    import preparation  # which imports this file
 
     return preparation.tokenize(args.texts, args.tokenizer, args.quick)
 

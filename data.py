@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from records import ANSWERS, CHUNK, Problems, iter_records
+from records import ANSWERS, Problems, iter_records
 from templates import encode_conversations
 from tokenizer import Tokenizer, Turns, byte_tokenizer, load_tokenizer
 
@@ -254,7 +254,7 @@ def _check(file: Path) -> list[int]:
 def _sha256(path: str | os.PathLike) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(CHUNK):
+        while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
 

@@ -6,7 +6,7 @@ reference is `transformers`, whose logits, losses and gradients tests/test_model
 Checkpoints' files are pretrained.py's concern.
 
 The residual stream is a table of P rows, one for each position that takes part in a prediction:
-only attention sees a batch (B, T) with its padding. Without labels, P = B T.
+only attention sees a batch (B, T) with its padding. See `Context`, `Predictions`.
 
     model = from_pretrained("gpt2")                     # a hub id or a directory
     losses = model(tokens, labels)                      # (B,), the mean over each sample's response
@@ -111,18 +111,24 @@ def causal_mask(positions: Tensor, slots: int, window: int | None) -> Tensor:
 
 
 class Context(NamedTuple):
-    """What the blocks share, beside the residual stream.
+    """What blocks are told beside the residual stream. Positions are those of a (B, T) batch, 0 to
+    B T - 1, and None stands for all of them.
 
-    shape      B, T
-    rows       (P,): the positions that are computed, of the B * T; None: all of them, P = B * T
-    cos, sin   from rope_tables, where positions are rotated
-    mask       from causal_mask; None: causal
-    cache      (2, B, L, K, H), to be written at `positions` (B, T) and attended to
+    shape       B, T
+    times       (1, T), or (B, T) with a cache: each position's place in its sample
+    rows (P,)   positions that x has on entry
+    keep        (M,): after the last block's attention only these of the P rows go on; None: all
+    out         positions that x has on return: (M,), or rows
+    cos, sin    from rope_tables, where positions are rotated
+    mask        from causal_mask; None: causal
+    cache       (2, B, L, K, H), to be written at `times` and attended to
     """
 
     shape: tuple[int, int]
-    positions: Tensor
+    times: Tensor
     rows: Tensor | None = None
+    keep: Tensor | None = None
+    out: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
     mask: Tensor | None = None
@@ -130,13 +136,13 @@ class Context(NamedTuple):
 
 
 def take(x: Tensor, rows: Tensor | None) -> Tensor:
-    """Rows of a table, (n, …) -> (len(rows), …); None: all of them."""
+    """Rows of a table, (n, …) -> (len(rows), …); None: all. No row is taken twice, so that
+    backward, which adds to zeros, gives the same bits in any order."""
     return x if rows is None else x.index_select(0, rows)
 
 
 def spread(x: Tensor, rows: Tensor | None, n: int) -> Tensor:
-    """The opposite: x as these rows of a table of n, the others zero. A copy, not atomic additions:
-    the same bits every time."""
+    """The opposite: x as these rows of a table of n, the others zero."""
     return x if rows is None else x.new_zeros(n, *x.shape[1:]).index_copy_(0, rows, x)
 
 
@@ -155,22 +161,22 @@ class Attention(nn.Module):
         self.head_size, self.groups = H, c.n_heads // c.n_kv_heads
         self.scale, self.cap = c.score_scale, c.score_cap
 
-    def forward(self, x: Tensor, at: Context, keep: Tensor | None = None) -> Tensor:
-        """x (P, D) -> (P, D), or with keep (M,) those of the results, (M, D)."""
+    def forward(self, x: Tensor, at: Context) -> Tensor:
+        """x (P, D) -> (P or M, D)."""
         (B, T), H = at.shape, self.head_size
-        q = self.q_norm(self.q(x).unflatten(1, (-1, H)))  # (P, N, H)
+        q = self.q_norm(self.q(take(x, at.keep)).unflatten(1, (-1, H)))  # (P or M, N, H)
         k = self.k_norm(self.k(x).unflatten(1, (-1, H)))  # (P, K, H)
         v = self.v(x).unflatten(1, (-1, H))
-        q, k, v = (spread(t, at.rows, B * T).unflatten(0, (B, T)) for t in (q, k, v))
+        q = spread(q, at.out, B * T).unflatten(0, (B, T))
+        k, v = (spread(t, at.rows, B * T).unflatten(0, (B, T)) for t in (k, v))
         if at.cos is not None:
             q, k = rotate(q, at.cos, at.sin), rotate(k, at.cos, at.sin)
         if at.cache is not None:
-            rows = torch.arange(B, device=x.device)[:, None]
-            at.cache[0, rows, at.positions], at.cache[1, rows, at.positions] = k, v
+            samples = torch.arange(B, device=x.device)[:, None]
+            at.cache[0, samples, at.times], at.cache[1, samples, at.times] = k, v
             k, v = at.cache  # (B, L, K, H)
         y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), at.mask)
-        y = y.transpose(1, 2).reshape(B * T, -1)
-        return self.o(take(take(y, at.rows), keep))
+        return self.o(take(y.transpose(1, 2).reshape(B * T, -1), at.out))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (B, N, T, H), k and v (B, K, T or L, H) -> (B, N, T, H)."""
@@ -199,7 +205,7 @@ class MLP(nn.Module):
         self.activation = c.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.up(x) if self.gate is None else self.gate(x)  # (…, hidden)
+        inner = self.up(x) if self.gate is None else self.gate(x)  # (P or M, hidden)
         if self.activation == "silu":
             inner = F.silu(inner)
         else:  # every other spelling than "gelu" names the tanh approximation
@@ -227,10 +233,10 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp, self.mlp_post_norm = norm(), MLP(c), norm(c.post_norms)
         self.parallel = c.parallel
 
-    def forward(self, x: Tensor, at: Context, keep: Tensor | None = None) -> Tensor:
-        """x (P, D) -> (P, D), or with keep (M,) those of the results, (M, D)."""
-        a = self.attn(self.attn_norm(x), at, keep)
-        x = take(x, keep)
+    def forward(self, x: Tensor, at: Context) -> Tensor:
+        """x (P, D) -> (P or M, D)."""
+        a = self.attn(self.attn_norm(x), at)
+        x = take(x, at.keep)
         if self.parallel:
             return x + a + self.mlp(self.mlp_norm(x))
         x = x + self.attn_post_norm(a)
@@ -248,7 +254,7 @@ class Head(nn.Module):
         self.cap = c.logit_cap
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        """x (M, D) -> logits (M, V), or with targets (M,) losses (M,)."""
+        """x (…, D) -> logits (…, V), or x (M, D) with targets (M,) -> losses (M,)."""
         return self.logits(x) if targets is None else self.token_losses(x, targets)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -271,36 +277,38 @@ class Head(nn.Module):
         return torch.cat([checkpoint(losses, h, t, **options) for h, t in chunks])
 
 
-class Answers:
-    """Where labels (B, T) ask for predictions, and what takes part in these: of each sample, the
-    positions up to its last prediction, none of its padding.
+class Predictions:
+    """What labels (B, T) ask for, and which positions take part in it: those of each sample up to
+    its last prediction, none of its padding. Indices as Context's.
 
     Sizes that depend on the data are found where the labels are: on the CPU, without waiting for
     the GPU.
 
-    rows (P,)      positions that take part, of the B * T; None: all, so few are left out
-    keep (M,)      positions that predict, as indices of the P
+    rows (P,)      positions that take part; None: all, where that is less than 5% too many
+    places (M,)    positions that predict
+    keep (M,)      the same, of the P
     targets (M,)   the tokens there
+    counts (B,)    predictions in each sample, or 1
     """
 
     def __init__(self, labels: Tensor, device: torch.device):
         self.shape = labels.shape
         answered = F.pad(labels[:, 1:] != -100, (0, 1))  # (B, T), by the position that predicts
         needed = answered.flip(1).cumsum(1).flip(1) > 0  # (B, T)
-        places = answered.flatten().nonzero().squeeze(1)  # (M,), of the B * T
+        places = answered.flatten().nonzero().squeeze(1)
         rows = needed.flatten().nonzero().squeeze(1)
         keep = needed.flatten().cumsum(0)[places] - 1
-        # Copying q, k, v and y from P rows to B * T and back takes a few hundredths of a block.
-        if len(rows) > 0.95 * needed.numel():
+        if len(rows) > 0.95 * needed.numel():  # copying to B T rows and back would cost more
             rows, keep = None, places
         targets = labels.flatten()[places + 1]
 
         def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
+            pinned = device.type == "cuda" and x.device.type == "cpu"  # else the copy is waited for
+            return (x.pin_memory() if pinned else x).to(device, non_blocking=True)
 
         self.rows = None if rows is None else move(rows)
         self.places, self.keep, self.targets = move(torch.stack((places, keep, targets)))
-        self.counts = move(answered.sum(1).clamp(min=1))  # (B,)
+        self.counts = move(answered.sum(1).clamp(min=1))
 
     def means(self, losses: Tensor) -> Tensor:
         """Of each sample, (B,), from losses (M,); 0 where there are none."""
@@ -326,10 +334,15 @@ class Transformer(nn.Module):
         if self.config.tied:
             self.head.weight = self.embed.weight
 
+    def __call__(self, tokens: Tensor, labels: Tensor | None = None, **rest) -> Tensor:
+        """See forward. FSDP, whose hook is called next, would move labels to the GPU."""
+        asked = None if labels is None else Predictions(labels, tokens.device)
+        return super().__call__(tokens, asked, **rest)
+
     def forward(
         self,
         tokens: Tensor,
-        labels: Tensor | None = None,
+        labels: Predictions | None = None,
         cache: Cache | None = None,
         last: Tensor | None = None,
     ) -> Tensor:
@@ -338,44 +351,43 @@ class Transformer(nn.Module):
 
         tokens (B, T)   padded on the right
         labels (B, T)   -100: no loss; labels[t] is predicted from tokens up to t-1. A sample
-                        without labels has loss 0. They may stay on the CPU
+                        without labels has loss 0. They may stay on the CPU; a call makes
+                        Predictions of them
         cache           tokens continue what it holds
         last (B,)       compute logits at this index of each row alone: (B, 1, V)
         """
         c, (B, T) = self.config, tokens.shape
         if c.learned_positions and c.max_positions < T:
             raise ValueError(f"{T} tokens: the model has {c.max_positions} positions")
-        rows = keep = None
-        if labels is not None:
-            answers = Answers(labels, tokens.device)
-            rows, keep = answers.rows, answers.keep
-        elif last is not None:
-            keep = torch.arange(B, device=tokens.device) * T + last
-        positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
+        times = torch.arange(T, device=tokens.device)[None]  # (1, T)
         if cache is not None:
-            positions = positions + cache.lengths[:, None]  # (B, T)
-        flat = take(tokens.flatten(), rows), take(positions.expand(B, T).flatten(), rows)
-        x = self.embed(*flat)  # (P, D)
-        tables = rope_tables(c, positions, wide(x.dtype)) if c.rotary else (None, None)
-        at = Context((B, T), positions, rows, *tables)
+            times = times + cache.lengths[:, None]  # (B, T)
+        rows = keep = places = None
+        if labels is not None:
+            rows, keep, places = labels.rows, labels.keep, labels.places
+        elif last is not None:
+            keep = places = torch.arange(B, device=tokens.device) * T + last
+        x = self.embed(take(tokens.flatten(), rows), take(times.expand(B, T).flatten(), rows))
+        tables = rope_tables(c, times, wide(x.dtype)) if c.rotary else (None, None)
+        at = Context((B, T), times, rows, None, rows, *tables)
         masks = {}
         for window in set(c.windows):
             free = cache is None and c.score_cap is None and (window is None or window >= T)
             slots = T if cache is None else cache.slots
-            masks[window] = None if free else causal_mask(positions, slots, window)
+            masks[window] = None if free else causal_mask(times, slots, window)
         for i, block in enumerate(self.blocks):
             mine = None if cache is None else cache.of_block(i, x, c)
             at = at._replace(mask=masks[c.windows[i]], cache=mine)
-            # After the last block's attention no other position matters.
-            inputs = x, at, keep if i == c.n_layers - 1 else None
+            if i == c.n_layers - 1 and keep is not None:
+                at = at._replace(keep=keep, out=places)
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, *inputs, use_reentrant=False)
+                x = checkpoint(block, x, at, use_reentrant=False)
             else:
-                x = block(*inputs)
-        x = self.norm(x)  # (M, D), or (B * T, D)
+                x = block(x, at)
+        x = self.norm(x)  # (M, D), or (B T, D)
         if labels is None:
-            return self.head(x).view(B, -1, c.vocab)
-        return answers.means(self.head(x, answers.targets))
+            return self.head(x.unflatten(0, (B, -1)))
+        return labels.means(self.head(x, labels.targets))
 
 
 # --------------------------------------------------------------------------------------------------

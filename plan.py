@@ -8,6 +8,7 @@ Reads a ModelConfig and the run's flags, no weights. Nothing is fitted. What is 
 reduced follows from shapes and from the groups that shard.shard makes. What a block and the head
 allocate is counted by running them forward and backward on the meta device, following each storage
 from its creation to its release (`Live`).
+Every sample has `max_length` tokens, all with loss: prompts and padding need less.
 Left out, and the reason why RESERVED bytes of each GPU are kept back: kernels' workspaces, the
 CUDA context, NCCL, and the allocator's rounding and fragmentation.
 
@@ -170,13 +171,13 @@ def run(module, x: Tensor, given: list[Tensor], *args) -> Pass:
 
 @lru_cache(maxsize=256)
 def block_pass(
-    c: ModelConfig, dtype: torch.dtype, B: int, T: int, active: bool, alone: bool, kept: int = 0
+    c: ModelConfig, dtype: torch.dtype, B: int, T: int, active: bool, alone: bool, last: bool
 ) -> Pass:
     """Of one block, with its parameters trained or frozen.
 
     alone   on one rank, where a parameter's gradient is added to the sum, and gone, as soon as it
             is there
-    kept    of the last block: positions that predict
+    last    the last block: goes on with the positions that predict, all but each sample's last
     """
     block = meta_model(c, dtype).blocks[0].requires_grad_(active)
     if active and alone:
@@ -184,8 +185,10 @@ def block_pass(
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     at = shared_by_blocks(c, dtype, B, T)
     x = torch.empty(B * T, c.width, dtype=dtype, device="meta", requires_grad=True)
-    keep = torch.empty(kept, dtype=torch.long, device="meta") if kept else None
-    return run(block, x, [*block.parameters(), *tensors(at)], at, keep)
+    if last:
+        keep = torch.arange(B * (T - 1), device="meta")
+        at = at._replace(keep=keep, out=keep)
+    return run(block, x, [*block.parameters(), *tensors(at)], at)
 
 
 def shared_by_blocks(c: ModelConfig, dtype: torch.dtype, B: int, T: int) -> Context:
@@ -195,10 +198,11 @@ def shared_by_blocks(c: ModelConfig, dtype: torch.dtype, B: int, T: int) -> Cont
     short = [window for window in set(c.windows) if window is not None and window < T]
     masked = short or c.score_cap is not None
     mask = causal_mask(positions, T, min(short, default=None)) if masked else None
-    return Context((B, T), positions, None, *tables, mask)
+    return Context((B, T), positions, None, None, None, *tables, mask)
 
 
 def tensors(at: Context) -> list[Tensor]:
+    """What of it takes memory."""
     return [t for t in at if isinstance(t, Tensor)]
 
 
@@ -290,7 +294,6 @@ def plan(
     copies: int = 2,
     batch_size: int | None = None,
     val_batch_size: int | None = None,
-    response_tokens: int | None = None,
     lisa: bool = True,
     rank: int = 0,
 ) -> Plan:
@@ -301,15 +304,12 @@ def plan(
     batch_size, val_batch_size    samples of a step over all ranks; None: as many as fill up
                       micro-batches. "validation pass" is what validation's, if they are larger
                       than training's, need beyond those
-    response_tokens   positions of a sample that carry loss; None: all
     lisa              False: everything trains, as with lisa_layers = 0 and lisa_ends = "always"
     """
     n = lisa_layers if lisa and lisa_layers else config.n_layers
     draws = {"always": [(n, True)], "frozen": [(n, False)], "sampled": [(n, False), (n - 1, True)]}
     if not (lisa and lisa_layers):  # there is nothing to draw
         draws["sampled"] = draws["always"]
-    shape = max_length, response_tokens or max_length
-
     def worst(batch: int | None) -> Plan:
         B = min(micro_batch_size, max(1, batch // ranks)) if batch else micro_batch_size
         plans = []
@@ -319,7 +319,7 @@ def plan(
             all_copies = {name: here * n_bytes for name, n_bytes in one.items()}
             all_copies["gradients"] = copies * one["gradients"]  # see shard.Offload
             host = sum(one.values()) - one["gradients"]
-            step = Step(config, dtype, ranks, B, *shape, *draw, activation_checkpointing)
+            step = Step(config, dtype, ranks, B, max_length, *draw, activation_checkpointing)
             for moment in step.moments():
                 if "w's gradients" in moment:
                     u = all_copies["gradients"] - one["gradients"]
@@ -356,6 +356,7 @@ class Done(NamedTuple):
 
 NOTHING = Done(0, 0)
 
+
 @dataclass
 class Step:
     """The last micro-batch of a pass: where memory can peak, as the groups of shard.shard are
@@ -368,7 +369,6 @@ class Step:
     ranks: int
     B: int
     T: int
-    response: int
     n_active: int  # blocks that train
     ends: bool  # whether the ends train
     checkpointing: bool
@@ -385,11 +385,9 @@ class Step:
         )
         self.buffered = not self.whole
         alone = self.ranks == 1
-        trained, frozen = (block_pass(*of, active, alone) for active in (True, False))
-        # The last block is at work while all others' activations wait: plan for it to train. The
-        # one before has fewer, but is larger where few positions predict.
-        predict = self.B * min(self.response, self.T - 1)
-        self.top = block_pass(*of, self.n_active > 0, alone, predict)
+        trained, frozen = (block_pass(*of, active, alone, False) for active in (True, False))
+        # The last block is at work while all others' activations wait: plan for it to train.
+        self.top = block_pass(*of, self.n_active > 0, alone, True)
         self.second = trained if self.n_active else frozen
         self.x = self.B * self.T * c.width * self.dtype.itemsize
         shared = shared_by_blocks(c, self.dtype, self.B, self.T)
@@ -405,7 +403,7 @@ class Step:
             self.top_saved = self.top.saved
             self.below_second = self.below - (trained if n_trained else frozen).saved
         self.saved = self.below + self.top_saved
-        self.loss = head_pass(c, self.dtype, predict, self.ends)
+        self.loss = head_pass(c, self.dtype, self.B * (self.T - 1), self.ends)
 
     def moments(self) -> Iterator[dict[str, int]]:
         """Bytes by component, from the head's forward down to the embedding's gradient."""
@@ -436,6 +434,8 @@ class Step:
             under = self.below + self.x
             yield from self.reduction(next_block + kept, self.block, under, waiting, done)
             done, buffers = done.plus(self.block), self.block * full
+        else:
+            done = Done(done.resharded + self.block, done.reduced)
         if self.config.n_layers > 1:
             yield self.at(gathered, self.below_second + second, 0, grads + waiting, buffers, done)
         if not tied:  # while the first block is at work, the embedding is gathered

@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 
 import report
-from data import Problems
 from inputs import HARMLESS
+from records import Problems
 
 NEEDS = "pictures need matplotlib: pip install matplotlib"
 NAME_LENGTH, TITLE_LENGTH = 32, 150  # characters; longer ones lose their middle

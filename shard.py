@@ -232,14 +232,13 @@ def build(
 def compile_blocks(model: Transformer, backend: str = "inductor") -> None:
     """Fuse what each block does. FSDP's hooks stay outside.
 
-    dynamic: widths depend on the data, and one compilation is to serve them all. What else is
-    compiled apart is a block that trains from one that does not.
+    dynamic: widths depend on the data, and one compilation is to serve them all.
     """
     # Lengths that happen to be equal the first time (time and head size, say) are not one length.
     torch.fx.experimental._config.use_duck_shape = False
-    # Blocks that train or not, above or below the lowest that does, the last one, with gradients or
-    # not, with or without a window: more than the usual 8, past which a block would silently run
-    # uncompiled.
+    # Compiled apart are blocks that train or not, above or below the lowest that does, the last
+    # one, with padding or not, with gradients or not, with or without a window: more than the usual
+    # 8, past which a block would silently run uncompiled.
     torch._dynamo.config.recompile_limit = 64
     for block in model.blocks:
         block.forward = torch.compile(block.forward, dynamic=True, backend=backend)

@@ -85,7 +85,7 @@ def test_flop_count_matches_a_count_by_hand():
     labels = torch.tensor([[-100] * 4 + [0] * 4])
     batch = benchmark.data.MicroBatch(tokens, labels, torch.zeros(1, dtype=torch.long))
     D, V, L, T, P, M = 64, 512, 3, 8, 7, 4
-    weights = P * (12 * L - 9) * D * D + M * 9 * D * D + M * D * V  # 9: MLP and what follows y
+    weights = P * (12 * L - 10) * D * D + M * 10 * D * D + M * D * V  # 10: all but k and v
     products = 2 * weights  # forward; twice as much backward
     counted = benchmark.flop_count(case, 0, [batch])
     attention = counted - 3 * products

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import data
 from data import Batches, Dataset, eval_batches, load_dataset, overlap
-from records import Problems, iter_records, read_records
+from records import ROLES, Problems, iter_records, read_records
 from tasks import NOISE, TASKS, task
 from templates import encode_conversation
 from tokenizer import byte_tokenizer
@@ -202,7 +202,7 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
     max_leaves=6,
 )
-role = st.sampled_from([*data.ROLES, "tool"]) | anything
+role = st.sampled_from([*ROLES, "tool"]) | anything
 message = st.fixed_dictionaries(
     {}, optional={"role": role, "from": role, "content": text | anything, "value": text | anything}
 )

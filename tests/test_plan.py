@@ -351,7 +351,7 @@ def test_checkpointing_offload_and_frozen_ends_need_less():
     base = planning.plan(config, **FLAGS)
     for change in (
         {"activation_checkpointing": True}, {"cpu_offload": True}, {"lisa_ends": "frozen"},
-        {"lisa_ends": "sampled"}, {"ranks": 16}, {"response_tokens": 64},
+        {"lisa_ends": "sampled"}, {"ranks": 16}, {"max_length": 64},
     ):  # fmt: skip
         assert planning.plan(config, **FLAGS | change).peak <= base.peak, change
     offloaded = planning.plan(config, **FLAGS | {"cpu_offload": True})

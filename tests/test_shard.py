@@ -118,8 +118,8 @@ def test_offloading_the_idle_copy_changes_no_bit(results):
 
 def test_compiled_blocks_match_eager_ones_without_compiling_for_each_width(results):
     """Five widths and two batch sizes: a graph for blocks that train, and two for those that do
-    not, above the lowest that does and below it; two of the last block; and all that again for
-    batches without padding."""
+    not, above the lowest that does and below it; two of the last block; and all that again where no
+    position is left out (from width 24 on)."""
     for result in results:
         losses, weights, graphs = result["compiled"]
         assert max(losses, weights) < 1e-12 and 0 < graphs <= 10
