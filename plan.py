@@ -310,6 +310,7 @@ def plan(
     draws = {"always": [(n, True)], "frozen": [(n, False)], "sampled": [(n, False), (n - 1, True)]}
     if not (lisa and lisa_layers):  # there is nothing to draw
         draws["sampled"] = draws["always"]
+
     def worst(batch: int | None) -> Plan:
         B = min(micro_batch_size, max(1, batch // ranks)) if batch else micro_batch_size
         plans = []
