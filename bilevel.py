@@ -107,7 +107,7 @@ class Step:
             group = batch.group.to(losses.device)
             if sums is None:
                 # FSDP and DDP average gradients over the ranks; the objective is their sum.
-                scale = (coef * world).to(losses.device)
+                scale = (coef * world).to(losses.device, non_blocking=True)
                 groups = torch.arange(len(coef), device=losses.device)[:, None]
                 sums = torch.zeros_like(scale)
             (scale[group] * losses).sum().backward()
@@ -122,7 +122,7 @@ class Step:
         """(totals of `sums`, each optimiser's gradient norm, whether all are finite, whether a
         rank asks to stop), the same on all ranks and on the host. Collective."""
         norms = torch.stack([_local_square_norm(opt).to(sums) for opt in opts])
-        total = torch.cat([sums, norms, torch.tensor([float(stop)]).to(sums)])
+        total = torch.cat([sums, norms, sums.new_full((1,), float(stop))])
         if dist.is_initialized():
             dist.all_reduce(total)
         total = total.cpu()  # the step's one wait for the device

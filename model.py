@@ -243,6 +243,64 @@ class Block(nn.Module):
         return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
 
 
+class TokenLosses(torch.autograd.Function):
+    """Cross-entropy at M positions, whose logits (M, V) are made a chunk of positions at a time,
+    and if there are several chunks again in backward.
+
+        y = cap(z), z = x Wᵀ      ∂loss/∂z = (softmax(y) − onehot(target)) (1 − y²/cap²)
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float | None, n: int):
+        """x (M, D), targets (M,), n chunks -> (M,)."""
+        rows, losses = TokenLosses.rows(weight), []
+        for h, t in zip(x.tensor_split(n), targets.tensor_split(n), strict=True):
+            y = None  # the last chunk's is gone before the next one's is made
+            y = TokenLosses.logits(h, rows, cap, len(weight))
+            losses.append(F.cross_entropy(y, t, reduction="none"))
+        ctx.save_for_backward(x, weight, targets, *([y] if n == 1 else []))
+        ctx.cap, ctx.n = cap, n
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, targets, *made = ctx.saved_tensors
+        rows, grad, dx, dw = TokenLosses.rows(weight), grad[:, None], [], None  # grad (M, 1)
+        for h, t, g in zip(*(z.tensor_split(ctx.n) for z in (x, targets, grad)), strict=True):
+            d = None
+            y = made[0] if made else TokenLosses.logits(h, rows, ctx.cap, len(weight))
+            d = y.softmax(-1).scatter_add_(1, t[:, None], y.new_full((len(t), 1), -1))
+            if ctx.cap is not None:
+                d.addcmul_(d * y, y, value=-1 / ctx.cap**2)
+            del y
+            d = d.to(x.dtype)
+            if ctx.needs_input_grad[0]:
+                dx.append((g * (d @ rows)).to(x.dtype))
+            if ctx.needs_input_grad[1]:
+                h = (g * h).to(x.dtype)
+                dw = d.T @ h if dw is None else dw.addmm_(d.T, h)
+        return torch.cat(dx) if dx else None, dw if dw is None else dw[: len(weight)], *[None] * 3
+
+    @staticmethod
+    def rows(weight: Tensor) -> Tensor:
+        """In bf16 with rows of zeros up to a multiple of 8: (V', D). Where V is not one, as GPT-2's
+        50257, a GPU multiplies several times slower."""
+        more = -len(weight) % 8 if weight.dtype != wide(weight.dtype) else 0
+        return F.pad(weight, (0, 0, 0, more)) if more else weight
+
+    @staticmethod
+    def logits(h: Tensor, rows: Tensor, cap: float | None, V: int) -> Tensor:
+        """(m, V'), fp32 for bf16; those of no token have no weight."""
+        y = capped((h @ rows.T).to(wide(h.dtype)), cap)
+        y[:, V:] = torch.finfo(y.dtype).min
+        return y
+
+
+def capped(y: Tensor, cap: float | None) -> Tensor:
+    """Gemma-2's bound on logits and scores."""
+    return y if cap is None else cap * torch.tanh(y / cap)
+
+
 class Head(nn.Module):
     """Logits, or the loss at each position."""
 
@@ -255,26 +313,13 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """x (…, D) -> logits (…, V), or x (M, D) with targets (M,) -> losses (M,)."""
-        return self.logits(x) if targets is None else self.token_losses(x, targets)
-
-    def logits(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight).to(wide(x.dtype))
-        return y if self.cap is None else self.cap * torch.tanh(y / self.cap)
-
-    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy at each of M positions, in chunks that are recomputed if M is large."""
-
-        def losses(h: Tensor, t: Tensor) -> Tensor:
-            return F.cross_entropy(self.logits(h), t, reduction="none")
-
-        n_bytes = 4 * hidden.shape[0] * self.weight.shape[0]
-        if n_bytes <= self.logits_bytes:
-            return losses(hidden, targets)
-        # Backward holds 4 to 6 buffers of a chunk's size: together no more than logits_bytes.
-        n = min(math.ceil(6 * n_bytes / self.logits_bytes), hidden.shape[0])
-        chunks = zip(hidden.tensor_split(n), targets.tensor_split(n), strict=True)
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        return torch.cat([checkpoint(losses, h, t, **options) for h, t in chunks])
+        if targets is None:
+            return capped(F.linear(x, self.weight).to(wide(x.dtype)), self.cap)
+        # Up to 3 buffers of a chunk's size are held: together they stay below logits_bytes.
+        n_bytes = 4 * x.shape[0] * self.weight.shape[0]
+        several = min(math.ceil(4 * n_bytes / self.logits_bytes), x.shape[0])
+        n = 1 if n_bytes <= self.logits_bytes else several
+        return TokenLosses.apply(x, self.weight, targets, self.cap, n)
 
 
 class Predictions:
@@ -510,11 +555,13 @@ def read_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Te
     return pretrained.read_weights(directory, config, parameter_shapes(config))
 
 
-def random_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+def random_weights(
+    config: ModelConfig, seed: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, Tensor]]:
     """GPT-2's initialisation, float32: N(0, initializer_range), by default 0.02, and less by
     1/sqrt(2 layers) where a block writes to the residual stream.
 
-    A tensor depends on (seed, its place in the model) alone.
+    A tensor depends on (seed, its place in the model, the kind of device it is drawn on) alone.
     """
     for i, (name, shape) in enumerate(parameter_shapes(config).items()):
         if name.endswith("bias"):
@@ -522,11 +569,11 @@ def random_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor
         elif "norm" in name:
             yield name, torch.zeros(shape) if config.norm == "rms+1" else torch.ones(shape)
         else:
-            rng = torch.Generator().manual_seed(seed * 1_000_000 + i)
+            rng = torch.Generator(device).manual_seed(seed * 1_000_000 + i)
             residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
             std = config.hf.get("initializer_range", 0.02)
             std /= math.sqrt(2 * config.n_layers) if residual else 1
-            yield name, torch.normal(0.0, std, shape, generator=rng)
+            yield name, torch.normal(0.0, std, shape, generator=rng, device=device)
 
 
 def build(

@@ -444,7 +444,7 @@ class Step:
             yield self.at(gathered, self.x + second, 0, grads, buffers, done)
         if self.ends:
             group = self.both if tied else self.embed
-            grads = self.embed * size + 2 * waiting  # the head's, and the sum of both
+            grads = self.embed * size + waiting
             if self.whole:  # in a micro-batch before the last, nothing has been reduced yet
                 yield self.at(0, self.x, 0, grads)
             rest = self.both - group
@@ -472,7 +472,7 @@ class Step:
         if self.config.n_layers > 1:
             yield at(self.below_second + self.second.backward, grads=waiting)
         if self.ends:
-            yield at(self.x, grads=in_embed + 2 * waiting)
+            yield at(self.x, grads=in_embed + waiting)
 
     def reduction(
         self, gathered: int, n: int, activations: int, waiting: int = 0, done: Done = NOTHING

@@ -76,7 +76,7 @@ def load_copies(
     if inputs.checkpoint:
         shard.fill(w, hf.read_weights(inputs.checkpoint, inputs.config))
     else:
-        shard.fill(w, hf.random_weights(inputs.config, args.seed))
+        shard.fill(w, hf.random_weights(inputs.config, args.seed, device))
     copies = [w, *(shard.build(*settings) for _ in range(n - 1))]
     for copy in copies[1:]:
         shard.copy_shards(copy, w)

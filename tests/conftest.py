@@ -1,6 +1,8 @@
 """Fixtures shared by all tests."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,11 @@ import pytest
 # Tests run side by side, and so do the ranks that they start: a thread each. Set before torch is
 # imported; the processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# What is compared to the last bits, or on several ranks, is compared on the CPU; test_gpu.py alone
+# uses a GPU.
+GPUS = os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "assets"
 ASSETS = Path(os.environ.get("SCALEBIO_ASSETS", BESIDE))
@@ -23,6 +30,17 @@ def asset():
         return ASSETS / path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    """The environment of a process that sees the GPUs; skips the test where there is none."""
+    env = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+    env |= {"CUDA_VISIBLE_DEVICES": GPUS} if GPUS is not None else {}
+    there = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    if subprocess.run([sys.executable, "-c", there], env=env).returncode:
+        pytest.skip("needs a GPU")
+    return env
 
 
 @pytest.fixture(scope="session")

@@ -127,7 +127,7 @@ def test_workers_measure_on_two_ranks():
 
 
 def test_gpu_cases_run_on_what_is_there(monkeypatch, capsys):
-    ours, *_, reference = benchmark.gpu_cases(quick=True)
+    reference, ours, *_ = benchmark.gpu_cases(quick=True)
     results = benchmark.gpu_steps([ours, reference])
     assert [len(r["attention"]) > 0 for r in results.values()] == [True, True]
     ours, reference = capsys.readouterr().out.splitlines()[-2:]

@@ -139,7 +139,7 @@ def test_loading_holds_one_full_tensor_beside_the_shards(tmp_path):
         for used in run(ranks, "load", tmp_path / "load", tmp_path / "model"):
             used = used["load"]
             most = used["shards"] + used["largest"] + slack
-            assert 0.99 * used["shards"] < used["peak"] < most
+            assert 0.9 * used["shards"] < used["peak"] < most  # the rest fits in what imports freed
 
 
 def test_bf16_trains_through_lisa_switches_as_a_dense_model_does(results):

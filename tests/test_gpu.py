@@ -1,0 +1,218 @@
+"""The same on a GPU: skipped where there is none. Each check is a process of its own, since the
+other tests hide the GPUs (see conftest.py).
+
+    python -m tests.test_gpu CHECK [FOLDER]
+"""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import data
+import model as hf
+import plan
+import shard
+import train
+from inputs import Inputs
+from tests import worker
+from tests.cases import distance
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def families(_) -> None:
+    """Logits, losses, gradients and greedy generation of each family, against the CPU."""
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, worker.VOCAB, (4, 24), generator=rng)
+    labels = torch.full_like(tokens, -100)
+    for row, (first, last) in enumerate([(1, 24), (5, 20), (12, 14)]):  # the last row has none
+        labels[row, first:last] = tokens[row, first:last]
+    coef = torch.tensor([1.0, 0.5, 2.0, 1.0], dtype=torch.float64)
+
+    def results(family: str, device: str, dtype: torch.dtype) -> tuple:
+        config = hf.ModelConfig.from_hf(worker.FAMILIES[family])
+        weights = hf.random_weights(config, 1)
+        more = ((n, t + 0.1 * torch.randn(t.shape, generator=rng)) for n, t in weights)
+        rng.manual_seed(1)
+        model = hf.build(config, more, dtype, device)
+        model.head.logits_bytes = 40_000  # in chunks
+        losses = model(tokens.to(device), labels)
+        (coef.to(losses) * losses).sum().backward()
+        with torch.no_grad():
+            logits = model(tokens.to(device))
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+        replies = hf.generate(model, tokens.tolist(), 8)
+        return *(t.detach().double().cpu() for t in (logits, losses, grads)), replies
+
+    for family in worker.FAMILIES:
+        *want, replies = results(family, "cpu", torch.float64)
+        for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
+            *got, same = results(family, "cuda", dtype)
+            far = [distance(a, b) for a, b in zip(got, want, strict=True)]
+            assert max(far) < limit, (family, dtype, far)
+            assert dtype == torch.bfloat16 or same == replies, family
+
+
+def penalty_on(shape: dict, dtype: torch.dtype, *flags: str):
+    """Both copies of a model with random weights, as train.py makes them."""
+    args = train.parse(["--model", "none", "--lisa-interval", "1", *flags])
+    config = hf.ModelConfig.from_hf(shape)
+    args.dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    made = Inputs(config=config, checkpoint=None, tokenizer=None, val=[], test=None, notes=[],
+                  sources={"a": [], "b": []})  # fmt: skip
+    return args, train.make_trainer(args, made, torch.device("cuda"))
+
+
+def micro_batches(shape: dict, widths: list[int], B: int = 4, group: int | None = None) -> list:
+    rng, made = torch.Generator().manual_seed(sum(widths)), []
+    for T in widths:
+        tokens = torch.randint(0, shape["vocab_size"], (B, T), generator=rng)
+        labels = tokens.where(torch.arange(T) >= T // 3, -100)
+        labels[0, T // 2 :] = -100
+        groups = torch.arange(B) % 2 if group is None else torch.full((B,), group)
+        made.append(data.MicroBatch(tokens, labels, groups).to("cuda"))
+    return made
+
+
+def step(penalty, shape: dict, widths: list[int], B: int = 4):
+    n = len(widths) * B
+    counts = torch.tensor([n // 2, n // 2, n])
+    return penalty.step(
+        micro_batches(shape, widths, B), micro_batches(shape, widths, B, 2), counts
+    )
+
+
+def waits(_) -> None:
+    """A step waits for the device once, however many micro-batches it has."""
+    for family in ("gpt2", "llama", "gemma2"):
+        shape = worker.FAMILIES[family]
+        args, penalty = penalty_on(shape, torch.bfloat16, "--lisa-interval", "9", "--clip", "1e-3")
+        for _ in range(2):
+            step(penalty, shape, [32, 24, 16])
+        train_part, val_part = (micro_batches(shape, [32, 24, 16], 4, g) for g in (None, 2))
+        counts = torch.tensor([6, 6, 12])
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            penalty.step(train_part, val_part, counts)
+        torch.cuda.set_sync_debug_mode("default")
+        said = [f"{w.filename}:{w.lineno} {w.message}" for w in seen]
+        said = [line for line in said if "synchron" in line]
+        assert len(said) == 1, (family, said)
+
+
+def offload(_) -> None:
+    """--cpu-offload and --activation-checkpointing change no bit."""
+    shape, ends = worker.FAMILIES["llama"], {}
+    for flags in ((), ("--cpu-offload",), ("--activation-checkpointing",)):
+        args, penalty = penalty_on(shape, torch.bfloat16, *flags, "--lisa-layers", "1")
+        for t in range(4):
+            for _, opt in penalty.copies.values():
+                opt.switch(t)
+            step(penalty, shape, [24, 16])
+        parts = []
+        for model, opt in penalty.copies.values():
+            opt.finish(4)
+            parts += [p.detach().cpu().clone() for p in model.parameters()]
+        ends[flags] = parts
+    first = ends.pop(())
+    for flags, parts in ends.items():
+        assert all(map(torch.equal, first, parts)), flags
+
+
+def compiled(_) -> None:
+    """Compiled blocks compute what eager ones do, in few graphs."""
+    shape, runs = worker.FAMILIES["llama"], []
+    for flags in ((), ("--compile",)):
+        args, penalty = penalty_on(shape, torch.float32, *flags, "--lisa-layers", "1")
+        stats = []
+        for t in range(4):
+            for _, opt in penalty.copies.values():
+                opt.switch(t)
+            stats.append(step(penalty, shape, [24, 16 + 8 * t]).source_loss_w)
+        runs.append(torch.stack(stats).double())
+    assert distance(*runs) < 1e-5, runs
+    graphs = worker.counters["stats"]["unique_graphs"]
+    assert 0 < graphs <= 12, graphs
+
+
+def fsdp(_) -> None:
+    """FSDP2 on the device (of one rank here) against plain parameters."""
+    for family in ("llama", "llama-tied"):
+        config = hf.ModelConfig.from_hf(worker.FAMILIES[family])
+        weights = list(hf.random_weights(config, 1))
+        whole = hf.build(config, weights, torch.bfloat16, "cuda")
+        with torch.device("meta"):
+            cut = hf.Transformer(config).to(torch.bfloat16)
+        shard.shard(cut, torch.device("cuda"), whole=False)
+        cut.to_empty(device="cuda")
+        cut._get_fsdp_state()._lazy_init()
+        shard.fill(cut, weights)
+        cut.gather_once, cut.offload = False, None
+        (batch,) = micro_batches(worker.FAMILIES[family], [24])
+        losses, grads = [], []
+        for model in (whole, cut):
+            out = model(batch.tokens, batch.labels)
+            out.sum().backward()
+            losses.append(out.detach())
+            grads.append(torch.cat([shard.full(p.grad).flatten() for p in model.parameters()]))
+        assert torch.equal(*losses) and distance(grads[1], grads[0]) < 1e-2, family
+
+
+def memory(_) -> None:
+    """The highest peak of ten periods of LISA, GPT-2 124M with both copies, is the planned one
+    within 5%."""
+    shape = plan.MODELS["GPT-2"]
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.cuda.empty_cache()
+        args, penalty = penalty_on(shape, dtype, "--micro-batch-size", "8", "--batch-size", "8",
+                                   "--val-batch-size", "8", "--max-length", "1024")  # fmt: skip
+        peaks = []
+        full = torch.randint(0, 50257, (8, 1024), generator=torch.Generator().manual_seed(0))
+        parts = [[data.MicroBatch(full, full, torch.full((8,), g)).to("cuda")] for g in (0, 2)]
+        for t in range(10):
+            for _, opt in penalty.copies.values():
+                opt.switch(t)
+            torch.cuda.reset_peak_memory_stats()
+            penalty.step(*parts, torch.tensor([8, 1, 8]))
+            peaks.append(torch.cuda.max_memory_allocated())
+        foretold = plan.plan(hf.ModelConfig.from_hf(shape), **plan.settings(args, 1, dtype)).peak
+        print(dtype, "planned", foretold, "measured", peaks)
+        assert abs(max(peaks) / foretold - 1) < 0.05, (foretold, peaks)
+        del penalty
+
+
+def runs(folder: str) -> None:
+    """train.py from its command line learns the same in fp32 and in bf16."""
+    found = {}
+    for out in ("fp32", "again", "bf16"):
+        command = [sys.executable, ROOT / "train.py", "--out", f"{folder}/{out}", "--dtype"]
+        subprocess.run([*command, out if out != "again" else "fp32"], check=True)
+        rows = Path(folder, out, "metrics.jsonl").read_text().splitlines()
+        found[out] = json.loads(Path(folder, out, "weights.json").read_text())["weights"]
+        found[out, "rows"] = [json.loads(row).get("source_loss_w") for row in rows]
+    print("the same bits again:", found["fp32", "rows"] == found["again", "rows"], found)
+    assert all(found[out]["clean"] > 0.99 for out in ("fp32", "bf16"))
+
+
+CHECKS = {f.__name__: f for f in (families, waits, offload, compiled, fsdp, memory, runs)}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_gpu(check, gpu, tmp_path):
+    command = [sys.executable, "-m", "tests.test_gpu", check, str(tmp_path)]
+    done = subprocess.run(command, env=gpu, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    what, *folder = sys.argv[1:]
+    shard.start(timeout=120)
+    CHECKS[what](*folder or [None])
+    dist.destroy_process_group()
