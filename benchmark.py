@@ -617,9 +617,11 @@ def gpu_cases(quick: bool) -> list[Case]:
 
 
 def gpu_steps(cases: list[Case]) -> dict:
-    """Each case in a process of its own, with the peak that plan.py foretells for ours."""
-    results = {}
-    print(f"\n{'':44}{'step':>9}{'tokens/s':>10}{'of peak':>8}{'memory':>10}{'plan':>10}")
+    """Each case in a process of its own, beside the reference's time, and the peak that plan.py
+    foretells for ours."""
+    results, reference = {}, {}  # seconds by shape
+    heads = f"{'step':>9}{'ratio':>7}{'tokens/s':>10}{'of peak':>8}{'memory':>10}{'plan':>10}"
+    print(f"\n{'':42}{heads}  attention")
     for case in cases:
         (name,), args = case.sides, case.args()
         try:
@@ -627,15 +629,22 @@ def gpu_steps(cases: list[Case]) -> dict:
         except RuntimeError as error:
             if "OutOfMemoryError" not in str(error):
                 raise
-            print(f"{case.title:44} does not fit", flush=True)
+            print(f"{case.title:42} does not fit", flush=True)
             continue
-        settings = plan.settings(args, 1, DTYPES[case.dtype])
-        foretold = plan.plan(hf.ModelConfig.from_hf(SHAPES[case.shape]), **settings).peak
-        planned = f"{foretold / 1e9:8.2f}GB" if name == "ours" else ""
         took = median(r[name])
-        print(f"{case.title:44}{took:8.3f}s{median(r['tokens']) / took:10.0f}"
+        if name == "reference":
+            reference[case.shape] = took
+            ratio = planned = ""
+        else:
+            settings = plan.settings(args, 1, DTYPES[case.dtype])
+            foretold = plan.plan(hf.ModelConfig.from_hf(SHAPES[case.shape]), **settings).peak
+            planned = f"{foretold / 1e9:8.2f}GB"
+            ratio = f"{took / reference[case.shape]:.3f}" if case.shape in reference else ""
+        ran_in = {n.rpartition("product_")[2] for n in r["attention"] if n.startswith("aten::")}
+        forward = ", ".join(sorted(n for n in ran_in if "backward" not in n))
+        print(f"{case.title:42}{took:8.3f}s{ratio:>7}{median(r['tokens']) / took:10.0f}"
               f"{median(r['flops']) / took / r['flops_per_s']:8.2f}{r['peak'] / 1e9:8.2f}GB"
-              f"{planned}  {', '.join(r['attention'])}", flush=True)  # fmt: skip
+              f"{planned:>10}  {forward}", flush=True)  # fmt: skip
     return results
 
 

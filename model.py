@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import pretrained
@@ -263,11 +264,12 @@ class TokenLosses(torch.autograd.Function):
         return torch.cat(losses)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, targets, *made = ctx.saved_tensors
         rows, grad, dx, dw = TokenLosses.rows(weight), grad[:, None], [], None  # grad (M, 1)
         for h, t, g in zip(*(z.tensor_split(ctx.n) for z in (x, targets, grad)), strict=True):
-            d = None
+            d = None  # likewise
             y = made[0] if made else TokenLosses.logits(h, rows, ctx.cap, len(weight))
             d = y.softmax(-1).scatter_add_(1, t[:, None], y.new_full((len(t), 1), -1))
             if ctx.cap is not None:
@@ -279,7 +281,9 @@ class TokenLosses(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 h = (g * h).to(x.dtype)
                 dw = d.T @ h if dw is None else dw.addmm_(d.T, h)
-        return torch.cat(dx) if dx else None, dw if dw is None else dw[: len(weight)], *[None] * 3
+        if dw is not None:
+            dw.resize_(weight.shape)  # a view could not be added to in place
+        return torch.cat(dx) if dx else None, dw, None, None, None
 
     @staticmethod
     def rows(weight: Tensor) -> Tensor:
