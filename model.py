@@ -249,15 +249,18 @@ class TokenLosses(torch.autograd.Function):
     and if there are several chunks again in backward.
 
         y = cap(z), z = x Wᵀ      ∂loss/∂z = (softmax(y) − onehot(target)) (1 − y²/cap²)
+
+    The gradient that arrives for each loss scales the rows of dx and of x, (M, D), rather than the
+    M V numbers of ∂loss/∂z.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float | None, n: int):
         """x (M, D), targets (M,), n chunks -> (M,)."""
-        rows, losses = TokenLosses.rows(weight), []
+        padded, losses = TokenLosses.padded(weight), []
         for h, t in zip(x.tensor_split(n), targets.tensor_split(n), strict=True):
-            y = None  # the last chunk's is gone before the next one's is made
-            y = TokenLosses.logits(h, rows, cap, len(weight))
+            y = None  # free the last chunk's before the next one's is made
+            y = TokenLosses.logits(h, padded, cap, len(weight))
             losses.append(F.cross_entropy(y, t, reduction="none"))
         ctx.save_for_backward(x, weight, targets, *([y] if n == 1 else []))
         ctx.cap, ctx.n = cap, n
@@ -267,41 +270,44 @@ class TokenLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, targets, *made = ctx.saved_tensors
-        rows, grad, dx, dw = TokenLosses.rows(weight), grad[:, None], [], None  # grad (M, 1)
-        for h, t, g in zip(*(z.tensor_split(ctx.n) for z in (x, targets, grad)), strict=True):
-            d = None  # likewise
-            y = made[0] if made else TokenLosses.logits(h, rows, ctx.cap, len(weight))
+        padded = TokenLosses.padded(weight)
+        chunks = (t.tensor_split(ctx.n) for t in (x, targets, grad[:, None]))
+        dx, dw, d = [], None, None
+        for h, t, g in zip(*chunks, strict=True):  # (m, D), (m,), (m, 1)
+            del d  # the last chunk's
+            y = made.pop() if made else TokenLosses.logits(h, padded, ctx.cap, len(weight))
             d = y.softmax(-1).scatter_add_(1, t[:, None], y.new_full((len(t), 1), -1))
             if ctx.cap is not None:
                 d.addcmul_(d * y, y, value=-1 / ctx.cap**2)
             del y
-            d = d.to(x.dtype)
+            d = d.to(x.dtype)  # (m, V')
             if ctx.needs_input_grad[0]:
-                dx.append((g * (d @ rows)).to(x.dtype))
+                dx.append((g * (d @ padded)).to(x.dtype))
             if ctx.needs_input_grad[1]:
                 h = (g * h).to(x.dtype)
                 dw = d.T @ h if dw is None else dw.addmm_(d.T, h)
         if dw is not None:
-            dw.resize_(weight.shape)  # a view could not be added to in place
+            # Not dw[:V]: a tied embedding's gradient can be added in place to no view.
+            dw.resize_(weight.shape)
         return torch.cat(dx) if dx else None, dw, None, None, None
 
     @staticmethod
-    def rows(weight: Tensor) -> Tensor:
+    def padded(weight: Tensor) -> Tensor:
         """In bf16 with rows of zeros up to a multiple of 8: (V', D). Where V is not one, as GPT-2's
         50257, a GPU multiplies several times slower."""
         more = -len(weight) % 8 if weight.dtype != wide(weight.dtype) else 0
         return F.pad(weight, (0, 0, 0, more)) if more else weight
 
     @staticmethod
-    def logits(h: Tensor, rows: Tensor, cap: float | None, V: int) -> Tensor:
-        """(m, V'), fp32 for bf16; those of no token have no weight."""
-        y = capped((h @ rows.T).to(wide(h.dtype)), cap)
+    def logits(h: Tensor, padded: Tensor, cap: float | None, V: int) -> Tensor:
+        """(m, V'), fp32 for bf16; the columns of padding get probability 0."""
+        y = capped((h @ padded.T).to(wide(h.dtype)), cap)
         y[:, V:] = torch.finfo(y.dtype).min
         return y
 
 
 def capped(y: Tensor, cap: float | None) -> Tensor:
-    """Gemma-2's bound on logits and scores."""
+    """Gemma-2's bound on logits."""
     return y if cap is None else cap * torch.tanh(y / cap)
 
 
@@ -319,7 +325,8 @@ class Head(nn.Module):
         """x (…, D) -> logits (…, V), or x (M, D) with targets (M,) -> losses (M,)."""
         if targets is None:
             return capped(F.linear(x, self.weight).to(wide(x.dtype)), self.cap)
-        # Up to 3 buffers of a chunk's size are held: together they stay below logits_bytes.
+        # Three buffers of a chunk's size are held at once, and a little more: of each of several
+        # chunks a quarter of logits_bytes.
         n_bytes = 4 * x.shape[0] * self.weight.shape[0]
         several = min(math.ceil(4 * n_bytes / self.logits_bytes), x.shape[0])
         n = 1 if n_bytes <= self.logits_bytes else several
@@ -565,13 +572,13 @@ def random_weights(
     """GPT-2's initialisation, float32: N(0, initializer_range), by default 0.02, and less by
     1/sqrt(2 layers) where a block writes to the residual stream.
 
-    A tensor depends on (seed, its place in the model, the kind of device it is drawn on) alone.
+    A tensor depends on (seed, its place in the model) alone; and on the kind of GPU it is drawn on.
     """
     for i, (name, shape) in enumerate(parameter_shapes(config).items()):
         if name.endswith("bias"):
-            yield name, torch.zeros(shape)
+            yield name, torch.zeros(shape, device=device)
         elif "norm" in name:
-            yield name, torch.zeros(shape) if config.norm == "rms+1" else torch.ones(shape)
+            yield name, torch.full(shape, float(config.norm != "rms+1"), device=device)
         else:
             rng = torch.Generator(device).manual_seed(seed * 1_000_000 + i)
             residual = name.endswith(("attn.o.weight", "mlp.down.weight"))

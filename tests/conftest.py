@@ -12,8 +12,8 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # What is compared to the last bits, or on several ranks, is compared on the CPU; test_gpu.py alone
-# uses a GPU.
-GPUS = os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+# uses a GPU. (xdist's workers, which read this file again, inherit both variables.)
+os.environ.setdefault("TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "assets"
@@ -35,8 +35,9 @@ def asset():
 @pytest.fixture(scope="session")
 def gpu():
     """The environment of a process that sees the GPUs; skips the test where there is none."""
-    env = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
-    env |= {"CUDA_VISIBLE_DEVICES": GPUS} if GPUS is not None else {}
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": os.environ["TEST_GPUS"]}
+    if env["CUDA_VISIBLE_DEVICES"] == "all":
+        del env["CUDA_VISIBLE_DEVICES"]
     there = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     if subprocess.run([sys.executable, "-c", there], env=env).returncode:
         pytest.skip("needs a GPU")

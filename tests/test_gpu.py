@@ -56,6 +56,7 @@ def families(_) -> None:
             *got, same = results(family, "cuda", dtype)
             far = [distance(a, b) for a, b in zip(got, want, strict=True)]
             assert max(far) < limit, (family, dtype, far)
+            assert far[1] < limit / 50, (family, dtype, far)  # a loss averages over tokens
             assert dtype == torch.bfloat16 or same == replies, family
 
 
@@ -189,16 +190,11 @@ def memory(_) -> None:
 
 
 def runs(folder: str) -> None:
-    """train.py from its command line learns the same in fp32 and in bf16."""
-    found = {}
-    for out in ("fp32", "again", "bf16"):
-        command = [sys.executable, ROOT / "train.py", "--out", f"{folder}/{out}", "--dtype"]
-        subprocess.run([*command, out if out != "again" else "fp32"], check=True)
-        rows = Path(folder, out, "metrics.jsonl").read_text().splitlines()
-        found[out] = json.loads(Path(folder, out, "weights.json").read_text())["weights"]
-        found[out, "rows"] = [json.loads(row).get("source_loss_w") for row in rows]
-    print("the same bits again:", found["fp32", "rows"] == found["again", "rows"], found)
-    assert all(found[out]["clean"] > 0.99 for out in ("fp32", "bf16"))
+    """train.py from its command line finds the clean source, in fp32 and in bf16."""
+    for dtype in ("fp32", "bf16"):
+        out = Path(folder, dtype)
+        subprocess.run([sys.executable, "train.py", "--out", out, "--dtype", dtype], check=True)
+        assert json.loads((out / "weights.json").read_text())["weights"]["clean"] > 0.99
 
 
 CHECKS = {f.__name__: f for f in (families, waits, offload, compiled, fsdp, memory, runs)}

@@ -222,6 +222,25 @@ def test_chunked_head_matches_whole_head(case, checkpoint):
     assert products[1] - products[0] == 4 * chunks[1] - 3  # each chunk's logits are made twice
 
 
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("n", [1, 4])
+def test_losses_in_bf16_are_those_of_the_same_numbers_in_float64(cap, n):
+    """Of a vocabulary of 9, which is padded to 16: a padding that had weight would be seen."""
+    rng = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(k, 32, generator=rng).bfloat16() / 3 for k in (64, 9))
+    targets = torch.randint(0, 9, (64,), generator=rng)
+    coef = torch.rand(64, generator=rng)
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        a, b = (t.to(dtype, copy=True).requires_grad_() for t in (x, weight))
+        losses = hf.TokenLosses.apply(a, b, targets, cap, n)
+        (coef.to(losses) * losses).sum().backward()
+        results.append([t.detach().double() for t in (losses, a.grad, b.grad)])
+    assert results[0][2].shape == weight.shape
+    far = [distance(low, exact) for low, exact in zip(*results, strict=True)]
+    assert far[0] < 2e-3 and max(far) < 1e-2, far
+
+
 class LiveBytes(TorchDispatchMode):
     """Tracks how many bytes the tensors made inside it hold at once."""
 

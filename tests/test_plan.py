@@ -187,8 +187,7 @@ def peak() -> list:
 
 
 def measured_step(penalty: PenaltyStep, config: ModelConfig, B: int, T: int) -> int | None:
-    """Bytes at the peak of a step; None if the profiler loses events: what was taken and what was
-    given back do not balance then."""
+    """Bytes at the peak of a step; None if what was taken and what was given back never balance."""
     before = live_state_without_gradients(penalty)
     for _ in range(5):
         with torch.profiler.profile(profile_memory=True) as profiler:
@@ -260,7 +259,8 @@ def run(ranks: int, what: str, out: Path, *rest: str, **env: str) -> list[list]:
 
 def skip_unless_measured(peaks) -> None:
     if None in peaks:
-        pytest.skip(f"the profiler of torch {torch.__version__} loses memory events here")
+        assert torch.__version__ < "2.12", "a step does not give back all that it takes"
+        pytest.skip(f"the profiler of torch {torch.__version__} loses memory events")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
