@@ -8,8 +8,9 @@ The **reference** does what is usually written: two `transformers` models, torch
 all parameters with `requires_grad` flipped for LISA, logits at every position, micro-batches in
 order of arrival padded to their longest sample, a pass each for L2(u), L2(w) and L1(w), and a wait
 for the loss in every micro-batch. It sees the same samples, weights and blocks, and is tested to
-have the same losses and gradients. Times are interleaved, A B A B, in one process (one a rank);
-peaks of memory are of a process each. Prints a table, then the same as one line of JSON.
+have the same losses and gradients. Times of steps are interleaved, A B A B, in one process (one a
+rank); on a GPU, and for peaks of memory, each side has a process of its own. Prints a table, then
+the same as one line of JSON; fidelity writes both to files.
 
 The **floor** of a step is the time its matrix products take at the rate that the same threads reach
 on products of these shapes, and that AdamW's bytes take at the rate of a copy.
@@ -129,8 +130,8 @@ def speed_cases(quick: bool) -> list[Case]:
         Case("124M, alpaca, 1 rank", "gpt2", "alpaca", 0.5, 32, 8, repeats=5),
         # Half the micro-batch: the reference's logits and activations for 8 take some 10 GB a rank.
         Case("124M, alpaca, 2 ranks", "gpt2", "alpaca", 0.5, 32, 4, ranks=2, threads=1),
-        Case("124M, 256 tokens, all labels", "gpt2", "0+256", 1.0, 4, repeats=5),
-        Case("124M, 256 tokens, 160 response", "gpt2", "96+160", 0.8, 4, repeats=5),
+        Case("124M, 256 tokens, all labels", "gpt2", "0+256", 1.0, 4, repeats=9),
+        Case("124M, 256 tokens, 160 response", "gpt2", "96+160", 0.8, 4, repeats=9),
     ]
 
 

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +118,34 @@ def test_tokenize_prints_a_table_and_json(asset):
 def test_tokenize_makes_texts_of_its_own():
     table, result = run("tokenize", "--quick")
     assert "of its speed" in table and len(result["tokenize"]["speed"]["records"]) == 5
+
+
+ON_TWO_RANKS = """
+import json, sys
+import torch.distributed as dist
+import benchmark, shard
+device = shard.start(timeout=60)
+case = benchmark.Case(**json.loads(sys.argv[1]))
+losses = []
+for side in (benchmark.Ours(case, device), benchmark.Reference(case, device)):
+    side.feed(case.batch)
+    losses.append([side.step(t, side.arrived(t)) for t in range(2)])
+if dist.get_rank() == 0:
+    print(json.dumps(losses))
+dist.destroy_process_group()
+"""
+
+
+def test_reference_computes_the_losses_of_ours_on_two_ranks(tmp_path):
+    """The second step's would differ if the first one's gradients were not those of all ranks."""
+    script = tmp_path / "losses.py"
+    script.write_text(ON_TWO_RANKS)
+    flags = "--lr-w 1e-3 --lr-u 1e-3"  # large enough that the second step sees the first
+    case = replace(CASE, micro=1, ranks=2, flags=flags)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    first, second = benchmark.start([*launch, str(script), json.dumps(asdict(case))])
+    torch.testing.assert_close(torch.tensor(first), torch.tensor(second))
+    assert first[0] != first[1]
 
 
 def test_workers_measure_on_two_ranks():
