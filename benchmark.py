@@ -56,7 +56,7 @@ import shard
 import tasks
 import tokenizer
 import train
-from inputs import DTYPES, TINY, Inputs, parse
+from inputs import DTYPES, TINY, Inputs, Parser, parse
 
 # glibc maps a block above a threshold anew each time, and each of its pages then costs a fault and
 # is zeroed. Both sides run with blocks of every size taken from one heap that is never given back.
@@ -671,7 +671,7 @@ def main() -> int:
         import fidelity
 
         return fidelity.main(sys.argv[2:])
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.split("\n")[0],
         epilog="'benchmark.py fidelity' has flags of its own: 'benchmark.py fidelity --help'",
     )

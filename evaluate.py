@@ -41,7 +41,7 @@ import plots
 import shard
 import tasks
 import templates
-from inputs import DTYPES, cache_dir, source_paths
+from inputs import DTYPES, Parser, cache_dir, source_paths
 from records import Problems, json_values
 from replies import (
     Checkpoint,
@@ -563,7 +563,7 @@ def task_flags(commands: argparse._SubParsersAction, common: argparse.ArgumentPa
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     positive, natural = at_least(1), at_least(0)
-    parser = argparse.ArgumentParser(description="Judge a model on held-out data, or let it talk.")
+    parser = Parser(description="Judge a model on held-out data, or let it talk.")
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",

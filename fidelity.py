@@ -12,7 +12,6 @@ tables.json.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
@@ -440,7 +439,7 @@ EXPERIMENTS = ("graded", "ablation", "mixtures", "real", "tasks", "digits")
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a run failed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = inputs.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="[all]")
     parser.add_argument("--out", type=Path, default=Path("runs/fidelity"), help="[runs/fidelity]")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each [2]")

@@ -19,6 +19,7 @@ import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -117,9 +118,16 @@ class Inputs:
         return max(int(d.lengths.max()) for d in used)
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses a flag in one line; the usage is for --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{message}\n")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, with the defaults of the chosen model filled in."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Learn source weights by first-order bilevel optimisation (ScaleBiO), and "
         "fine-tune on the mixture that they make.",
         epilog="'A (tiny: B)' is the default A, and B for the built-in model.",

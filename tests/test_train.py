@@ -421,6 +421,16 @@ def test_contradictory_flags_of_a_plan_are_refused_together(capsys):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("flags, said", [
+    (["--seed", "1e3"], "argument --seed: invalid int value: '1e3'"),
+    (["--sed", "1"], "unrecognized arguments: --sed 1"),
+])  # fmt: skip
+def test_flags_that_cannot_be_read_are_refused_in_a_line(capsys, flags, said):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(flags)
+    assert stopped.value.code == 2 and capsys.readouterr() == ("", said + "\n")
+
+
 def test_compile_without_a_compiler_is_refused_in_a_line(capsys, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert refusal(["--compile"], capsys) == [
