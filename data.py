@@ -30,9 +30,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from records import ANSWERS, Problems, iter_records
-from templates import encode_conversations
-from tokenizer import Tokenizer, Turns, byte_tokenizer, load_tokenizer
+from hf.templates import encode_conversations
+from hf.tokenizer import Tokenizer, Turns, byte_tokenizer, load_tokenizer
+from sources.records import ANSWERS, Problems, iter_records
 
 __all__ = ["Batches", "Dataset", "MicroBatch", "ahead", "byte_tokenizer", "eval_batches",
            "load_dataset", "load_tokenizer", "overlap"]

@@ -32,28 +32,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import answers
 import data
-import journal
-import model as hf
-import mtbench
-import plots
 import shard
-import tasks
-import templates
-from inputs import DTYPES, Parser, cache_dir, source_paths
-from records import Problems, json_values
-from replies import (
+from cli import plots
+from cli.inputs import DTYPES, Parser, cache_dir, source_paths
+from grading import answers, journal, mtbench
+from grading.replies import (
     Checkpoint,
     Writer,
     fingerprint,
     load,
-    open_checkpoint,
+    open_model,
     other_settings,
     progress_bar,
     respond,
     settings_of,
 )
+from hf import templates
+from model import Transformer, generate
+from sources import tasks
+from sources.records import Problems, json_values
 
 Work = Callable[[torch.device], int]  # what a command does once all is checked: its exit code
 
@@ -73,7 +71,7 @@ class Loss(NamedTuple):
 
 @torch.no_grad()
 def sample_losses(
-    model: hf.Transformer, dataset: data.Dataset, micro_batch_size: int = 8
+    model: Transformer, dataset: data.Dataset, micro_batch_size: int = 8
 ) -> tuple[Tensor, Tensor]:
     """Each sample's loss and number of response tokens, (n,) fp64, in the dataset's order.
 
@@ -108,7 +106,7 @@ def summarise(x: Tensor, tokens: Tensor) -> Loss:
     return Loss(n, x.mean().item(), se, token_mean, token_se)
 
 
-def loss(model: hf.Transformer, dataset: data.Dataset, micro_batch_size: int = 8) -> Loss:
+def loss(model: Transformer, dataset: data.Dataset, micro_batch_size: int = 8) -> Loss:
     """The loss of a model on a dataset. Collective: every rank calls it."""
     return summarise(*sample_losses(model, dataset, micro_batch_size))
 
@@ -159,7 +157,7 @@ def loss_command(args: argparse.Namespace) -> Work:
     problems = Problems()
     paths = attempt(problems, data_paths, args.data) or {}
     names = dict.fromkeys(args.model)
-    opened = [attempt(problems, open_checkpoint, name, args.template) for name in names]
+    opened = [attempt(problems, open_model, name, args.template) for name in names]
     checkpoints = [c for c in opened if c]
     datasets = {}
     for label, path in paths.items():
@@ -229,7 +227,7 @@ def perplexity(r: Loss) -> str:
 
 def generate_command(args: argparse.Namespace) -> Work:
     """What the model says to each prompt."""
-    c = open_checkpoint(args.model, args.template)
+    c = open_model(args.model, args.template)
     tok = c.tokenizer
     if args.template:
         prompts = [templates.render_prompt(tok, args.template, [("user", p)]) for p in args.prompt]
@@ -244,7 +242,7 @@ def generate_command(args: argparse.Namespace) -> Work:
     ).raise_if_any()
 
     def work(device: torch.device) -> int:
-        new = hf.generate(
+        new = generate(
             load(c, args.dtype, device), prompts, args.max_new_tokens, args.temperature, args.top_p,
             stops, args.seed, device=device,
         )  # fmt: skip
@@ -271,7 +269,7 @@ def problems_command(args: argparse.Namespace) -> Work:
         f"--{flag} is missing" for flag in ("model", "data") if not getattr(args, flag)
     )
     problems.raise_if_any()
-    c = attempt(problems, open_checkpoint, args.model, args.template)
+    c = attempt(problems, open_model, args.model, args.template)
     asked = attempt(problems, lambda: answers.read_problems(local_file(args.data))) or []
     exemplars = answers.EXEMPLARS[args.command]
     if args.exemplars:
@@ -354,7 +352,7 @@ def mtbench_command(args: argparse.Namespace) -> Work:
             problems.add(f"--answers {args.answers}: lacks question {lacking[0]} (and "
                          f"{len(lacking) - 1} more)")  # fmt: skip
     else:
-        c = attempt(problems, open_checkpoint, args.model, args.template)
+        c = attempt(problems, open_model, args.model, args.template)
     for problem in judge_problems(args):
         problems.add(problem)
     problems.raise_if_any()

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-import pretrained
-from families import ModelConfig
+from hf import pretrained
+from hf.families import ModelConfig
 
 # --------------------------------------------------------------------------------------------------
 # The model

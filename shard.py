@@ -27,8 +27,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-import pretrained
-from families import ModelConfig
+from hf import pretrained
+from hf.families import ModelConfig
 from lisa import local
 from model import Transformer
 

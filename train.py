@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=8 train.py --mode finetune --model meta-llama/Meta-Llama-3-70B \\
         --train alpaca=a.json math=b.jsonl --weights runs/x/weights.json --out runs/y
 
-The training loop; the algorithm is in bilevel.py and lisa.py, the flags in inputs.py. Writes to
+The training loop; the algorithm is in bilevel.py and lisa.py, the flags in cli/inputs.py. Writes to
 --out: config.json, metrics.jsonl, weights.json or mixture.jsonl, a picture, checkpoints/, model/.
 """
 
@@ -32,16 +32,14 @@ import torch.distributed.checkpoint as dcp
 
 import data
 import evaluate
-import mixture
-import model as hf
-import plan
-import plots
-import report
 import shard
-import templates
 from bilevel import PenaltyStep, PlainStep, SourceWeights
-from inputs import Inputs, checkpoints, dtype_of, hold, parse, plan_inputs, prepare, record
+from cli import plan, plots, report
+from cli.inputs import Inputs, checkpoints, dtype_of, hold, parse, plan_inputs, prepare, record
+from hf import templates
 from lisa import Lisa
+from model import Transformer, random_weights, read_weights
+from sources import mixture
 
 
 def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
@@ -68,15 +66,15 @@ Trainer = PenaltyStep | PlainStep
 
 def load_copies(
     args: argparse.Namespace, inputs: Inputs, device: torch.device, n: int
-) -> list[hf.Transformer]:
+) -> list[Transformer]:
     """n copies of the model, equal to the last bit. Collective: every rank calls it."""
     offload = shard.Offload(device) if args.cpu_offload else None
     settings = inputs.config, dtype_of(args.dtype, device.type), device, offload
     w = shard.build(*settings)
     if inputs.checkpoint:
-        shard.fill(w, hf.read_weights(inputs.checkpoint, inputs.config))
+        shard.fill(w, read_weights(inputs.checkpoint, inputs.config))
     else:
-        shard.fill(w, hf.random_weights(inputs.config, args.seed, device))
+        shard.fill(w, random_weights(inputs.config, args.seed, device))
     copies = [w, *(shard.build(*settings) for _ in range(n - 1))]
     for copy in copies[1:]:
         shard.copy_shards(copy, w)
@@ -102,7 +100,7 @@ def make_trainer(args: argparse.Namespace, inputs: Inputs, device: torch.device)
     return PenaltyStep(w, u, opt_w, opt_u, sources, args.alpha, **rest)
 
 
-def make_lisa(args: argparse.Namespace, model: hf.Transformer, lr: float, copy: int) -> Lisa:
+def make_lisa(args: argparse.Namespace, model: Transformer, lr: float, copy: int) -> Lisa:
     """The optimiser of a copy, whose state moves with it if copies take turns on the device."""
     opt = Lisa(
         model, args.lisa_layers, args.lisa_interval, args.seed, args.lisa_ends, copy, lr,
@@ -243,7 +241,7 @@ def resume(args: argparse.Namespace, trainer: Trainer) -> tuple[int, Path]:
 
 
 def held_out_losses(
-    args: argparse.Namespace, inputs: Inputs, w: hf.Transformer, done: int, total: int
+    args: argparse.Namespace, inputs: Inputs, w: Transformer, done: int, total: int
 ) -> dict:
     """The mean sample losses that are due after `done` steps: on the test records before and after
     the run; in a fine-tuning run on the validation records, also now and then. Collective."""

@@ -22,9 +22,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import data
-import model as hf
 import shard
 import train
+from model import Transformer
 
 # The server does not take over sys.path, and without its modules each child would load torch anew.
 paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -37,7 +37,7 @@ FLAGS = ("--train . --val val.jsonl --test test.jsonl --steps 12 --lisa-interval
 
 # What a fault can happen in the midst of: where the function is found, and its name.
 PHASES = {
-    "forward": (hf.Transformer, "forward"),
+    "forward": (Transformer, "forward"),
     "backward": (torch.Tensor, "backward"),
     "save": (shard, "save_checkpoint"),
     "cache": (data, "_build_entry"),

@@ -10,8 +10,8 @@ from fractions import Fraction
 
 import pytest
 
-import answers
-from answers import Grader
+from grading import answers
+from grading.answers import Grader
 
 # ---------------------------------------------------------------------------------------------
 # Ways to write a reference answer differently; None where there is nothing to change

@@ -11,20 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import benchmark
-import preparation
-import pretrained
 import shard
+from benchmarks import preparation, speed
+from hf import pretrained
 
-BENCHMARK = Path(benchmark.__file__)
-CASE = benchmark.Case("", "quick", "alpaca", batch=4, micro=3, threads=1, repeats=1, dtype="fp64")
+ROOT = Path(__file__).parents[1]
+CASE = speed.Case("", "quick", "alpaca", batch=4, micro=3, threads=1, repeats=1, dtype="fp64")
 
 
 @pytest.fixture(scope="module")
 def sides():
     """Ours and the reference, built from the same weights, in a process group of one."""
     device = shard.start(timeout=60)
-    made = {name: side(CASE, device) for name, side in benchmark.SIDES.items()}
+    made = {name: side(CASE, device) for name, side in speed.SIDES.items()}
     for side in made.values():
         side.feed(CASE.batch)
     yield made
@@ -34,7 +33,7 @@ def sides():
 def gradients(side, t: int) -> dict[str, torch.Tensor]:
     """Of w in a step that changes nothing, under Hugging Face's names."""
     found = {}
-    holder = side.penalty if isinstance(side, benchmark.Ours) else side
+    holder = side.penalty if isinstance(side, speed.Ours) else side
 
     def keep(*_):
         named = {name: p.grad for name, p in holder.w.named_parameters()}
@@ -83,27 +82,29 @@ def test_flop_count_matches_a_count_by_hand():
     case = replace(CASE, lengths="4+4", flags="--lisa-layers 0")
     tokens = torch.zeros(1, 8, dtype=torch.long)
     labels = torch.tensor([[-100] * 4 + [0] * 4])
-    batch = benchmark.data.MicroBatch(tokens, labels, torch.zeros(1, dtype=torch.long))
+    batch = speed.data.MicroBatch(tokens, labels, torch.zeros(1, dtype=torch.long))
     D, V, L, T, P, M = 64, 512, 3, 8, 7, 4
     weights = P * (12 * L - 10) * D * D + M * 10 * D * D + M * D * V  # 10: all but k and v
     products = 2 * weights  # forward; twice as much backward
-    counted = benchmark.flop_count(case, 0, [batch])
+    counted = speed.flop_count(case, 0, [batch])
     attention = counted - 3 * products
     assert 0 <= attention <= 3 * 4 * T * T * D * L  # causal or not, forward and backward
-    lisa = benchmark.flop_count(replace(case, flags="--lisa-layers 2"), 0, [batch])
+    lisa = speed.flop_count(replace(case, flags="--lisa-layers 2"), 0, [batch])
     assert counted - lisa == 2 * P * 12 * D * D  # no weight gradients in the block that is frozen
 
 
 def test_alpaca_lengths_have_the_means_of_the_files():
     """112, 198 and 196 tokens on average in data_tiny, of which 58, 144 and 142 are the answer."""
     for name, mean, answer in (("alpaca", 112, 58), ("gpt4", 198, 144), ("val", 196, 142)):
-        p, a = benchmark.random_lengths("alpaca", name, 20_000)
+        p, a = speed.random_lengths("alpaca", name, 20_000)
         assert (p + a).max() <= 512
         np.testing.assert_allclose([(p + a).mean(), a.mean()], [mean, answer], rtol=0.05)
 
 
 def run(*args: str) -> tuple[str, dict]:
-    done = subprocess.run([sys.executable, BENCHMARK, *args], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.speed", *args], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     *table, last = done.stdout.splitlines()
     return "\n".join(table), json.loads(last)
@@ -123,11 +124,12 @@ def test_tokenize_makes_texts_of_its_own():
 ON_TWO_RANKS = """
 import json, sys
 import torch.distributed as dist
-import benchmark, shard
+import shard
+from benchmarks import speed
 device = shard.start(timeout=60)
-case = benchmark.Case(**json.loads(sys.argv[1]))
+case = speed.Case(**json.loads(sys.argv[1]))
 losses = []
-for side in (benchmark.Ours(case, device), benchmark.Reference(case, device)):
+for side in (speed.Ours(case, device), speed.Reference(case, device)):
     side.feed(case.batch)
     losses.append([side.step(t, side.arrived(t)) for t in range(2)])
 if dist.get_rank() == 0:
@@ -143,20 +145,20 @@ def test_reference_computes_the_losses_of_ours_on_two_ranks(tmp_path):
     flags = "--lr-w 1e-3 --lr-u 1e-3"  # large enough that the second step sees the first
     case = replace(CASE, micro=1, ranks=2, flags=flags)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    first, second = benchmark.start([*launch, str(script), json.dumps(asdict(case))])
+    first, second = speed.start([*launch, str(script), json.dumps(asdict(case))])
     torch.testing.assert_close(torch.tensor(first), torch.tensor(second))
     assert first[0] != first[1]
 
 
 def test_workers_measure_on_two_ranks():
-    r = benchmark.run("times", replace(CASE, ranks=2, dtype="fp32"))
+    r = speed.run("times", replace(CASE, ranks=2, dtype="fp32"))
     assert len(r["ours"]) == len(r["reference"]) == 1
     assert len(r["floor"]) == 1 and r["floor"][0] > 0
 
 
 def test_gpu_cases_run_on_what_is_there(monkeypatch, capsys):
-    reference, ours, *_ = benchmark.gpu_cases(quick=True)
-    results = benchmark.gpu_steps([ours, reference])
+    reference, ours, *_ = speed.gpu_cases(quick=True)
+    results = speed.gpu_steps([ours, reference])
     assert [len(r["attention"]) > 0 for r in results.values()] == [True, True]
     ours, reference = capsys.readouterr().out.splitlines()[-2:]
     assert ours.count("GB") == 2 and reference.count("GB") == 1  # the plan is of ours
@@ -164,8 +166,8 @@ def test_gpu_cases_run_on_what_is_there(monkeypatch, capsys):
     def full(*_):
         raise RuntimeError("torch.OutOfMemoryError: CUDA out of memory")
 
-    monkeypatch.setattr(benchmark, "run", full)
-    assert benchmark.gpu_steps(benchmark.gpu_cases(quick=False)) == {}
+    monkeypatch.setattr(speed, "run", full)
+    assert speed.gpu_steps(speed.gpu_cases(quick=False)) == {}
     assert capsys.readouterr().out.count("does not fit") == 10
 
 
@@ -182,5 +184,7 @@ def test_start_up_is_measured_from_any_folder(tmp_path, monkeypatch):
     (["tokenize", "--texts", "none.json", "--tokenizer", "."], "none.json"),
 ])  # fmt: skip
 def test_wrong_flags_are_a_line(args, said):
-    done = subprocess.run([sys.executable, BENCHMARK, *args], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.speed", *args], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

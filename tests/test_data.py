@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import data
 from data import Batches, Dataset, eval_batches, load_dataset, overlap
-from records import ROLES, Problems, iter_records, read_records
-from tasks import NOISE, TASKS, task
-from templates import encode_conversation
-from tokenizer import byte_tokenizer
+from hf.templates import encode_conversation
+from hf.tokenizer import byte_tokenizer
+from sources.records import ROLES, Problems, iter_records, read_records
+from sources.tasks import NOISE, TASKS, task
 
 TOKENIZER = byte_tokenizer()
 

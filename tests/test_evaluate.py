@@ -16,16 +16,14 @@ import pytest
 import torch
 from huggingface_hub import errors
 
-import answers
 import data
 import evaluate
-import mixture
-import model as hf
-import replies
 import shard
-import tasks
-import templates
-from journal import Journal, read
+from grading import answers, replies
+from grading.journal import Journal, read
+from hf import templates
+from model import ModelConfig, build, from_pretrained, generate, random_weights, save_pretrained
+from sources import mixture, tasks
 from tests.forked import done
 from tests.worker import FAMILIES
 
@@ -34,8 +32,8 @@ ROOT = Path(__file__).parents[1]
 
 def make_checkpoint(folder: Path, template: str, seed: int = 0) -> Path:
     """A tiny random model with the byte tokenizer."""
-    config = hf.ModelConfig.from_hf(FAMILIES["llama"])
-    hf.save_pretrained(hf.build(config, hf.random_weights(config, seed)), folder / "model")
+    config = ModelConfig.from_hf(FAMILIES["llama"])
+    save_pretrained(build(config, random_weights(config, seed)), folder / "model")
     templates.save_tokenizer(data.byte_tokenizer(), folder / "model", template)
     return folder / "model"
 
@@ -86,7 +84,7 @@ def here(capsys):
 
 
 def test_loss_matches_a_loop_over_samples(checkpoint, records, tmp_path):
-    model = hf.from_pretrained(checkpoint)
+    model = from_pretrained(checkpoint)
     dataset = data.load_dataset(records, data.byte_tokenizer(), "plain", 64, tmp_path / "cache")
     losses, counts = [], []
     for i in range(len(dataset)):
@@ -120,7 +118,7 @@ def test_loss_of_a_built_in_task(checkpoint, here):
     _, _, test = tasks.task("instruction", 3)
     assert code == 0
     dataset = data.Dataset.from_records(test, data.byte_tokenizer(), "plain", 128)
-    expected = evaluate.loss(hf.from_pretrained(checkpoint), dataset).mean
+    expected = evaluate.loss(from_pretrained(checkpoint), dataset).mean
     assert table.splitlines()[-1].split()[:3] == ["instruction-seed3", str(len(test)),
                                                   f"{expected:.4f}"]  # fmt: skip
 
@@ -138,7 +136,7 @@ def test_loss_table_is_the_same_on_one_process_and_two(checkpoint, other, record
     assert [line.split()[0] for line in (val, both, long, short)] == "val both long short".split()
     for column, path in enumerate((checkpoint, other)):
         assert str(path).endswith(title.split()[column].lstrip("…"))
-        model = hf.from_pretrained(path)
+        model = from_pretrained(path)
         for line, texts in (
             (both, [row["text"] for row in mixture]),
             (short, [row["text"] for row in mixture if row["source"] == "short"]),
@@ -225,26 +223,26 @@ def test_gsm8k_is_the_same_on_two_ranks_and_goes_on_where_it_was_cut(
     rows = of_index("one/gsm8k.jsonl")
     assert code == 0 and rows == of_index("two/gsm8k.jsonl") and rows.keys() == set(range(11))
     assert out.replace("one/", "two/") == two.stdout
-    model = hf.from_pretrained(checkpoint)
+    model = from_pretrained(checkpoint)
     tok = data.byte_tokenizer()
     for row in rows.values():  # the batch and its padding make no difference
         prompt = templates.render_prompt(tok, "plain", [("user", row["question"] + "\nGo.")])
-        (alone,) = hf.generate(model, [prompt], 6, eos_id=tok.eos_id)
+        (alone,) = generate(model, [prompt], 6, eos_id=tok.eos_id)
         assert row["output"] == tok.decode(alone).strip() and row["tokens"] == len(alone)
 
     whole = Path("one/gsm8k.jsonl").read_bytes()
     Path("one/gsm8k.jsonl").write_bytes(whole[: len(whole) * 2 // 3])  # within a line
-    left, generate, asked = len(read(Path("one/gsm8k.jsonl"))), hf.generate, []
+    left, inner, asked = len(read(Path("one/gsm8k.jsonl"))), generate, []
     assert 0 < left < 11
 
     def counted(model, prompts, *args, **kwargs):
         asked.extend(prompts)
-        return generate(model, prompts, *args, **kwargs)
+        return inner(model, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(hf, "generate", counted)
+    monkeypatch.setattr(replies, "generate", counted)
     assert here(*args, "one")[1] == out and of_index("one/gsm8k.jsonl") == rows
     assert len(asked) == 11 - left
-    monkeypatch.setattr(hf, "generate", None)  # what is complete needs no generation
+    monkeypatch.setattr(replies, "generate", None)  # what is complete needs no generation
     assert here(*args, "one")[1] == out
     assert here("gsm8k", "--rescore", "one/gsm8k.jsonl")[1] == "".join(out.splitlines(True)[:-1])
 
@@ -259,7 +257,7 @@ def test_accuracy_of_a_model_that_knows_every_third_answer(checkpoint, task, her
         numbers = [int(tok.decode(p).rsplit("\n", 2)[-3].split()[0]) for p in prompts]
         return [tok.encode(f"It is {n + 2 + (n % 3 > 0)}.") for n in numbers]
 
-    monkeypatch.setattr(hf, "generate", knows)
+    monkeypatch.setattr(replies, "generate", knows)
     code, out, _ = here(task, "--model", checkpoint, "--data", "p.json", *FLAGS, "--shots", 0)
     se = math.sqrt(1 / 3 * 2 / 3 / 29)
     assert code == 0 and f"accuracy 0.3333 ± {se:.4f} (10 of 30)" in out
@@ -286,8 +284,9 @@ def test_questions_too_long_for_the_model_count_as_wrong(checkpoint, here):
 
 def test_replies_end_where_the_model_goes_on_with_a_question_of_its_own(checkpoint, monkeypatch):
     tok = data.byte_tokenizer()
-    monkeypatch.setattr(hf, "generate", lambda *a, **k: [tok.encode("4\n\n### Instruction:\n5?")])
-    c = replies.open_checkpoint(str(checkpoint), "alpaca")
+    said = tok.encode("4\n\n### Instruction:\n5?")
+    monkeypatch.setattr(replies, "generate", lambda *a, **k: [said])
+    c = replies.open_model(str(checkpoint), "alpaca")
     c = c._replace(config=dataclasses.replace(c.config, max_positions=512))
     shard.start(60)
     found = dict(replies.respond(torch.nn.Linear(1, 1), c, [[("user", "?")]], 8, 4))

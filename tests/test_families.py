@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-import model as hf
-from families import ModelConfig
+from hf.families import ModelConfig
+from model import parameter_shapes
 from tests.cases import CASES, GPT2_SIZES, SIZES
 
 LLAMA = {"model_type": "llama"} | SIZES
@@ -212,7 +212,7 @@ BOOKKEEPING = {
 def test_published_models_have_their_published_number_of_parameters(name):
     fields, n_parameters = HUB[name]
     config = ModelConfig.from_hf(BOOKKEEPING | fields)
-    shapes = hf.parameter_shapes(config).values()
+    shapes = parameter_shapes(config).values()
     assert sum(torch.Size(shape).numel() for shape in shapes) == n_parameters
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import model as hf
 import shard
 import train
+from model import from_pretrained
 from tests import forked
 from tests.forked import at, done, rows, run, saved, send
 
@@ -262,7 +262,7 @@ def close_output() -> None:
 def test_it_outlives_what_reads_its_output(out):
     code, said = run("--out", "out", fault=close_output)
     assert code == 0 and said == ""
-    assert len(rows("out")) == 12 and hf.from_pretrained("out/model")
+    assert len(rows("out")) == 12 and from_pretrained("out/model")
 
 
 def test_a_data_file_that_changed_is_refused(out):

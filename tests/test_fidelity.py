@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-import fidelity
-import tasks
+from benchmarks import fidelity
 from bilevel import PenaltyStep, SourceWeights
+from sources import tasks
 
 ROOT = Path(__file__).parents[1]
 F64 = torch.float64

@@ -11,19 +11,19 @@ import torch
 from safetensors.torch import load_file
 
 import data
-import inputs
-import mixture
-import model as hf
-import templates
 import train
+from cli import inputs
+from hf import templates
+from model import ModelConfig, build, from_pretrained, generate, random_weights, save_pretrained
+from sources import mixture
 from tests import forked
 from tests.forked import done, rows
 from tests.worker import FAMILIES
 
 
 def checkpoint(folder: Path, family: str) -> None:
-    config = hf.ModelConfig.from_hf(FAMILIES[family])
-    hf.save_pretrained(hf.build(config, hf.random_weights(config, 0)), folder)
+    config = ModelConfig.from_hf(FAMILIES[family])
+    save_pretrained(build(config, random_weights(config, 0)), folder)
     templates.save_tokenizer(data.byte_tokenizer(), folder, "alpaca")
 
 
@@ -91,7 +91,7 @@ def test_it_matches_a_loop_with_adamw_on_one_process(pipeline):
     found = inputs.prepare(args, 1)
     lines = Path("exact/mixture.jsonl").read_text()
     assert lines == mixture.as_jsonl(found.mixture)  # whatever the number of ranks
-    model = hf.from_pretrained("other", torch.float64)
+    model = from_pretrained("other", torch.float64)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=5e-4)
     batches = mixture.MixtureBatches(list(found.mixture.values()), 8, 8, seed=4)
     losses = []
@@ -105,7 +105,7 @@ def test_it_matches_a_loop_with_adamw_on_one_process(pipeline):
         opt.step()
         losses.append(loss.item())
     assert [row["train_loss"] for row in rows("exact")] == pytest.approx(losses, rel=1e-9)
-    saved = hf.from_pretrained("exact/model", torch.float64)
+    saved = from_pretrained("exact/model", torch.float64)
     for ours, theirs in zip(saved.parameters(), model.parameters(), strict=True):
         # Clipping by torch divides by the norm + 1e-6.
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
@@ -132,10 +132,10 @@ def test_the_tuned_model_opens_in_transformers(pipeline):
     """And says the same, greedily."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained("tuned/model").eval()
-    ours = hf.from_pretrained("tuned/model")
+    ours = from_pretrained("tuned/model")
     tok = data.load_tokenizer("tuned/model")
     prompts = [tok.encode(text) for text in ("a", "b and on", "b")]
-    said = hf.generate(ours, prompts, 24)
+    said = generate(ours, prompts, 24)
     for prompt, new in zip(prompts, said, strict=True):
         out = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24)
         assert out[0, len(prompt):].tolist()[: len(new)] == new

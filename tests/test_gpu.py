@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 import data
-import model as hf
-import plan
 import shard
 import train
-from inputs import Inputs
+from cli import plan
+from cli.inputs import Inputs
+from model import ModelConfig, Transformer, build, generate, random_weights
 from tests import worker
 from tests.cases import distance
 
@@ -36,18 +36,18 @@ def families(_) -> None:
     coef = torch.tensor([1.0, 0.5, 2.0, 1.0], dtype=torch.float64)
 
     def results(family: str, device: str, dtype: torch.dtype) -> tuple:
-        config = hf.ModelConfig.from_hf(worker.FAMILIES[family])
-        weights = hf.random_weights(config, 1)
+        config = ModelConfig.from_hf(worker.FAMILIES[family])
+        weights = random_weights(config, 1)
         more = ((n, t + 0.1 * torch.randn(t.shape, generator=rng)) for n, t in weights)
         rng.manual_seed(1)
-        model = hf.build(config, more, dtype, device)
+        model = build(config, more, dtype, device)
         model.head.logits_bytes = 40_000  # in chunks
         losses = model(tokens.to(device), labels)
         (coef.to(losses) * losses).sum().backward()
         with torch.no_grad():
             logits = model(tokens.to(device))
         grads = torch.cat([p.grad.flatten() for p in model.parameters()])
-        replies = hf.generate(model, tokens.tolist(), 8)
+        replies = generate(model, tokens.tolist(), 8)
         return *(t.detach().double().cpu() for t in (logits, losses, grads)), replies
 
     for family in worker.FAMILIES:
@@ -63,7 +63,7 @@ def families(_) -> None:
 def penalty_on(shape: dict, dtype: torch.dtype, *flags: str):
     """Both copies of a model with random weights, as train.py makes them."""
     args = train.parse(["--model", "none", "--lisa-interval", "1", *flags])
-    config = hf.ModelConfig.from_hf(shape)
+    config = ModelConfig.from_hf(shape)
     args.dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     made = Inputs(config=config, checkpoint=None, tokenizer=None, val=[], test=None, notes=[],
                   sources={"a": [], "b": []})  # fmt: skip
@@ -146,11 +146,11 @@ def compiled(_) -> None:
 def fsdp(_) -> None:
     """FSDP2 on the device (of one rank here) against plain parameters."""
     for family in ("llama", "llama-tied"):
-        config = hf.ModelConfig.from_hf(worker.FAMILIES[family])
-        weights = list(hf.random_weights(config, 1))
-        whole = hf.build(config, weights, torch.bfloat16, "cuda")
+        config = ModelConfig.from_hf(worker.FAMILIES[family])
+        weights = list(random_weights(config, 1))
+        whole = build(config, weights, torch.bfloat16, "cuda")
         with torch.device("meta"):
-            cut = hf.Transformer(config).to(torch.bfloat16)
+            cut = Transformer(config).to(torch.bfloat16)
         shard.shard(cut, torch.device("cuda"), whole=False)
         cut.to_empty(device="cuda")
         cut._get_fsdp_state()._lazy_init()
@@ -183,7 +183,7 @@ def memory(_) -> None:
             torch.cuda.reset_peak_memory_stats()
             penalty.step(*parts, torch.tensor([8, 1, 8]))
             peaks.append(torch.cuda.max_memory_allocated())
-        foretold = plan.plan(hf.ModelConfig.from_hf(shape), **plan.settings(args, 1, dtype)).peak
+        foretold = plan.plan(ModelConfig.from_hf(shape), **plan.settings(args, 1, dtype)).peak
         print(dtype, "planned", foretold, "measured", peaks)
         assert abs(max(peaks) / foretold - 1) < 0.05, (foretold, peaks)
         del penalty

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import lisa
-import model as hf
 from lisa import Lisa, draw, round_stochastically
+from model import ModelConfig, Transformer, build, random_weights
 from tests.worker import FAMILIES
 
 
@@ -177,15 +177,15 @@ def held_out_fall(dtype: torch.dtype) -> float:
         g = torch.Generator().manual_seed(seed)
         return (torch.randint(0, 250, (n, 1), generator=g) + 3 * torch.arange(16)) % 250
 
-    def loss(model: hf.Transformer) -> float:  # in fp64: the fall is a thousandth of the loss
+    def loss(model: Transformer) -> float:  # in fp64: the fall is a thousandth of the loss
         weights = ((name, p.detach()) for name, p in model.named_parameters())
         with torch.no_grad():
-            return hf.build(config, weights, torch.float64)(held_out, held_out).mean().item()
+            return build(config, weights, torch.float64)(held_out, held_out).mean().item()
 
-    config = hf.ModelConfig.from_hf(FAMILIES["llama"] | {"initializer_range": 0.15})
+    config = ModelConfig.from_hf(FAMILIES["llama"] | {"initializer_range": 0.15})
     held_out = sequences(10_000, 64)
-    start = ((name, t.bfloat16()) for name, t in hf.random_weights(config, 0))
-    model = hf.build(config, start, dtype)
+    start = ((name, t.bfloat16()) for name, t in random_weights(config, 0))
+    model = build(config, start, dtype)
     before = loss(model)
     opt = Lisa(model, n_active=1, interval=20, ends="frozen", lr=1e-6)
     for step in range(300):
@@ -239,8 +239,8 @@ def test_frozen_ends_cost_no_gradient_below_the_lowest_active_block():
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_no_gradient_enters_a_transformer_below_its_lowest_active_block(family, recompute):
-    config = hf.ModelConfig.from_hf(FAMILIES[family])
-    model = hf.build(config, hf.random_weights(config, 0))
+    config = ModelConfig.from_hf(FAMILIES[family])
+    model = build(config, random_weights(config, 0))
     model.recompute = recompute
     opt = Lisa(model, n_active=1, interval=1, ends="frozen")
     reached = set()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
-import mixture
+from sources import mixture
 
 NAMES = ["a", "b", "c"]
 

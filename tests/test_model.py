@@ -8,9 +8,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import model as hf
-import pretrained
-from model import ModelConfig
+from hf import pretrained
+from model import (
+    Head,
+    ModelConfig,
+    TokenLosses,
+    build,
+    from_pretrained,
+    generate,
+    parameter_shapes,
+    random_weights,
+    sample,
+)
 from tests.cases import CASES, GPT2_SIZES, SIZES, batch, distance
 
 
@@ -27,7 +36,7 @@ def sample_losses(logits, labels):
 @pytest.mark.parametrize("case", CASES)
 def test_logits_losses_gradients_match_transformers(case, checkpoint):
     theirs, directory = checkpoint(case)
-    ours = hf.from_pretrained(directory)
+    ours = from_pretrained(directory)
     tokens, mask, labels = batch()
     logits = theirs(tokens, attention_mask=mask).logits
     assert distance(ours(tokens)[mask == 1], logits[mask == 1]) < 1e-5
@@ -60,7 +69,7 @@ NEUTRAL = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_peculiarity_changes_the_logits(case, checkpoint):
     """So that the comparison with transformers would notice one that is not done."""
-    ours, (tokens, _, _) = hf.from_pretrained(checkpoint(case)[1]), batch(pad=0)
+    ours, (tokens, _, _) = from_pretrained(checkpoint(case)[1]), batch(pad=0)
     config, weights, logits = ours.config, dict(ours.named_parameters()), ours(tokens)
     without = {k: v for k, v in NEUTRAL.items() if getattr(config, k) != v}
     if case.startswith("gpt2") or config.rotary == config.head_size:
@@ -69,7 +78,7 @@ def test_every_peculiarity_changes_the_logits(case, checkpoint):
         without.pop("windows")
     for field, value in without.items():
         other = dataclasses.replace(config, **{field: value})
-        model = hf.build(other, [(name, weights[name]) for name in hf.parameter_shapes(other)])
+        model = build(other, [(name, weights[name]) for name in parameter_shapes(other)])
         assert distance(model(tokens), logits) > 1e-2, field
 
 
@@ -81,7 +90,7 @@ def test_bf16_is_as_close_to_fp32_as_transformers_bf16_is(case, checkpoint):
         options = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
         low, same = (type(theirs).from_pretrained(directory, **options) for _ in range(2))
         exact = same.float()(tokens).logits
-        ours = hf.from_pretrained(directory, torch.bfloat16)(tokens)
+        ours = from_pretrained(directory, torch.bfloat16)(tokens)
         theirs_error = distance(low(tokens).logits.float(), exact)
     assert ours.dtype == torch.float32
     # Two ways to round, neither better: the errors' sizes agree, not their values.
@@ -91,14 +100,14 @@ def test_bf16_is_as_close_to_fp32_as_transformers_bf16_is(case, checkpoint):
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_generation_matches_transformers(case, checkpoint):
     theirs, directory = checkpoint(case)
-    ours = hf.from_pretrained(directory)
+    ours = from_pretrained(directory)
     prompts = [[5], [9, 3, 60, 2, 11, 8, 4], [1, 2, 3]]
     want = []
     for prompt in prompts:
         out = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
         want.append(out[0, len(prompt) :].tolist())
-    assert hf.generate(ours, prompts, 12) == want
-    assert hf.generate(ours, prompts, 12, use_cache=False) == want
+    assert generate(ours, prompts, 12) == want
+    assert generate(ours, prompts, 12, use_cache=False) == want
 
 
 def test_stories_are_those_of_transformers(asset):
@@ -107,62 +116,62 @@ def test_stories_are_those_of_transformers(asset):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
     prompt = torch.tensor([[1]])
     out = theirs.generate(prompt, max_new_tokens=200, do_sample=False, eos_token_id=None)
-    ours = hf.from_pretrained(directory)
-    assert hf.generate(ours, [[1]], 200) == [out[0, 1:].tolist()]
-    assert hf.generate(ours, [[1]], 200, use_cache=False) == [out[0, 1:].tolist()]
+    ours = from_pretrained(directory)
+    assert generate(ours, [[1]], 200) == [out[0, 1:].tolist()]
+    assert generate(ours, [[1]], 200, use_cache=False) == [out[0, 1:].tolist()]
 
 
 # Generation
 
 
 def test_generation_stops_each_row_at_its_own_eos(checkpoint):
-    ours = hf.from_pretrained(checkpoint("llama-3.1")[1])
+    ours = from_pretrained(checkpoint("llama-3.1")[1])
     prompts = [[5], [9, 3, 60, 2, 11, 8, 4], [1, 2, 3]]
-    free = hf.generate(ours, prompts, 12)
+    free = generate(ours, prompts, 12)
     ends = free[0][4], free[2][7]
-    stopped = hf.generate(ours, prompts, 12, eos_id=list(ends))
+    stopped = generate(ours, prompts, 12, eos_id=list(ends))
     for row, reply in zip(free, stopped, strict=True):
         first = next((i for i, token in enumerate(row) if token in ends), 12)
         assert reply == row[:first]
-    assert hf.generate(ours, prompts[:1], 12, eos_id=ends[0]) == [
+    assert generate(ours, prompts[:1], 12, eos_id=ends[0]) == [
         free[0][: free[0].index(ends[0])]
     ]
 
 
 def test_generation_runs_until_the_caller_stops_it(checkpoint):
-    ours = hf.from_pretrained(checkpoint("llama-3.1")[1])
+    ours = from_pretrained(checkpoint("llama-3.1")[1])
     forwards, told = [], []
     ours.register_forward_pre_hook(lambda *_: forwards.append(1))
-    eos = hf.generate(ours, [[5]], 1)[0][0]
+    eos = generate(ours, [[5]], 1)[0][0]
     forwards.clear()
-    assert hf.generate(ours, [[5]], 6, eos_id=eos) == [[]]
+    assert generate(ours, [[5]], 6, eos_id=eos) == [[]]
     assert len(forwards) == 1
     forwards.clear()
     stop_when = lambda done: bool(told.append(done))  # noqa: E731
-    assert hf.generate(ours, [[5]], 6, eos_id=eos, stop_when=stop_when) == [[]]
+    assert generate(ours, [[5]], 6, eos_id=eos, stop_when=stop_when) == [[]]
     assert len(forwards) == 6
     assert told == [True] * 6
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama-3.1"])
 def test_generation_ends_each_row_at_the_last_position(family, checkpoint):
-    ours = hf.from_pretrained(checkpoint(family)[1])  # of 64 positions
+    ours = from_pretrained(checkpoint(family)[1])  # of 64 positions
     prompts = [[3, 1, 4] * 20, [2] * 50, [7, 8]]
-    alone = [hf.generate(ours, [prompt], 20)[0] for prompt in prompts]
+    alone = [generate(ours, [prompt], 20)[0] for prompt in prompts]
     assert list(map(len, alone)) == [4, 14, 20]
-    assert hf.generate(ours, prompts, 20) == alone
-    assert hf.generate(ours, prompts, 20, use_cache=False) == alone
+    assert generate(ours, prompts, 20) == alone
+    assert generate(ours, prompts, 20, use_cache=False) == alone
 
 
 def test_generation_refuses_what_does_not_fit(checkpoint):
-    ours = hf.from_pretrained(checkpoint("gpt2")[1])
+    ours = from_pretrained(checkpoint("gpt2")[1])
     with pytest.raises(ValueError, match=r"prompts \[0, 2\]: each needs 1 to 63 tokens"):
-        hf.generate(ours, [[], [1], [1] * 64], 10)
+        generate(ours, [[], [1], [1] * 64], 10)
     with pytest.raises(ValueError, match="65 tokens: the model has 64 positions"):
         ours(torch.zeros(1, 65, dtype=torch.long))
     for wrong in {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}:
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            hf.generate(ours, [[1]], 10, **wrong)
+            generate(ours, [[1]], 10, **wrong)
 
 
 def test_sampling_follows_temperature_and_top_p():
@@ -171,7 +180,7 @@ def test_sampling_follows_temperature_and_top_p():
 
     def frequencies(top_p):
         rng = torch.Generator().manual_seed(0)
-        return torch.bincount(hf.sample(logits, 2.0, top_p, rng), minlength=4) / 20_000
+        return torch.bincount(sample(logits, 2.0, top_p, rng), minlength=4) / 20_000
 
     torch.testing.assert_close(frequencies(1.0), probs, atol=0.015, rtol=0)
     # 0.5 + 0.25 < 0.8: the third token is the one that reaches it.
@@ -181,8 +190,8 @@ def test_sampling_follows_temperature_and_top_p():
 
 
 def test_sampling_is_reproducible(checkpoint):
-    ours = hf.from_pretrained(checkpoint("qwen3")[1])
-    draws = [hf.generate(ours, [[5]], 12, temperature=3.0, seed=seed) for seed in (0, 0, 1)]
+    ours = from_pretrained(checkpoint("qwen3")[1])
+    draws = [generate(ours, [[5]], 12, temperature=3.0, seed=seed) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
 
 
@@ -208,7 +217,7 @@ def test_chunked_head_matches_whole_head(case, checkpoint):
     n_bytes = (labels[:, 1:] != -100).sum().item() * 67 * 4
     results, products, chunks = [], [], []
     for logits_bytes in (n_bytes, n_bytes - 1):
-        ours = hf.from_pretrained(checkpoint(case)[1], torch.float64)
+        ours = from_pretrained(checkpoint(case)[1], torch.float64)
         ours.head.logits_bytes = logits_bytes
         with Ops() as ops:
             losses = ours(tokens, labels)
@@ -233,7 +242,7 @@ def test_losses_in_bf16_are_those_of_the_same_numbers_in_float64(cap, n):
     results = []
     for dtype in (torch.bfloat16, torch.float64):
         a, b = (t.to(dtype, copy=True).requires_grad_() for t in (x, weight))
-        losses = hf.TokenLosses.apply(a, b, targets, cap, n)
+        losses = TokenLosses.apply(a, b, targets, cap, n)
         (coef.to(losses) * losses).sum().backward()
         results.append([t.detach().double() for t in (losses, a.grad, b.grad)])
     assert results[0][2].shape == weight.shape
@@ -271,9 +280,9 @@ def test_recomputing_head_never_holds_a_tenth_of_the_logits(family):
     fields = {"model_type": family, "head_dim": 8} | SIZES | {"vocab_size": 128_000}
     logits_bytes = 8 * 1024 * 128_000 * 4
     peaks = []
-    for limit in (hf.Head.logits_bytes, logits_bytes):
+    for limit in (Head.logits_bytes, logits_bytes):
         with torch.device("meta"):  # sizes and lifetimes without the work
-            head = hf.Head(ModelConfig.from_hf(fields))
+            head = Head(ModelConfig.from_hf(fields))
             hidden = torch.empty(8 * 1024, 32, requires_grad=True)
             targets = torch.empty(8 * 1024, dtype=torch.long)
         head.logits_bytes = limit
@@ -282,12 +291,12 @@ def test_recomputing_head_never_holds_a_tenth_of_the_logits(family):
         peaks.append(live.peak)
         assert head.weight.grad.shape == (128_000, 32)
     assert peaks[0] < 0.1 * logits_bytes
-    assert peaks[0] - head.weight.nbytes < hf.Head.logits_bytes  # beside the weight's gradient
+    assert peaks[0] - head.weight.nbytes < Head.logits_bytes  # beside the weight's gradient
     assert peaks[1] > 2 * logits_bytes  # what the chunks are there for
 
 
 def test_batch_without_labels_has_loss_and_gradient_zero(checkpoint):
-    ours = hf.from_pretrained(checkpoint("llama")[1])
+    ours = from_pretrained(checkpoint("llama")[1])
     tokens, _, labels = batch()
     losses = ours(tokens, torch.full_like(labels, -100))
     assert losses.tolist() == [0, 0, 0, 0]
@@ -304,7 +313,7 @@ def padded(tokens, labels, width):
 
 @pytest.mark.parametrize("case", CASES)
 def test_padding_neither_matters_nor_costs(case, checkpoint):
-    ours = hf.from_pretrained(checkpoint(case)[1], torch.float64)
+    ours = from_pretrained(checkpoint(case)[1], torch.float64)
     seen = []
     for block in ours.blocks:
         block.register_forward_hook(lambda module, args, out: seen.append((len(args[0]), len(out))))
@@ -335,7 +344,7 @@ def test_padding_neither_matters_nor_costs(case, checkpoint):
 
 
 def test_frozen_parameters_cost_no_gradient(checkpoint):
-    ours = hf.from_pretrained(checkpoint("llama-3.1")[1]).requires_grad_(False)
+    ours = from_pretrained(checkpoint("llama-3.1")[1]).requires_grad_(False)
     ours.blocks[1].requires_grad_(True)
     tokens, _, labels = batch()
     losses = ours(tokens, labels)
@@ -351,7 +360,7 @@ def test_frozen_parameters_cost_no_gradient(checkpoint):
 
 def test_model_has_no_buffers_and_computes_in_float64():
     config = ModelConfig.from_hf({"model_type": "gemma2", "head_dim": 8} | SIZES)
-    model = hf.build(config, hf.random_weights(config, 0), torch.float64)
+    model = build(config, random_weights(config, 0), torch.float64)
     assert list(model.buffers()) == []
     tokens, _, labels = batch()
     assert model(tokens).dtype == model(tokens, labels).dtype == torch.float64
@@ -359,9 +368,9 @@ def test_model_has_no_buffers_and_computes_in_float64():
 
 def test_random_weights_depend_on_seed_and_place_alone():
     config = ModelConfig.from_hf({"model_type": "gpt2"} | GPT2_SIZES)
-    first, again = (dict(hf.random_weights(config, 3)) for _ in range(2))
-    other = dict(hf.random_weights(config, 4))
-    assert list(first) == list(hf.parameter_shapes(config))
+    first, again = (dict(random_weights(config, 3)) for _ in range(2))
+    other = dict(random_weights(config, 4))
+    assert list(first) == list(parameter_shapes(config))
     assert all(torch.equal(first[name], again[name]) for name in first)
     a, b = "blocks.0.mlp.up.weight", "blocks.1.mlp.up.weight"
     assert not torch.equal(first[a], other[a]) and not torch.equal(first[a], first[b])
@@ -369,4 +378,4 @@ def test_random_weights_depend_on_seed_and_place_alone():
     assert first["blocks.0.mlp.down.weight"].std().item() == pytest.approx(0.01, rel=0.1)
     assert first["norm.weight"].eq(1).all() and first["norm.bias"].eq(0).all()
     config = ModelConfig.from_hf({"model_type": "gemma2", "head_dim": 8} | SIZES)
-    assert dict(hf.random_weights(config, 3))["norm.weight"].eq(0).all()  # of 1 + weight
+    assert dict(random_weights(config, 3))["norm.weight"].eq(0).all()  # of 1 + weight

@@ -16,9 +16,9 @@ from types import SimpleNamespace
 import pytest
 
 import evaluate
-import mtbench
-from journal import Journal, read
-from mtbench import Judge, Question
+from grading import mtbench
+from grading.journal import Journal, read
+from grading.mtbench import Judge, Question
 from tests.test_evaluate import make_checkpoint, run
 
 QUESTIONS = [

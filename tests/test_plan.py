@@ -21,10 +21,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import plan as planning
 import shard
 from bilevel import PenaltyStep, SourceWeights
-from families import ModelConfig
+from cli import plan as planning
+from hf.families import ModelConfig
 from lisa import ENDS, Lisa, draw, local
 from model import random_weights
 from tests.worker import AnonymousMemory

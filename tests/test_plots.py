@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 import evaluate
-import plots
+from cli import plots
 
 LONG = [
     "GPTeacher-General-Instruct", "orca-math-word-problems-200k", "code_contests_$python$_filtered",

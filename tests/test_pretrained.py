@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import model as hf
-import pretrained
+from hf import pretrained
+from model import from_pretrained, read_weights, save_pretrained
 from tests.cases import CASES, batch, distance
 
-ROOT = Path(hf.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -30,17 +30,17 @@ def llama(checkpoint, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_saved_model_is_bit_exact_and_opens_in_transformers(case, checkpoint, tmp_path):
     theirs, directory = checkpoint(case)
-    ours = hf.from_pretrained(directory)
+    ours = from_pretrained(directory)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
-    hf.save_pretrained(ours, tmp_path / "out", tmp_path / "tokenizer")
+    save_pretrained(ours, tmp_path / "out", tmp_path / "tokenizer")
     written = {file.name for file in (tmp_path / "out").iterdir()}
     assert written == {"config.json", "model.safetensors", "tokenizer.json"}
 
     before, after = (load_file(d / "model.safetensors") for d in (directory, tmp_path / "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    again = hf.from_pretrained(tmp_path / "out")
+    again = from_pretrained(tmp_path / "out")
     for a, b in zip(ours.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     tokens, _, _ = batch()
@@ -51,7 +51,7 @@ def test_saved_model_is_bit_exact_and_opens_in_transformers(case, checkpoint, tm
 def test_checkpoint_in_many_files(checkpoint, tmp_path):
     theirs, directory = checkpoint("gpt_neox")
     config = pretrained.load_config(directory)
-    half = ((name, tensor.bfloat16()) for name, tensor in hf.read_weights(directory, config))
+    half = ((name, tensor.bfloat16()) for name, tensor in read_weights(directory, config))
     pretrained.write_weights(tmp_path, config, half, max_bytes=8000)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) > 3
@@ -67,13 +67,13 @@ def test_checkpoint_in_many_files(checkpoint, tmp_path):
     assert refusal(tmp_path) == []
     tokens, _, _ = batch()
     reopened = type(theirs).from_pretrained(tmp_path, dtype=torch.float32)
-    ours = hf.from_pretrained(tmp_path)
+    ours = from_pretrained(tmp_path)
     assert distance(ours(tokens), reopened(tokens).logits) < 1e-5
 
     # Where two files hold a tensor, the index says which to read.
     last = load_file(files[-1])
     save_file(last | {"gpt_neox.embed_in.weight": torch.zeros(67, 32)}, files[-1])
-    assert torch.equal(hf.from_pretrained(tmp_path).embed.weight, ours.embed.weight)
+    assert torch.equal(from_pretrained(tmp_path).embed.weight, ours.embed.weight)
 
     files[1].unlink()
     assert [files[1].name in p for p in refusal(tmp_path)] == [True]
@@ -82,7 +82,7 @@ def test_checkpoint_in_many_files(checkpoint, tmp_path):
 
 
 def test_writing_holds_one_file_of_tensors_and_the_next_tensor(checkpoint, tmp_path):
-    ours = hf.from_pretrained(checkpoint("llama-3.1")[1])
+    ours = from_pretrained(checkpoint("llama-3.1")[1])
     alive, most = [], 0
 
     def copies():
@@ -102,21 +102,21 @@ def test_writing_holds_one_file_of_tensors_and_the_next_tensor(checkpoint, tmp_p
 
 
 def test_save_replaces_a_model_and_nothing_else(checkpoint, tmp_path):
-    ours = hf.from_pretrained(checkpoint("gpt2")[1])
-    hf.save_pretrained(ours, tmp_path / "out")
+    ours = from_pretrained(checkpoint("gpt2")[1])
+    save_pretrained(ours, tmp_path / "out")
     with torch.no_grad():
         ours.norm.weight.add_(1)
-    hf.save_pretrained(ours, tmp_path / "out")
-    assert torch.equal(hf.from_pretrained(tmp_path / "out").norm.weight, ours.norm.weight)
+    save_pretrained(ours, tmp_path / "out")
+    assert torch.equal(from_pretrained(tmp_path / "out").norm.weight, ours.norm.weight)
     with pytest.raises(ZeroDivisionError), pretrained.written_whole(tmp_path / "out") as temporary:
         (temporary / "config.json").write_text("half")
         raise ZeroDivisionError
-    assert torch.equal(hf.from_pretrained(tmp_path / "out").norm.weight, ours.norm.weight)
+    assert torch.equal(from_pretrained(tmp_path / "out").norm.weight, ours.norm.weight)
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(ValueError, match="no model to replace"):
-        hf.save_pretrained(ours, tmp_path / "mine")
+        save_pretrained(ours, tmp_path / "mine")
 
 
 # Checkpoints that are not what config.json says
@@ -133,7 +133,7 @@ def problems(directory, change):
 def refusal(directory):
     """The lines that from_pretrained refuses a checkpoint with; none if it does not."""
     try:
-        hf.from_pretrained(directory)
+        from_pretrained(directory)
     except ValueError as error:
         return str(error).splitlines()
     return []
@@ -194,7 +194,7 @@ def test_gpt2_keys_without_prefix(checkpoint, tmp_path):
     save_file(bare, tmp_path / "model.safetensors")
     shutil.copy(source / "config.json", tmp_path)
     tokens, _, _ = batch()
-    assert distance(hf.from_pretrained(tmp_path)(tokens), theirs(tokens).logits) < 1e-5
+    assert distance(from_pretrained(tmp_path)(tokens), theirs(tokens).logits) < 1e-5
 
 
 def test_truncated_file_is_named(llama):
@@ -213,7 +213,7 @@ def test_directory_without_usable_weights(llama):
     assert "pickle" in refusal(directory)[0]
     (directory / "config.json").unlink()
     with pytest.raises(ValueError, match=r"config\.json"):
-        hf.from_pretrained(directory)
+        from_pretrained(directory)
 
 
 # The hub

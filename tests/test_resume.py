@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import inputs
 import shard
+from cli import inputs
 from tests import forked, kill_trial
 from tests.forked import at, done, rows, run, saved, send, state
 

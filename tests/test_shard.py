@@ -10,10 +10,9 @@ import pytest
 import torch
 
 import data
-import model as hf
-import pretrained
-import tasks
-import templates
+from hf import pretrained, templates
+from model import ModelConfig, build, from_pretrained, random_weights, save_pretrained
+from sources import tasks
 from tests.worker import FAMILIES
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -46,8 +45,8 @@ def checkpoints(tmp_path_factory):
         (folder / "records" / f"{name}.jsonl").write_text("\n".join(lines))
     for family in ("gpt2", "llama"):
         path = folder / family
-        config = hf.ModelConfig.from_hf(FAMILIES[family])
-        hf.save_pretrained(hf.build(config, hf.random_weights(config, 0)), path)
+        config = ModelConfig.from_hf(FAMILIES[family])
+        save_pretrained(build(config, random_weights(config, 0)), path)
         templates.save_tokenizer(data.byte_tokenizer(), path, "plain")
         paths.append(path)
     return paths
@@ -89,7 +88,7 @@ def test_trajectory_does_not_depend_on_ranks_micro_batch_or_padding(
             )
             assert (a - b).norm() / b.norm() <= tolerance, part
     assert base["lam"].abs().max() > 0.01  # λ moved
-    start = hf.from_pretrained(checkpoint).embed.weight
+    start = from_pretrained(checkpoint).embed.weight
     assert (base["w.embed.weight"] - start).abs().max() > 1e-3  # so did w
 
 
@@ -129,9 +128,9 @@ def test_loading_holds_one_full_tensor_beside_the_shards(tmp_path):
     """Peak anonymous memory while filling shards from 0.2 GB in several files, on 1 and 2 ranks."""
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4,
              "num_key_value_heads": 4, "vocab_size": 32000}  # fmt: skip
-    config = hf.ModelConfig.from_hf(FAMILIES["llama"] | sizes)
+    config = ModelConfig.from_hf(FAMILIES["llama"] | sizes)
     (tmp_path / "model").mkdir()
-    weights = hf.random_weights(config, 0)
+    weights = random_weights(config, 0)
     pretrained.write_weights(tmp_path / "model", config, weights, max_bytes=7e7)
     assert len(list(tmp_path.glob("model/*.safetensors"))) > 2
     slack = 16e6  # FSDP's and the allocator's own, and the interpreter's

@@ -8,7 +8,7 @@ import unicodedata
 
 import pytest
 
-from templates import (
+from hf.templates import (
     TEMPLATES,
     chat_template,
     encode_conversation,
@@ -16,7 +16,13 @@ from templates import (
     save_tokenizer,
     stop_ids,
 )
-from tokenizer import LLAMA3_PATTERN, QWEN2_PATTERN, TEMPLATE_TOKENS, byte_tokenizer, load_tokenizer
+from hf.tokenizer import (
+    LLAMA3_PATTERN,
+    QWEN2_PATTERN,
+    TEMPLATE_TOKENS,
+    byte_tokenizer,
+    load_tokenizer,
+)
 
 hf = pytest.importorskip("tokenizers")
 

@@ -12,12 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import data
-import inputs
-import model as hf
-import plan
-import report
-import templates
 import train
+from cli import inputs, plan, report
+from hf import templates
+from model import ModelConfig, build, from_pretrained, random_weights, save_pretrained
 from tests.worker import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -40,8 +38,8 @@ def run(*args, ranks: int = 0) -> subprocess.CompletedProcess:
 
 def checkpoint(folder: Path, family: str = "llama", **changes) -> Path:
     """A small random checkpoint with the byte tokenizer."""
-    config = hf.ModelConfig.from_hf(FAMILIES[family] | changes)
-    hf.save_pretrained(hf.build(config, hf.random_weights(config, 0)), folder)
+    config = ModelConfig.from_hf(FAMILIES[family] | changes)
+    save_pretrained(build(config, random_weights(config, 0)), folder)
     templates.save_tokenizer(data.byte_tokenizer(), folder, "alpaca")
     return folder
 
@@ -124,8 +122,8 @@ def test_denoising_orders_the_sources_under_torchrun():
 def test_runs_without_torchrun_and_on_one_rank(ranks):
     done = run(*QUICK, "--out", "out", ranks=ranks)
     assert done.returncode == 0, done.stderr
-    saved = hf.from_pretrained("out/model")
-    start = hf.build(saved.config, hf.random_weights(saved.config, 0))
+    saved = from_pretrained("out/model")
+    start = build(saved.config, random_weights(saved.config, 0))
     assert any(
         not torch.equal(a, b)
         for a, b in zip(saved.parameters(), start.parameters(), strict=True)

@@ -26,12 +26,19 @@ from torch._dynamo.utils import counters
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data
-import model as hf
-import pretrained
 import shard
 import train
 from bilevel import PenaltyStep, SourceWeights
+from hf import pretrained
 from lisa import Lisa, local
+from model import (
+    ModelConfig,
+    build,
+    from_pretrained,
+    parameter_shapes,
+    random_weights,
+    read_weights,
+)
 
 VOCAB = data.byte_tokenizer().n_vocab
 BASE = {
@@ -125,10 +132,10 @@ def offload(checkpoints: list[str]) -> list[list[dict]]:
 def compiled(_: list[str]) -> tuple[float, float, int]:
     """Compiled blocks against eager ones over widths, batch sizes and LISA's draws: the worst
     difference of a loss, how far the weights end apart, and how many graphs there are."""
-    config, models, worst = hf.ModelConfig.from_hf(FAMILIES["llama"]), [], 0.0
+    config, models, worst = ModelConfig.from_hf(FAMILIES["llama"]), [], 0.0
     for fused in (False, True):
         model = shard.build(config, torch.float64, torch.device("cpu"))
-        shard.fill(model, hf.random_weights(config, 1))
+        shard.fill(model, random_weights(config, 1))
         if fused:
             shard.compile_blocks(model, "eager")  # Dynamo alone: code generation takes minutes
         models.append((model, Lisa(model, 1, interval=2, seed=1, lr=1e-2, ends="frozen")))
@@ -157,13 +164,13 @@ def batch(seed: int) -> SimpleNamespace:
 
 def pair(family: str, gather_once: bool):
     """The same model sharded and dense, with weights large enough that every part matters."""
-    config = hf.ModelConfig.from_hf(FAMILIES[family])
+    config = ModelConfig.from_hf(FAMILIES[family])
     weights = [(n, t + 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(i)))
-               for i, (n, t) in enumerate(hf.random_weights(config, 1))]  # fmt: skip
+               for i, (n, t) in enumerate(random_weights(config, 1))]  # fmt: skip
     shard.GATHER_ONCE_BYTES = 1 << 30 if gather_once else 0
     sharded = shard.build(config, torch.float64, torch.device("cpu"))
     shard.fill(sharded, weights)
-    return sharded, hf.build(config, weights, torch.float64)
+    return sharded, build(config, weights, torch.float64)
 
 
 def dense(_: list[str]) -> dict:
@@ -187,7 +194,7 @@ def dense(_: list[str]) -> dict:
         differ[(*key, "after evaluation, switch, step")] = interleaved(sharded, whole)
         out = Path(sys.argv[2]).with_name(f"{family}-{gather_once}")
         shard.save(sharded, out, lambda path: None)
-        read = hf.from_pretrained(out, torch.float64)
+        read = from_pretrained(out, torch.float64)
         differ[(*key, "saved")] = difference(read.parameters(), whole.parameters())
     return differ
 
@@ -197,12 +204,12 @@ def bf16(_: list[str]) -> dict:
     terms of how far they moved; and whether frozen blocks kept their bits."""
     result = {}
     for gather_once in (True, False):
-        config = hf.ModelConfig.from_hf(FAMILIES["llama"])
+        config = ModelConfig.from_hf(FAMILIES["llama"])
         shard.GATHER_ONCE_BYTES = 1 << 30 if gather_once else 0
-        weights = list(hf.random_weights(config, 1))
+        weights = list(random_weights(config, 1))
         sharded = shard.build(config, torch.bfloat16, torch.device("cpu"))
         shard.fill(sharded, weights)
-        whole = hf.build(config, weights, torch.bfloat16)
+        whole = build(config, weights, torch.bfloat16)
         start = torch.cat([p.detach().flatten() for p in whole.parameters()]).float()
         for model in (sharded, whole):
             opt = Lisa(model, 1, interval=1, seed=5, lr=1e-2, ends="sampled")
@@ -285,9 +292,9 @@ def make(paths: list[str]) -> dict:
     """Write a checkpoint of TinyLlama-1.1B's shape, 4.4 GB in fp32, to measure `load` on."""
     sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
              "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000}  # fmt: skip
-    config = hf.ModelConfig.from_hf(FAMILIES["llama"] | sizes)
+    config = ModelConfig.from_hf(FAMILIES["llama"] | sizes)
     Path(paths[0]).mkdir(parents=True)
-    zeros = ((name, torch.zeros(shape)) for name, shape in hf.parameter_shapes(config).items())
+    zeros = ((name, torch.zeros(shape)) for name, shape in parameter_shapes(config).items())
     pretrained.write_weights(paths[0], config, zeros, max_bytes=1e9)
     return {"files": len(list(Path(paths[0]).glob("*.safetensors")))}
 
@@ -297,7 +304,7 @@ def load(paths: list[str]) -> dict:
     memory = AnonymousMemory()
     config = pretrained.load_config(paths[0])
     model = shard.build(config, torch.float32, torch.device("cpu"))
-    shard.fill(model, hf.read_weights(Path(paths[0]), config))
+    shard.fill(model, read_weights(Path(paths[0]), config))
     time.sleep(0.05)
     sizes = [p.numel() * p.element_size() for p in model.parameters()]
     own = [local(p).numel() * p.element_size() for p in model.parameters()]

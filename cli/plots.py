@@ -25,9 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
-import report
-from inputs import HARMLESS
-from records import Problems
+from cli import report
+from cli.inputs import HARMLESS
+from sources.records import Problems
 
 NEEDS = "pictures need matplotlib: pip install matplotlib"
 NAME_LENGTH, TITLE_LENGTH = 32, 150  # characters; longer ones lose their middle

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
-from journal import Journal, convert_rows
+from grading.journal import Journal, convert_rows
 
 TEMPERATURES = {  # of the answers, by category: FastChat's
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,

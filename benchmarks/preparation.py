@@ -23,13 +23,12 @@ import numpy as np
 import torch
 
 import data
-import model as hf
-import tasks
-import templates
-import tokenizer
-from benchmark import SHAPES, ratios, spread, start
-from inputs import cache_dir
-from records import read_records
+from benchmarks.speed import SHAPES, ratios, spread, start
+from cli.inputs import cache_dir
+from hf import templates, tokenizer
+from model import ModelConfig, build, random_weights, save_pretrained
+from sources import tasks
+from sources.records import read_records
 
 OURS_STARTS = """
 import time; began = time.perf_counter()
@@ -89,9 +88,9 @@ def start_up(quick: bool, repeats: int = 5) -> dict:
 def write_files(folder: Path, shape: str, n: int) -> list[Path]:
     """A checkpoint with a tokenizer, two sources of n records and validation. Returns their paths.
     """
-    config = hf.ModelConfig.from_hf(SHAPES[shape])
-    model = hf.build(config, hf.random_weights(config, 0))
-    hf.save_pretrained(model, folder / "model")
+    config = ModelConfig.from_hf(SHAPES[shape])
+    model = build(config, random_weights(config, 0))
+    save_pretrained(model, folder / "model")
     texts = random_texts(3 * n)
     train_tokenizer(texts[:1000], folder / "model")
     paths = []

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from records import Problems, located_values
+from sources.records import Problems, located_values
 
 
 def convert_rows(path: str | os.PathLike, convert: Callable[[dict], object], lacks: str) -> list:

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import mixture
-import plan
 from bilevel import PenaltyStep, StepStats
+from cli import plan
+from sources import mixture
 
 BATCHES = 10  # batch means, for standard errors of series that are autocorrelated
 SETTLED = 0.1  # largest drift of a logit over the last fifth of a run that has settled

@@ -16,7 +16,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 
-from tokenizer import Turns
+from hf.tokenizer import Turns
 
 CHUNK = 1 << 20  # characters read at a time
 

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import shard
-from families import ModelConfig
+from hf.families import ModelConfig
 from model import Context, Transformer, causal_mask, rope_tables, wide
 
 GB = 1_000_000_000

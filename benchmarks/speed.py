@@ -48,15 +48,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import lisa
-import model as hf
-import plan
-import pretrained
-import report
 import shard
-import tasks
-import tokenizer
 import train
-from inputs import DTYPES, TINY, Inputs, Parser, parse
+from cli import plan, report
+from cli.inputs import DTYPES, TINY, Inputs, Parser, parse
+from hf import pretrained, tokenizer
+from model import ModelConfig, Transformer, random_weights
+from sources import tasks
 
 # glibc maps a block above a threshold anew each time, and each of its pages then costs a fault and
 # is zeroed. Both sides run with blocks of every size taken from one heap that is never given back.
@@ -192,7 +190,7 @@ class Ours:
 
     def __init__(self, case: Case, device: torch.device):
         self.device, self.args = device, case.args()
-        self.config = hf.ModelConfig.from_hf(SHAPES[case.shape])
+        self.config = ModelConfig.from_hf(SHAPES[case.shape])
         self.sources, self.val = datasets(case)
         made = Inputs(
             config=self.config, checkpoint=None, tokenizer=None, val=self.val, test=None, notes=[],
@@ -232,8 +230,8 @@ class Reference:
         config = AutoConfig.for_model(**SHAPES[case.shape], dtype=dtype)
         with device:
             w = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-        ours = hf.ModelConfig.from_hf(SHAPES[case.shape])
-        weights = pretrained.to_hf(ours, hf.random_weights(ours, self.args.seed, device))
+        ours = ModelConfig.from_hf(SHAPES[case.shape])
+        weights = pretrained.to_hf(ours, random_weights(ours, self.args.seed, device))
         w.load_state_dict(dict(weights), strict=False)
         self.w, self.u = w, copy.deepcopy(w)
         if dist.get_world_size() > 1:
@@ -360,11 +358,11 @@ def times(case: Case, device: torch.device) -> dict:
     }
 
 
-def meta_model(case: Case, step: int) -> hf.Transformer:
+def meta_model(case: Case, step: int) -> Transformer:
     """On the meta device, with the blocks of a step trained."""
-    args, config = case.args(), hf.ModelConfig.from_hf(SHAPES[case.shape])
+    args, config = case.args(), ModelConfig.from_hf(SHAPES[case.shape])
     with torch.device("meta"):
-        model = hf.Transformer(config)
+        model = Transformer(config)
     period, n = step // args.lisa_interval, config.n_layers
     active = lisa.draw(args.seed, period, n, args.lisa_layers, args.lisa_ends)
     model.requires_grad_(n in active)
@@ -408,7 +406,7 @@ def per_call(call: Callable, device: torch.device) -> float:
 def matmul_rate(case: Case, device: torch.device) -> float:
     """Floating-point operations a second in the MLP's product, of a micro-batch whose samples have
     as many tokens as the case says, or else 256."""
-    config, dtype = hf.ModelConfig.from_hf(SHAPES[case.shape]), DTYPES[case.dtype]
+    config, dtype = ModelConfig.from_hf(SHAPES[case.shape]), DTYPES[case.dtype]
     n_tokens = sum(map(int, case.lengths.split("+"))) if "+" in case.lengths else 256
     x = torch.randn(n_tokens * case.micro, config.width, device=device, dtype=dtype)
     weight = torch.randn(config.hidden, config.width, device=device, dtype=dtype)
@@ -468,7 +466,7 @@ def worker(what: str, case: Case) -> None:
 
 def start(command: list[str], threads: int = 1, device: str = "cpu") -> dict | list:
     """Run a command; the JSON in the last line it prints."""
-    here, given = str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")
+    here, given = str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")
     env = os.environ | ALLOCATOR | {"PYTHONPATH": f"{here}{os.pathsep}{given}" if given else here}
     env |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
     if device == "cpu":
@@ -482,7 +480,7 @@ def start(command: list[str], threads: int = 1, device: str = "cpu") -> dict | l
 def run(what: str, case: Case) -> dict:
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"]
     launch = [sys.executable, *(several if case.ranks > 1 else [])]
-    command = [*launch, __file__, "worker", what, json.dumps(asdict(case))]
+    command = [*launch, "-m", "benchmarks.speed", "worker", what, json.dumps(asdict(case))]
     return start(command, case.threads, case.device)
 
 
@@ -496,7 +494,7 @@ def ratios(a: list[float], b: list[float]) -> list[float]:
 
 def speed(args: argparse.Namespace) -> dict:
     """The bilevel step of both sides, start-up, and the cost against sizes."""
-    import preparation  # which imports this file
+    from benchmarks import preparation  # which imports this file
 
     if args.device == "cuda":
         cases = [case for case in gpu_cases(args.quick) if args.only in case.title]
@@ -592,7 +590,7 @@ def memory(args: argparse.Namespace) -> dict:
 
 def tokenize(args: argparse.Namespace) -> dict:
     """Against `tokenizers`: see preparation.py."""
-    import preparation  # which imports this file
+    from benchmarks import preparation  # which imports this file
 
     return preparation.tokenize(args.texts, args.tokenizer, args.quick)
 
@@ -638,7 +636,7 @@ def gpu_steps(cases: list[Case]) -> dict:
             ratio = planned = ""
         else:
             settings = plan.settings(args, 1, DTYPES[case.dtype])
-            foretold = plan.plan(hf.ModelConfig.from_hf(SHAPES[case.shape]), **settings).peak
+            foretold = plan.plan(ModelConfig.from_hf(SHAPES[case.shape]), **settings).peak
             planned = f"{foretold / 1e9:8.2f}GB"
             ratio = f"{took / reference[case.shape]:.3f}" if case.shape in reference else ""
         ran_in = {n.rpartition("product_")[2] for n in r["attention"] if n.startswith("aten::")}
@@ -668,7 +666,7 @@ def main() -> int:
     if sys.argv[1:2] == ["worker"]:  # started by `run`
         worker(sys.argv[2], Case(**json.loads(sys.argv[3])))
     if sys.argv[1:2] == ["fidelity"]:  # has flags and tables of its own
-        import fidelity
+        from benchmarks import fidelity
 
         return fidelity.main(sys.argv[2:])
     parser = Parser(

@@ -1,7 +1,7 @@
 """What models say: checkpoints opened and loaded, conversations answered in batches on all ranks,
 and the files in which the replies are kept as they come.
 
-    c = open_checkpoint("runs/x/model")
+    c = open_model("runs/x/model")
     for i, reply in respond(load(c, "auto", device), c, chats, max_new_tokens=512, batch_size=16):
         …
 """
@@ -19,13 +19,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import model as hf
 import shard
-import templates
-import tokenizer
-from inputs import dtype_of
-from journal import Journal, read
-from tokenizer import Turns
+from cli.inputs import dtype_of
+from grading.journal import Journal, read
+from hf import templates, tokenizer
+from hf.tokenizer import Turns
+from model import ModelConfig, Transformer, generate, open_checkpoint, read_weights
 
 
 class Checkpoint(NamedTuple):
@@ -33,15 +32,15 @@ class Checkpoint(NamedTuple):
 
     name: str
     directory: Path
-    config: hf.ModelConfig
+    config: ModelConfig
     tokenizer: tokenizer.Tokenizer
     template: str
     stops: list[int]  # ids that end an answer
 
 
-def open_checkpoint(name: str, template: str | None = None) -> Checkpoint:
+def open_model(name: str, template: str | None = None) -> Checkpoint:
     """ValueError with a line for each problem of the model, its tokenizer or the template."""
-    directory, config = hf.open_checkpoint(name)
+    directory, config = open_checkpoint(name)
     tok = tokenizer.load_tokenizer(directory)
     template = template or templates.trained_with(directory)
     try:
@@ -51,10 +50,10 @@ def open_checkpoint(name: str, template: str | None = None) -> Checkpoint:
     return Checkpoint(name, directory, config, tok, template, [*stops, *config.eos_ids])
 
 
-def load(c: Checkpoint, dtype: str, device: torch.device) -> hf.Transformer:
+def load(c: Checkpoint, dtype: str, device: torch.device) -> Transformer:
     """The model, sharded where there are several ranks. Collective: every rank calls it."""
     model = shard.build(c.config, dtype_of(dtype, device.type), device)
-    shard.fill(model, hf.read_weights(c.directory, c.config))
+    shard.fill(model, read_weights(c.directory, c.config))
     return model
 
 
@@ -67,7 +66,7 @@ class Reply(NamedTuple):
 
 
 def respond(
-    model: hf.Transformer,
+    model: Transformer,
     c: Checkpoint,
     chats: list[Turns],
     max_new_tokens: int,
@@ -91,7 +90,7 @@ def respond(
         # Every rank has the same number of rows: the last chat fills up.
         rows = -(-len(part) // world)
         own = [part[min(k, len(part) - 1)] for k in range(rank, rows * world, world)]
-        new = hf.generate(
+        new = generate(
             model, [prompts[i] for i in own], max_new_tokens, temperature, eos_id=c.stops,
             seed=seed + own[0], stop_when=all_finished if world > 1 else bool, device=device,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 
-from tokenizer import Turns
+from hf.tokenizer import Turns
 
 Task = tuple[dict[str, list[Turns]], list[Turns], list[Turns]]  # sources, validation, test
 

@@ -20,8 +20,8 @@ from fractions import Fraction
 from importlib.metadata import version
 from typing import NamedTuple
 
-from journal import convert_rows
-from tokenizer import Turns
+from grading.journal import convert_rows
+from hf.tokenizer import Turns
 
 # What ScaleBiO's evaluation puts after a question.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."

@@ -24,16 +24,13 @@ from typing import NoReturn
 import torch
 
 import data
-import mixture
-import model as hf
-import plan
-import pretrained
 import shard
-import tasks
-import templates
-import tokenizer
+from cli import plan
+from hf import pretrained, templates, tokenizer
 from lisa import ENDS
-from records import Problems, read_records
+from model import ModelConfig, open_checkpoint, parameter_shapes
+from sources import mixture, tasks
+from sources.records import Problems, read_records
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 TINY = {  # a llama of 0.9M parameters; the vocabulary is the byte tokenizer's
@@ -95,7 +92,7 @@ def cache_dir() -> Path:
 class Inputs:
     """Everything a run is made of, checked."""
 
-    config: hf.ModelConfig
+    config: ModelConfig
     checkpoint: Path | None  # None: random weights
     tokenizer: tokenizer.Tokenizer
     sources: dict[str, data.Dataset]
@@ -383,27 +380,27 @@ def spelt(flag: str) -> str:
     return f"--{flag.replace('_', '-')}"
 
 
-def open_model(args: argparse.Namespace) -> tuple[hf.ModelConfig, Path | None, tokenizer.Tokenizer]:
+def open_model(args: argparse.Namespace) -> tuple[ModelConfig, Path | None, tokenizer.Tokenizer]:
     """Configuration, checkpoint directory and tokenizer; reads headers, no weights."""
     if args.model == "tiny":
         tok = tokenizer.byte_tokenizer()
         ends = {"bos_token_id": tok.bos_id, "eos_token_id": tok.eos_id}
-        return hf.ModelConfig.from_hf(TINY | ends | {"vocab_size": tok.n_vocab}), None, tok
-    checkpoint, config = hf.open_checkpoint(args.model)
+        return ModelConfig.from_hf(TINY | ends | {"vocab_size": tok.n_vocab}), None, tok
+    checkpoint, config = open_checkpoint(args.model)
     return config, checkpoint, tokenizer.load_tokenizer(checkpoint)
 
 
-def read_config(name: str) -> hf.ModelConfig:
+def read_config(name: str) -> ModelConfig:
     """Of the built-in model, a config.json, a directory that has one, or a hub id."""
     if name == "tiny":
-        return hf.ModelConfig.from_hf(TINY | {"vocab_size": tokenizer.byte_tokenizer().n_vocab})
+        return ModelConfig.from_hf(TINY | {"vocab_size": tokenizer.byte_tokenizer().n_vocab})
     file = Path(name)
     if file.is_file():
         return pretrained.load_config(file.parent, file.name)
     return pretrained.load_config(pretrained.find_checkpoint(name, weights=False))
 
 
-def plan_inputs(args: argparse.Namespace) -> hf.ModelConfig:
+def plan_inputs(args: argparse.Namespace) -> ModelConfig:
     """The configuration that --plan asks about. Raises one ValueError with all problems."""
     args.gpus = 8 if args.gpus is None else args.gpus
     problems = Problems(check_flags(args, max(1, args.gpus)))
@@ -420,10 +417,10 @@ def plan_inputs(args: argparse.Namespace) -> hf.ModelConfig:
     return config
 
 
-def check_space(args: argparse.Namespace, config: hf.ModelConfig) -> list[str]:
+def check_space(args: argparse.Namespace, config: ModelConfig) -> list[str]:
     """Whether the model that the run will leave finds room on the disk, if it is not there yet."""
     dtype = dtype_of(args.dtype, "cuda" if torch.cuda.is_available() else "cpu")
-    needed = dtype.itemsize * sum(map(math.prod, hf.parameter_shapes(config).values()))
+    needed = dtype.itemsize * sum(map(math.prod, parameter_shapes(config).values()))
     parent = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
     free = shutil.disk_usage(parent).free
     if free >= needed or (args.out / "model").is_dir():
@@ -432,7 +429,7 @@ def check_space(args: argparse.Namespace, config: hf.ModelConfig) -> list[str]:
             f"{needed / 1e9:.3f}"]  # fmt: skip
 
 
-def check_sizes(args: argparse.Namespace, config: hf.ModelConfig) -> list[str]:
+def check_sizes(args: argparse.Namespace, config: ModelConfig) -> list[str]:
     """Flags against the model."""
     problems = []
     if args.max_length > config.max_positions:
@@ -444,7 +441,7 @@ def check_sizes(args: argparse.Namespace, config: hf.ModelConfig) -> list[str]:
     return problems
 
 
-def check_fit(args: argparse.Namespace, config: hf.ModelConfig, tok) -> list[str]:
+def check_fit(args: argparse.Namespace, config: ModelConfig, tok) -> list[str]:
     """Flags and tokenizer against the model."""
     problems = check_sizes(args, config)
     if tok.n_vocab > config.vocab:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from tokenizer import EOS, Segment, Settings, Tokenizer, Turns
+from hf.tokenizer import EOS, Segment, Settings, Tokenizer, Turns
 
 CONTROL = re.compile(r"(<\|?\w+\|?>)")  # a control token within a template's own strings
 

@@ -33,12 +33,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import data
-import inputs
-import report
 import shard
-import tasks
 import train
 from bilevel import PenaltyStep, SourceWeights
+from cli import inputs, report
+from sources import tasks
 
 MODEL = {"hidden_size": 48, "intermediate_size": 128, "initializer_range": 48**-0.5}  # 0.16M
 COUPLED = "LISA, coupled draws"
@@ -65,7 +64,7 @@ BEST = {"denoising": "clean", "graded": "clean", "multilingual": "aru", "instruc
 LEARNED = {"learned": COUPLED, "learned, lr of λ × 3": "lr of λ × 3"}
 MIXTURES = (*LEARNED, "uniform", "proportional", "best alone")
 # Real data: bytes of text, a model that has read English captions.
-BESIDE = Path(__file__).resolve().parent.parent / "shared" / "assets"
+BESIDE = Path(__file__).resolve().parents[2] / "shared" / "assets"
 ASSETS = Path(os.environ.get("SCALEBIO_ASSETS", BESIDE))
 CAPTIONS, N_CAPTIONS = "multilingual/multi30k/train.en", 29_000
 READ = ("--mode finetune --weights captions=1 --samples 8000 --steps 200 "

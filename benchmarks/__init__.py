@@ -1,0 +1,1 @@
+"""Measurements: speed and memory beside a plain implementation; known answers."""

@@ -1,0 +1,1 @@
+"""What Hugging Face's files say: configurations, weights, tokenizers, chat templates."""

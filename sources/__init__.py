@@ -1,0 +1,1 @@
+"""Where records come from: files, built-in tasks, mixtures drawn from either."""
