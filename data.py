@@ -34,8 +34,8 @@ from hf.templates import encode_conversations
 from hf.tokenizer import Tokenizer, Turns, byte_tokenizer, load_tokenizer
 from sources.records import ANSWERS, Problems, iter_records
 
-__all__ = ["Batches", "Dataset", "MicroBatch", "ahead", "byte_tokenizer", "eval_batches",
-           "load_dataset", "load_tokenizer", "overlap"]
+__all__ = ["Batches", "Dataset", "MicroBatch", "MixtureBatches", "byte_tokenizer", "cache_dir",
+           "eval_batches", "load_dataset", "load_tokenizer", "overlap", "prefetch"]
 
 FORMAT_VERSION = 2  # of a cache entry; raise it when the arrays or the tokenisation change
 IGNORE = -100  # label of a position without loss
@@ -156,6 +156,11 @@ def overlap(train: Dataset, other: Dataset) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------
 # The cache: a directory per (file contents, tokenizer, template, max_length)
+
+
+def cache_dir() -> Path:
+    """Where tokenised data is kept: $XDG_CACHE_HOME/scalebio, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "scalebio"
 
 
 def load_dataset(
@@ -394,7 +399,42 @@ class Batches:
         return [_collate(self.datasets, part, self.pad_to, groups) for part, groups in parts]
 
 
-def ahead(batches: Batches, steps: range) -> Iterator[tuple[int, tuple]]:
+class MixtureBatches(Batches):
+    """Global batches of a mixture: its sources as one set, shuffled anew for each epoch.
+
+    Every sample comes once an epoch; the last batch of an epoch is what is left for it.
+    """
+
+    def __init__(
+        self,
+        sources: list[Dataset],
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        super().__init__(sources, None, batch_size, 0, micro_batch_size, seed, rank, world)
+        self.ends = np.cumsum([len(source) for source in sources])  # in the mixture, of each source
+
+    def step(self, t: int) -> tuple[list[MicroBatch], list[MicroBatch], torch.Tensor]:
+        """As Batches.step, without validation."""
+        epoch, n = divmod(t, self.steps_per_epoch)
+        picked = self._order(epoch)[n * self.batch_size : (n + 1) * self.batch_size]
+        groups = np.searchsorted(self.ends, picked, side="right")
+        starts = self.ends - [len(source) for source in self.datasets]
+        samples = list(zip(groups.tolist(), (picked - starts[groups]).tolist(), strict=True))
+        counts = torch.from_numpy(np.bincount(groups, minlength=self.n_sources + 1))
+        return self._deal(samples), [], counts
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._permutations:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.ends[-1])
+            self._permutations = {epoch: order}
+        return self._permutations[epoch]
+
+
+def prefetch(batches: Batches, steps: range) -> Iterator[tuple[int, tuple]]:
     """(t, batches.step(t)) of each step; a thread makes the next one meanwhile."""
     with ThreadPoolExecutor(1) as thread:
         coming = None

@@ -35,7 +35,8 @@ from torch import Tensor
 import data
 import shard
 from cli import plots
-from cli.inputs import DTYPES, Parser, cache_dir, source_paths
+from cli.flags import Parser
+from data import cache_dir
 from grading import answers, journal, mtbench
 from grading.replies import (
     Checkpoint,
@@ -49,9 +50,9 @@ from grading.replies import (
     settings_of,
 )
 from hf import templates
-from model import Transformer, generate
+from model import DTYPES, Transformer, generate
 from sources import tasks
-from sources.records import Problems, json_values
+from sources.records import Problems, json_values, source_paths
 
 Work = Callable[[torch.device], int]  # what a command does once all is checked: its exit code
 
@@ -290,9 +291,11 @@ def problems_command(args: argparse.Namespace) -> Work:
             raise ValueError(f"{out} holds answers to other questions: take another --out")
 
     def work(device: torch.device) -> int:
-        rows = shard.of_first(lambda: journal.read(out))
+        rows = shard.broadcast_from_rank0(lambda: journal.read(out))
         todo = sorted({*range(len(asked))} - {row["index"] for row in rows})
-        chats = [answers.put(asked[i].question, exemplars, args.instruction) for i in todo]
+        chats = [
+            answers.as_conversation(asked[i].question, exemplars, args.instruction) for i in todo
+        ]
         with Writer(out, len(todo)) as writer:
             model = load(c, args.dtype, device) if todo else None
             for n, reply in respond(model, c, chats, args.max_new_tokens, args.batch_size):
@@ -404,7 +407,7 @@ def answer_questions(
     file, settings = out / "mt-bench-answers.jsonl", settings_of(c, args.max_new_tokens, args.dtype)
     given = {}
     asked = {q.id: list(q.turns) for q in questions}
-    for row in shard.of_first(lambda: journal.read(file)):
+    for row in shard.broadcast_from_rank0(lambda: journal.read(file)):
         if asked.get(row["question_id"]) == row["questions"]:
             given[row["question_id"]] = tuple(row["choices"][0]["turns"])
     todo: dict[float, list[mtbench.Question]] = {}
@@ -634,10 +637,10 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return refuse(error)
     except KeyboardInterrupt:
-        shard.leave(130)
+        shard.exit_now(130)
     finally:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    shard.leave(main())
+    shard.exit_now(main())

@@ -57,8 +57,8 @@ class Lisa:
     interval      steps between two draws
     ends          "always" | "sampled" | "frozen"
     copy          draws differ between copies of different number
-    bring         called before the parameters or their state are touched: a copy that waits in host
-                  memory then comes to the device
+    move_to_device    called before the parameters or their state are touched: a copy that waits in
+                  host memory then comes to the device
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Lisa:
         copy: int = 0,
         lr: float = 1e-5,
         weight_decay: float = 0.0,
-        bring: Callable[[], None] = lambda: None,
+        move_to_device: Callable[[], None] = lambda: None,
     ):
         if ends not in ENDS:
             raise ValueError(f"ends={ends!r}: permitted are {', '.join(ENDS)}")
@@ -83,7 +83,7 @@ class Lisa:
         self.units.append([p for p in model.parameters() if id(p) not in in_blocks])
         self.index = {p: i for i, p in enumerate(p for unit in self.units for p in unit)}
         self.n_active, self.interval, self.seed = n_active, interval, seed
-        self.ends, self.copy, self.bring = ends, copy, bring
+        self.ends, self.copy, self.move_to_device = ends, copy, move_to_device
         self.active: set[int] = set()
         self.period = -1
         self.masters: dict[Tensor, Tensor] = {}  # active parameter -> its master
@@ -103,7 +103,7 @@ class Lisa:
         period = step // self.interval
         if period == self.period:
             return
-        self.bring()
+        self.move_to_device()
         n_blocks = len(self.units) - 1
         now = draw(self.seed, period, n_blocks, self.n_active, self.ends, self.copy)
         for i in sorted(self.active - now):
@@ -118,7 +118,7 @@ class Lisa:
 
     def step(self) -> None:
         """AdamW on the masters; a bf16 copy becomes its master rounded to nearest."""
-        self.bring()
+        self.move_to_device()
         self.opt.step()
         for p, master in self._stored_apart():
             local(p).copy_(local(master))
@@ -128,7 +128,7 @@ class Lisa:
 
     def finish(self, step: int) -> None:
         """Release everything, as at the end of training: the model then holds what it learned."""
-        self.bring()
+        self.move_to_device()
         for i in sorted(self.active):
             self._release(i, step)
         self.active, self.period = set(), -1

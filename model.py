@@ -43,6 +43,15 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def dtype_of(flag: str, device_type: str) -> torch.dtype:
+    """What parameters are stored in, by --dtype."""
+    auto = "bf16" if device_type == "cuda" else "fp32"
+    return DTYPES[auto if flag == "auto" else flag]
+
+
 class RMSNormPlusOne(nn.RMSNorm):
     """Gemma's RMSNorm multiplies by 1 + weight, in fp32: near 1, bf16 has steps of 1/128."""
 
@@ -560,10 +569,10 @@ def open_checkpoint(id_or_dir: str | Path) -> tuple[Path, ModelConfig]:
     return directory, config
 
 
-def read_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """(name, full CPU tensor) of each parameter of an opened checkpoint, in the files' dtype. The
     tensors lie in memory-mapped files: copy what is to be kept."""
-    return pretrained.read_weights(directory, config, parameter_shapes(config))
+    return pretrained.read_tensors(directory, config, parameter_shapes(config))
 
 
 def random_weights(
@@ -611,7 +620,7 @@ def from_pretrained(
 ) -> Transformer:
     """Load a hub id or a local directory, unsharded. Raises one ValueError with all problems."""
     directory, config = open_checkpoint(id_or_dir)
-    return build(config, read_weights(directory, config), dtype, device)
+    return build(config, read_tensors(directory, config), dtype, device)
 
 
 def save_pretrained(
@@ -620,7 +629,7 @@ def save_pretrained(
     """Write an unsharded model in Hugging Face's format, with the tokenizer of `tokenizer_dir`."""
     with pretrained.written_whole(directory) as temporary:
         parameters = ((name, p.detach().cpu()) for name, p in model.named_parameters())
-        pretrained.write_weights(temporary, model.config, parameters)
+        pretrained.write_tensors(temporary, model.config, parameters)
         for pattern in pretrained.TOKENIZER_FILES if tokenizer_dir else ():
             for file in Path(tokenizer_dir).glob(pattern):
                 shutil.copy(file, temporary)

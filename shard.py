@@ -68,13 +68,13 @@ def start(timeout: float) -> torch.device:
     return torch.device(device)
 
 
-def limit(seconds: float) -> None:
+def set_timeout(seconds: float) -> None:
     """From here on, a collective that takes longer ends the run. Collective."""
     dist.barrier()  # none may be short of time because another still had more of it
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
-def of_first(make: Callable[[], object]) -> object:
+def broadcast_from_rank0(make: Callable[[], object]) -> object:
     """What rank 0 makes, on all ranks. Collective: every rank calls it."""
     box = [make() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box)
@@ -86,7 +86,7 @@ def lost_peer(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
-def leave(code: int) -> None:
+def exit_now(code: int) -> None:
     """End the process without the interpreter's teardown, in which threads of torch that are still
     alive now and then abort it ("terminate called without an active exception")."""
     sys.stdout.flush()
@@ -94,10 +94,10 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def shard(model: Transformer, device: torch.device, whole: bool) -> None:
+def shard(model: Transformer, device: torch.device, keep_gathered: bool) -> None:
     """Cut `model` over the ranks, in place: each block is gathered on its own when it is used.
 
-    whole: keep what was gathered until the end of backward (see `once_per_pass`).
+    keep_gathered: keep what was gathered until the end of backward (see `once_per_pass`).
     """
     dtype = model.norm.weight.dtype
     low = torch.finfo(dtype).bits < 32
@@ -107,7 +107,7 @@ def shard(model: Transformer, device: torch.device, whole: bool) -> None:
         cast_forward_inputs=False,  # a block's RoPE tables stay fp32
     )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    rules = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": not whole}
+    rules = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": not keep_gathered}
     for block in model.blocks:
         fully_shard(block, **rules)
     # The head is the first to be needed again in backward, so it is not cut in between.
@@ -139,9 +139,9 @@ class Offload:
     def follow(self, model: nn.Module, state: Callable[[], Iterable[Tensor]] = tuple) -> None:
         """Take `model` in, or from now on move what `state` lists along with its parameters."""
         self.state[model] = state
-        self.bring(model)
+        self.move_to_device(model)
 
-    def bring(self, model: nn.Module) -> None:
+    def move_to_device(self, model: nn.Module) -> None:
         """Make `model` the one on the device. All of it goes through the current stream: nothing is
         freed or read too early."""
         if self.here is model:
@@ -164,7 +164,7 @@ class Offload:
                 whole.copy_(host, non_blocking=True)
         self.here = model
 
-    def now(self, t: Tensor) -> Tensor:
+    def current_values(self, t: Tensor) -> Tensor:
         """`t`, or while it waits its values on the host, likewise sharded."""
         for moved in self.waiting.values():
             if storage_key(t) in moved:
@@ -190,15 +190,15 @@ def whole_storage(t: Tensor) -> Tensor:
     return t.new_empty(0).set_(t.untyped_storage())
 
 
-def bring(model: nn.Module) -> None:
+def move_to_device(model: nn.Module) -> None:
     """See to it that a model's shards are on the device."""
     if model.offload is not None:
-        model.offload.bring(model)
+        model.offload.move_to_device(model)
 
 
-def now(model: nn.Module, t: Tensor) -> Tensor:
+def current_values(model: nn.Module, t: Tensor) -> Tensor:
     """A parameter or a piece of optimiser state of `model`, wherever it is now."""
-    return t if model.offload is None else model.offload.now(t)
+    return t if model.offload is None else model.offload.current_values(t)
 
 
 def build(
@@ -214,7 +214,7 @@ def build(
     n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     model.gather_once = several and n_bytes <= GATHER_ONCE_BYTES
     if several:
-        shard(model, device, whole=model.gather_once)
+        shard(model, device, keep_gathered=model.gather_once)
     model.offload = offload
     if offload is not None:
         offload.follow(model)
@@ -258,15 +258,15 @@ def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
 @torch.no_grad()
 def copy_shards(target: nn.Module, source: nn.Module) -> None:
     """Make `target` equal to `source`, shard by shard, without communication."""
-    bring(target)
+    move_to_device(target)
     for a, b in zip(target.parameters(), source.parameters(), strict=True):
-        local(a).copy_(local(now(source, b)))
+        local(a).copy_(local(current_values(source, b)))
 
 
 def once_per_pass(model: Transformer, last: bool) -> None:
     """For PenaltyStep.on_micro: gather parameters with the first micro-batch of a pass, reduce
     gradients and let go of the gathered copies with the last, where the model is small enough."""
-    bring(model)
+    move_to_device(model)
     if model.gather_once:
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
@@ -300,17 +300,17 @@ def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None
     finish: rank 0 calls it with the directory before it has its name, to add the tokenizer.
     Collective: every rank calls it.
     """
-    bring(model)
+    move_to_device(model)
     release(model)
     if dist.get_rank() == 0:
         with pretrained.written_whole(target) as directory:
-            pretrained.write_weights(directory, model.config, full_tensors(model))
+            pretrained.write_tensors(directory, model.config, full_tensors(model))
             finish(directory)
             for file in directory.iterdir():
                 sync(file)
         sync(target.parent)
     else:
-        pretrained.write_weights(None, model.config, full_tensors(model))
+        pretrained.write_tensors(None, model.config, full_tensors(model))
     dist.barrier()
 
 

@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=8 train.py --mode finetune --model meta-llama/Meta-Llama-3-70B \\
         --train alpaca=a.json math=b.jsonl --weights runs/x/weights.json --out runs/y
 
-The training loop; the algorithm is in bilevel.py and lisa.py, the flags in cli/inputs.py. Writes to
+The training loop; the algorithm is in bilevel.py and lisa.py, the flags in cli/flags.py. Writes to
 --out: config.json, metrics.jsonl, weights.json or mixture.jsonl, a picture, checkpoints/, model/.
 """
 
@@ -35,10 +35,10 @@ import evaluate
 import shard
 from bilevel import PenaltyStep, PlainStep, SourceWeights
 from cli import plan, plots, report
-from cli.inputs import Inputs, checkpoints, dtype_of, hold, parse, plan_inputs, prepare, record
+from cli.flags import Inputs, checkpoints, lock_directory, parse, plan_inputs, prepare, record
 from hf import templates
 from lisa import Lisa
-from model import Transformer, random_weights, read_weights
+from model import Transformer, dtype_of, random_weights, read_tensors
 from sources import mixture
 
 
@@ -72,7 +72,7 @@ def load_copies(
     settings = inputs.config, dtype_of(args.dtype, device.type), device, offload
     w = shard.build(*settings)
     if inputs.checkpoint:
-        shard.fill(w, read_weights(inputs.checkpoint, inputs.config))
+        shard.fill(w, read_tensors(inputs.checkpoint, inputs.config))
     else:
         shard.fill(w, random_weights(inputs.config, args.seed, device))
     copies = [w, *(shard.build(*settings) for _ in range(n - 1))]
@@ -104,7 +104,7 @@ def make_lisa(args: argparse.Namespace, model: Transformer, lr: float, copy: int
     """The optimiser of a copy, whose state moves with it if copies take turns on the device."""
     opt = Lisa(
         model, args.lisa_layers, args.lisa_interval, args.seed, args.lisa_ends, copy, lr,
-        args.weight_decay, bring=partial(shard.bring, model),
+        args.weight_decay, move_to_device=partial(shard.move_to_device, model),
     )  # fmt: skip
     if model.offload is not None:
         model.offload.follow(model, opt.state_tensors)
@@ -115,7 +115,7 @@ def make_batches(args: argparse.Namespace, inputs: Inputs) -> data.Batches:
     """This rank's batches: stratified over the sources, or of the mixture drawn from them."""
     ranks = dist.get_rank(), dist.get_world_size()
     if args.mode == "finetune":
-        return mixture.MixtureBatches(
+        return data.MixtureBatches(
             list(inputs.mixture.values()), args.batch_size, args.micro_batch_size, args.seed, *ranks
         )
     return data.Batches(
@@ -153,9 +153,9 @@ def train(
     start, origin = resume(args, trainer)
     first = dist.get_rank() == 0
     log = report.Log(args.out, about(args, inputs), start, total, first, origin)
-    shard.limit(args.timeout)
+    shard.set_timeout(args.timeout)
 
-    for step, batch in data.ahead(batches, range(start, total)):
+    for step, batch in data.prefetch(batches, range(start, total)):
         factor = lr_factor(step, total, args.warmup, args.schedule)
         begin_step(args, trainer, step, per_round, factor)
         held_out = held_out_losses(args, inputs, trainer.w, step, total)
@@ -175,7 +175,7 @@ def train(
         row["tokens_per_s"] = tokens * dist.get_world_size() / seconds
         if not (stats.finite or args.skip_nonfinite):
             log.write_weights()
-            raise Failed(report.blame(row, counts, args.out))
+            raise Failed(report.nonfinite_message(row, counts, args.out))
         if step == total - 1:
             trainer.opt_w.finish(total)
             held_out = held_out_losses(args, inputs, trainer.w, total, total)
@@ -189,7 +189,7 @@ def train(
     def add_tokenizer(directory: Path) -> None:
         templates.save_tokenizer(inputs.tokenizer, directory, args.template)
 
-    shard.limit(shard.FILES_TIMEOUT)
+    shard.set_timeout(shard.FILES_TIMEOUT)
     shard.save(trainer.w, args.out / "model", add_tokenizer)
     return trainer
 
@@ -200,14 +200,16 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     for copy, (model, opt) in trainer.copies.items():
         named = {name: p.detach() for name, p in model.named_parameters()}
         named |= {f"lisa.{name}": tensor for name, tensor in opt.state_dict().items()}
-        state |= {f"{copy}.{name}": shard.now(model, tensor) for name, tensor in named.items()}
+        state |= {
+            f"{copy}.{name}": shard.current_values(model, t) for name, t in named.items()
+        }
     return state
 
 
 def save(args: argparse.Namespace, inputs: Inputs, trainer: Trainer, done: int) -> str:
     """Write the checkpoint of a run of which `done` steps are done; says so. Collective."""
     began = time.perf_counter()
-    shard.limit(shard.FILES_TIMEOUT)
+    shard.set_timeout(shard.FILES_TIMEOUT)
     if dist.get_rank() == 0:
         shard.sync(args.out / "metrics.jsonl")
     run = {"done": done}
@@ -215,7 +217,7 @@ def save(args: argparse.Namespace, inputs: Inputs, trainer: Trainer, done: int) 
         run["sources"] = trainer.sources.state_dict()
     folder, made_of = args.out / "checkpoints", record(args, inputs)
     shard.save_checkpoint(folder, done, state_of(trainer), run, made_of, args.keep)
-    shard.limit(args.timeout)
+    shard.set_timeout(args.timeout)
     return f"saved {folder}/step-{done} in {time.perf_counter() - began:.1f} s"
 
 
@@ -254,7 +256,7 @@ def held_out_losses(
         due["val_loss"] = inputs.val, done == total or done % every == 0
     due = {name: dataset for name, (dataset, now) in due.items() if now}
     if due:
-        shard.bring(w)
+        shard.move_to_device(w)
     return {
         name: evaluate.loss(w, dataset, args.micro_batch_size).mean if dataset else None
         for name, dataset in due.items()
@@ -282,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
         inputs = prepare(args, int(os.environ.get("WORLD_SIZE", 1)))
         finished = (args.out / "model").is_dir()
         if first and not finished:
-            hold(args.out)
+            lock_directory(args.out)
     except (ValueError, OSError) as error:
         if first:
             print(error, file=sys.stderr)
@@ -296,7 +298,8 @@ def main(argv: list[str] | None = None) -> int:
             print(retold(args.out), "", f"{args.out} is a finished run.", sep="\n")
         return 0
     device, signals = shard.start(shard.FILES_TIMEOUT), catch_signals()
-    args.out = shard.of_first(lambda: args.out)  # --resume never: a late rank finds rank 0's taken
+    # --resume never: a late rank finds rank 0's taken.
+    args.out = shard.broadcast_from_rank0(lambda: args.out)
     code, last_words = 0, ""
     memory = report.Memory(inputs.config, device.type, plan_settings(args, inputs, device))
     try:
@@ -323,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             what = reason(error, args)
         print(f"rank {dist.get_rank()} ends: {what}", file=sys.stderr)
-        shard.leave(1)
+        shard.exit_now(1)
     if first:
         print(last_words, file=sys.stderr if code == 1 else sys.stdout, flush=True)
     dist.destroy_process_group()
@@ -439,4 +442,4 @@ def announce(args: argparse.Namespace, inputs: Inputs) -> None:
 
 
 if __name__ == "__main__":
-    shard.leave(main())
+    shard.exit_now(main())

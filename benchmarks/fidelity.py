@@ -36,7 +36,8 @@ import data
 import shard
 import train
 from bilevel import PenaltyStep, SourceWeights
-from cli import inputs, report
+from cli import report
+from cli.flags import TINY, Parser
 from sources import tasks
 
 MODEL = {"hidden_size": 48, "intermediate_size": 128, "initializer_range": 48**-0.5}  # 0.16M
@@ -198,10 +199,10 @@ def run_cell(cell: Cell, out: Path) -> str:
         log = stack.enter_context(open(f"{folder}.log", "w"))
         stack.enter_context(contextlib.redirect_stdout(log))
         stack.enter_context(contextlib.redirect_stderr(log))
-        stack.enter_context(mock.patch.dict(inputs.TINY, MODEL))
+        stack.enter_context(mock.patch.dict(TINY, MODEL))
         for where, name, other in REPLACED.get(cell.setting, ()):
             stack.enter_context(mock.patch.object(where, name, other))
-        stack.enter_context(mock.patch.object(shard, "leave", sys.exit))
+        stack.enter_context(mock.patch.object(shard, "exit_now", sys.exit))
         try:
             code = train.main(argv)
         except SystemExit as leaving:
@@ -438,7 +439,7 @@ EXPERIMENTS = ("graded", "ablation", "mixtures", "real", "tasks", "digits")
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a run failed."""
-    parser = inputs.Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="[all]")
     parser.add_argument("--out", type=Path, default=Path("runs/fidelity"), help="[runs/fidelity]")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each [2]")

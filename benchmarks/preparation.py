@@ -24,7 +24,7 @@ import torch
 
 import data
 from benchmarks.speed import SHAPES, ratios, spread, start
-from cli.inputs import cache_dir
+from data import cache_dir
 from hf import templates, tokenizer
 from model import ModelConfig, build, random_weights, save_pretrained
 from sources import tasks
@@ -38,7 +38,7 @@ import bilevel, shard, train
 imported = time.perf_counter()
 def first_step(*_, **__):
     print(json.dumps([imported - began, time.perf_counter() - imported]))
-    shard.leave(0)
+    shard.exit_now(0)
 bilevel.PenaltyStep.step = first_step
 train.main(sys.argv[1:])
 """

@@ -51,9 +51,9 @@ import lisa
 import shard
 import train
 from cli import plan, report
-from cli.inputs import DTYPES, TINY, Inputs, Parser, parse
+from cli.flags import TINY, Inputs, Parser, parse
 from hf import pretrained, tokenizer
-from model import ModelConfig, Transformer, random_weights
+from model import DTYPES, ModelConfig, Transformer, random_weights
 from sources import tasks
 
 # glibc maps a block above a threshold anew each time, and each of its pages then costs a fault and
@@ -457,7 +457,7 @@ def worker(what: str, case: Case) -> None:
     if dist.get_rank() == 0:
         print(json.dumps(result))
     dist.destroy_process_group()
-    shard.leave(0)
+    shard.exit_now(0)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import report
-from cli.inputs import HARMLESS
+from cli.flags import HARMLESS
 from sources.records import Problems
 
 NEEDS = "pictures need matplotlib: pip install matplotlib"

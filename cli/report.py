@@ -71,7 +71,7 @@ class Log:
         last = row["step"] == self.total - 1
         if last or row["step"] % 10 == 0:
             self.write_weights()
-        self.bar.set_postfix_str(gist(row), refresh=False)
+        self.bar.set_postfix_str(progress_text(row), refresh=False)
         self.bar.update()
         if last:
             self.bar.close()
@@ -86,7 +86,7 @@ class Log:
             write_json(self.out / "weights.json", self.about | summarise(self.rows))
 
 
-def gist(row: dict) -> str:
+def progress_text(row: dict) -> str:
     """What the progress bar says of a step."""
     def number(x: float | None) -> str:
         return f"{math.nan if x is None else x:.3f}"
@@ -174,7 +174,7 @@ def out_of_memory(error: BaseException) -> bool:
     return said or isinstance(error, MemoryError)
 
 
-def blame(row: dict, counts: Tensor, out: Path) -> str:
+def nonfinite_message(row: dict, counts: Tensor, out: Path) -> str:
     """Why a step was not finite, and what is left of the run."""
     learns = "weights" in row
     present = dict(zip(row["source_loss_w"], counts.tolist(), strict=False))

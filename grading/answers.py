@@ -2,7 +2,7 @@
 reply is right.
 
     problem = read_problems("test.jsonl")[0]
-    chat = put(problem.question, EXEMPLARS["gsm8k"])
+    chat = as_conversation(problem.question, EXEMPLARS["gsm8k"])
     Grader().right(reply, problem.answer)
 
 The final answer of a reply is what it puts in its last box, or after "####", or after "the answer
@@ -93,7 +93,7 @@ def read_problems(path: str | os.PathLike) -> list[Problem]:
 CALCULATOR = re.compile(r"<<.*?>>")  # GSM8K's notes for a calculator, within its solutions
 
 
-def put(
+def as_conversation(
     question: str, exemplars: list[tuple[str, str]], instruction: str = INSTRUCTION
 ) -> Turns:
     """The conversation that ends in the question, after exemplars as turns of their own."""

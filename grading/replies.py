@@ -20,11 +20,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import shard
-from cli.inputs import dtype_of
 from grading.journal import Journal, read
 from hf import templates, tokenizer
 from hf.tokenizer import Turns
-from model import ModelConfig, Transformer, generate, open_checkpoint, read_weights
+from model import ModelConfig, Transformer, dtype_of, generate, open_checkpoint, read_tensors
 
 
 class Checkpoint(NamedTuple):
@@ -53,7 +52,7 @@ def open_model(name: str, template: str | None = None) -> Checkpoint:
 def load(c: Checkpoint, dtype: str, device: torch.device) -> Transformer:
     """The model, sharded where there are several ranks. Collective: every rank calls it."""
     model = shard.build(c.config, dtype_of(dtype, device.type), device)
-    shard.fill(model, read_weights(c.directory, c.config))
+    shard.fill(model, read_tensors(c.directory, c.config))
     return model
 
 

@@ -242,7 +242,7 @@ def check_weights(
     return problems
 
 
-def read_weights(
+def read_tensors(
     directory: Path, config: ModelConfig, names: Iterable[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, full CPU tensor) of each parameter asked for, in the files' dtype.
@@ -282,7 +282,7 @@ def to_hf(
         yield key.name, (tensor.T if key.transposed else tensor).contiguous()
 
 
-def write_weights(
+def write_tensors(
     directory: str | Path | None,
     config: ModelConfig,
     tensors: Iterable[tuple[str, Tensor]],

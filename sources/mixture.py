@@ -1,9 +1,7 @@
-"""From source weights to a mixture to fine-tune on: how many samples of each source, which, and in
-which batches.
+"""From source weights to a mixture to fine-tune on: how many samples of each source, and which.
 
-    weights = read_weights("runs/x/weights.json", ["alpaca", "math"])
+    weights = parse_source_weights("runs/x/weights.json", ["alpaca", "math"])
     drawn, notes = draw({"alpaca": dataset, "math": dataset}, weights, samples=10_000, seed=0)
-    batches = MixtureBatches(list(drawn.values()), batch_size=64, micro_batch_size=8, seed=0)
 
 The paper fine-tunes on 10,000 samples drawn by the weights that it learned on 3,000 of each source
 (Pan et al., arXiv 2406.19976). S sources.
@@ -17,14 +15,13 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from data import Batches, Dataset, MicroBatch
+from data import Dataset
 
 PERMITTED = "a weights.json, uniform, proportional, or NAME=WEIGHT,..."
 
 
-def read_weights(spec: str, names: list[str]) -> dict[str, float] | None:
+def parse_source_weights(spec: str, names: list[str]) -> dict[str, float] | None:
     """The weights of the sources `names` that `spec` states, summing to 1; None for "proportional".
 
     spec: the weights.json of a run, which must be about these sources; "uniform"; "proportional" to
@@ -165,38 +162,3 @@ def as_jsonl(drawn: dict[str, Dataset]) -> str:
         for name, source in drawn.items()
         for number, line in zip(source.numbers.tolist(), source.lines.tolist(), strict=True)
     )
-
-
-class MixtureBatches(Batches):
-    """Global batches of a mixture: its sources as one set, shuffled anew for each epoch.
-
-    Every sample comes once an epoch; the last batch of an epoch is what is left for it.
-    """
-
-    def __init__(
-        self,
-        sources: list[Dataset],
-        batch_size: int,
-        micro_batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        super().__init__(sources, None, batch_size, 0, micro_batch_size, seed, rank, world)
-        self.ends = np.cumsum([len(source) for source in sources])  # in the mixture, of each source
-
-    def step(self, t: int) -> tuple[list[MicroBatch], list[MicroBatch], torch.Tensor]:
-        """As Batches.step, without validation."""
-        epoch, n = divmod(t, self.steps_per_epoch)
-        picked = self._order(epoch)[n * self.batch_size : (n + 1) * self.batch_size]
-        groups = np.searchsorted(self.ends, picked, side="right")
-        starts = self.ends - [len(source) for source in self.datasets]
-        samples = list(zip(groups.tolist(), (picked - starts[groups]).tolist(), strict=True))
-        counts = torch.from_numpy(np.bincount(groups, minlength=self.n_sources + 1))
-        return self._deal(samples), [], counts
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._permutations:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.ends[-1])
-            self._permutations = {epoch: order}
-        return self._permutations[epoch]

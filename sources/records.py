@@ -9,12 +9,14 @@ keys of its first record tell which. It is streamed, and each problem is named w
 from __future__ import annotations
 
 import contextlib
+import glob
 import gzip
 import json
 import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from hf.tokenizer import Turns
 
@@ -53,6 +55,29 @@ class Problems(ValueError):
     def __str__(self) -> str:
         more = self.count - len(self.lines)
         return "\n".join([*self.lines, *([f"… and {more} more"] if more else [])])
+
+
+def source_paths(train: list[str]) -> dict[str, Path]:
+    """{name: path} from NAME=PATH ..., or from one directory or glob of train_*.json(l)."""
+    problems, pairs = [], [item.partition("=")[::2] for item in train]
+    if len(train) == 1 and "=" not in train[0]:
+        folder = Path(train[0]).is_dir()
+        pattern = f"{glob.escape(train[0])}/train_*.json*" if folder else train[0]
+        found = sorted(glob.glob(pattern))
+        pairs = [(Path(p).name.split(".json")[0].removeprefix("train_"), p) for p in found]
+        problems += [] if pairs else [f"--train {train[0]}: no file matches {pattern}"]
+    paths = {}
+    for name, path in pairs:
+        if not (name and path):
+            problems.append(f"--train {name}{'=' * bool(path)}{path}: expected NAME=PATH")
+        elif "," in name:
+            problems.append(f"--train {name}={path}: a name may have no comma, as in --weights")
+        elif name in paths:
+            problems.append(f"--train {path}: the name {name} is used twice")
+        paths[name] = Path(path)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return paths
 
 
 def read_records(path: str | os.PathLike) -> list[tuple[int, Turns]]:

@@ -106,7 +106,7 @@ def _run(argv: list[str], env: dict, folder: str, log: str, fault: Callable | No
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if fault:
         fault()
-    shard.leave(train.main(argv))
+    shard.exit_now(train.main(argv))
 
 
 def finish(
@@ -191,13 +191,13 @@ def count_calls(file: str) -> None:
 
     for phase in PHASES:
         within(phase, counter(phase))
-    leave = shard.leave
+    leave = shard.exit_now
 
     def write_and_leave(code: int) -> None:
         Path(file).write_text(json.dumps(calls))
         leave(code)
 
-    shard.leave = write_and_leave
+    shard.exit_now = write_and_leave
 
 
 def send(number: int) -> None:

@@ -89,7 +89,7 @@ def test_arrays_are_read_in_pieces(write, monkeypatch):
     for content in (json.dumps(records), json.dumps(records, indent=2, ensure_ascii=False)):
         path = write(content)
         for size in (1, 2, 3, 7, 50, 1000):
-            monkeypatch.setattr("records.CHUNK", size)
+            monkeypatch.setattr("sources.records.CHUNK", size)
             assert [turns for _, turns in read_records(path)] == expected
 
 
@@ -440,13 +440,13 @@ def test_batches_are_stratified():
 
 
 def test_steps_made_ahead_are_the_same():
-    made = list(data.ahead(make(), range(3, 9)))
+    made = list(data.prefetch(make(), range(3, 9)))
     assert [t for t, _ in made] == list(range(3, 9))
     for t, (train, val, counts) in made:
         alone = make().step(t)
         assert rows(train) == rows(alone[0]) and rows(val) == rows(alone[1])
         assert counts.equal(alone[2])
-    assert list(data.ahead(make(), range(9, 9))) == []
+    assert list(data.prefetch(make(), range(9, 9))) == []
 
 
 def test_each_epoch_of_a_source_is_a_permutation():

@@ -265,7 +265,7 @@ def test_accuracy_of_a_model_that_knows_every_third_answer(checkpoint, task, her
 
 
 def test_exemplars_are_turns_before_the_question():
-    turns = answers.put("7?", answers.EXEMPLARS["math"][:2], "Go.")
+    turns = answers.as_conversation("7?", answers.EXEMPLARS["math"][:2], "Go.")
     assert [role for role, _ in turns] == ["user", "assistant"] * 2 + ["user"]
     assert turns[-1][1] == "7?\nGo."
     for task, exemplars in answers.EXEMPLARS.items():

@@ -171,7 +171,7 @@ def look_at_every_damage(checkpoint: Path) -> None:
     for content in ("[]", "{}", "7", "null"):
         (checkpoint / shard.CHECKSUMS).write_text(content)
         assert shard.damaged_files(checkpoint)
-    shard.leave(0)
+    shard.exit_now(0)
 
 
 def test_every_damage_to_a_checkpoint_is_seen(out):

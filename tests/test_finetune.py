@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import data
 import train
-from cli import inputs
+from cli.flags import parse, prepare
 from hf import templates
 from model import ModelConfig, build, from_pretrained, generate, random_weights, save_pretrained
 from sources import mixture
@@ -87,13 +87,13 @@ def test_it_matches_a_loop_with_adamw_on_one_process(pipeline):
                       "--micro-batch-size 3 --seed 4 --out exact").split()]  # fmt: skip
     done(ranks=2, flags=exact)
 
-    args = inputs.parse(exact)
-    found = inputs.prepare(args, 1)
+    args = parse(exact)
+    found = prepare(args, 1)
     lines = Path("exact/mixture.jsonl").read_text()
     assert lines == mixture.as_jsonl(found.mixture)  # whatever the number of ranks
     model = from_pretrained("other", torch.float64)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=5e-4)
-    batches = mixture.MixtureBatches(list(found.mixture.values()), 8, 8, seed=4)
+    batches = data.MixtureBatches(list(found.mixture.values()), 8, 8, seed=4)
     losses = []
     for step in range(3):
         opt.param_groups[0]["lr"] = 1e-2 * train.lr_factor(step, 3, 0.03, "cosine")
@@ -205,8 +205,8 @@ def test_all_problems_are_printed_together(pipeline, capsys):
 
 def test_a_built_in_task_and_its_notes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = inputs.parse(["--mode", "finetune", "--weights", "clean=1", "--samples", "90000"])
-    found = inputs.prepare(args, 1)
+    args = parse(["--mode", "finetune", "--weights", "clean=1", "--samples", "90000"])
+    found = prepare(args, 1)
     n = len(found.sources["clean"])
     assert args.out == Path("runs/denoising-finetune-seed0")
     assert {name: len(part) for name, part in found.mixture.items()} == {"clean": n}

@@ -21,12 +21,12 @@ def dataset(n: int, word: str = "x") -> data.Dataset:
 
 
 def test_what_weights_may_be(tmp_path):
-    assert mixture.read_weights("uniform", NAMES) == dict.fromkeys(NAMES, 1 / 3)
-    assert mixture.read_weights("proportional", NAMES) is None
-    assert mixture.read_weights("c=3,a=1", NAMES) == {"a": 0.25, "b": 0.0, "c": 0.75}
+    assert mixture.parse_source_weights("uniform", NAMES) == dict.fromkeys(NAMES, 1 / 3)
+    assert mixture.parse_source_weights("proportional", NAMES) is None
+    assert mixture.parse_source_weights("c=3,a=1", NAMES) == {"a": 0.25, "b": 0.0, "c": 0.75}
     file = tmp_path / "lr=3.json"  # a path may hold a "="
     file.write_text(json.dumps({"weights": {"c": 0.5, "b": 0.25, "a": 0.25}, "step": 9}))
-    assert mixture.read_weights(str(file), NAMES) == {"a": 0.25, "b": 0.25, "c": 0.5}
+    assert mixture.parse_source_weights(str(file), NAMES) == {"a": 0.25, "b": 0.25, "c": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_weights_that_are_refused(tmp_path, monkeypatch, spec, expected):
         Path("weights.json").write_text(text)
         spec = "weights.json"
     with pytest.raises(ValueError) as refusal:
-        mixture.read_weights(spec, NAMES)
+        mixture.parse_source_weights(spec, NAMES)
     assert str(refusal.value).splitlines() == [f"--weights {spec}: {line}" for line in expected]
 
 
@@ -135,14 +135,14 @@ def test_a_draw_is_without_replacement_and_depends_on_its_own_source_alone():
 
 def test_a_long_list_of_weights_is_no_path():
     names = [f"a_source_with_a_long_name_{i}" for i in range(20)]
-    weights = mixture.read_weights(",".join(f"{name}=1" for name in names), names)
+    weights = mixture.parse_source_weights(",".join(f"{name}=1" for name in names), names)
     assert weights == dict.fromkeys(names, 1 / 20)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_each_sample_comes_once_an_epoch_whatever_the_number_of_ranks(world):
     sources = [dataset(17), dataset(9, "b")]
-    ranks = [mixture.MixtureBatches(sources, 6, 2, 5, rank, world) for rank in range(world)]
+    ranks = [data.MixtureBatches(sources, 6, 2, 5, rank, world) for rank in range(world)]
     assert ranks[0].steps_per_epoch == 5
     orders = []
     for epoch in range(2):
@@ -166,7 +166,7 @@ def test_each_sample_comes_once_an_epoch_whatever_the_number_of_ranks(world):
         assert len(flat) == len(set(flat)) == 26
         orders.append(seen)
     assert orders[0] != orders[1]
-    one = mixture.MixtureBatches(sources, 6, 6, 5)
+    one = data.MixtureBatches(sources, 6, 6, 5)
     batch = one.step(3)[0][0]
     assert orders[0][3] == sorted(tuple(r[r > 0].tolist()) for r in batch.tokens)
 

@@ -97,8 +97,8 @@ def penalty_step(
     u = shard.build(config, dtype, device, moved)
     shard.copy_shards(u, w)
     for model in (w, u):
-        bring = functools.partial(shard.bring, model)
-        opts.append(Lisa(model, n_active, interval, seed, ends, bring=bring))
+        move_to_device = functools.partial(shard.move_to_device, model)
+        opts.append(Lisa(model, n_active, interval, seed, ends, move_to_device=move_to_device))
         if offload:
             moved.follow(model, opts[-1].state_tensors)
     return PenaltyStep(w, u, *opts, SourceWeights(1), 10.0, on_micro=shard.once_per_pass)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf import pretrained
-from model import from_pretrained, read_weights, save_pretrained
+from model import from_pretrained, read_tensors, save_pretrained
 from tests.cases import CASES, batch, distance
 
 ROOT = Path(__file__).parents[1]
@@ -51,8 +51,8 @@ def test_saved_model_is_bit_exact_and_opens_in_transformers(case, checkpoint, tm
 def test_checkpoint_in_many_files(checkpoint, tmp_path):
     theirs, directory = checkpoint("gpt_neox")
     config = pretrained.load_config(directory)
-    half = ((name, tensor.bfloat16()) for name, tensor in read_weights(directory, config))
-    pretrained.write_weights(tmp_path, config, half, max_bytes=8000)
+    half = ((name, tensor.bfloat16()) for name, tensor in read_tensors(directory, config))
+    pretrained.write_tensors(tmp_path, config, half, max_bytes=8000)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) > 3
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
@@ -93,11 +93,11 @@ def test_writing_holds_one_file_of_tensors_and_the_next_tensor(checkpoint, tmp_p
             most = max(most, sum(ref().nbytes for ref in alive if ref() is not None))
             yield name, tensor
 
-    pretrained.write_weights(tmp_path, ours.config, copies(), max_bytes=10_000)
+    pretrained.write_tensors(tmp_path, ours.config, copies(), max_bytes=10_000)
     assert most < 10_000 + max(p.nbytes for p in ours.parameters())
 
     taken = len(alive)
-    pretrained.write_weights(None, ours.config, copies())
+    pretrained.write_tensors(None, ours.config, copies())
     assert len(alive) == 2 * taken
 
 

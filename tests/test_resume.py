@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import shard
-from cli import inputs
+from cli.flags import LOCK, first_free_name, lock_directory
 from tests import forked, kill_trial
 from tests.forked import at, done, rows, run, saved, send, state
 
@@ -154,10 +154,10 @@ def test_a_rank_that_starts_late_takes_the_same_fresh_out():
 
 def test_after_a_restart_the_fresh_out_is_the_one_that_this_run_made():
     Path("out").mkdir()
-    (Path("out") / inputs.LOCK).write_text("1")  # of another launcher
-    fresh = partial(inputs.fresh, Path("out"))
+    (Path("out") / LOCK).write_text("1")  # of another launcher
+    fresh = partial(first_free_name, Path("out"))
     assert fresh(restarted=True) == Path("out-2")  # the first attempt ended before it made one
-    inputs.hold(Path("out-2"))
+    lock_directory(Path("out-2"))
     assert fresh(restarted=True) == Path("out-2")
     assert fresh(restarted=False) == Path("out-3")
 

@@ -131,7 +131,7 @@ def test_loading_holds_one_full_tensor_beside_the_shards(tmp_path):
     config = ModelConfig.from_hf(FAMILIES["llama"] | sizes)
     (tmp_path / "model").mkdir()
     weights = random_weights(config, 0)
-    pretrained.write_weights(tmp_path / "model", config, weights, max_bytes=7e7)
+    pretrained.write_tensors(tmp_path / "model", config, weights, max_bytes=7e7)
     assert len(list(tmp_path.glob("model/*.safetensors"))) > 2
     slack = 16e6  # FSDP's and the allocator's own, and the interpreter's
     for ranks in (1, 2):

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import data
 import train
-from cli import inputs, plan, report
+from cli import plan, report
+from cli.flags import parse, prepare
 from hf import templates
 from model import ModelConfig, build, from_pretrained, random_weights, save_pretrained
 from tests.worker import FAMILIES
@@ -281,12 +282,12 @@ def test_refusals(sound, capsys, change, expected):
 def test_sources_may_be_given_one_by_one_and_what_is_odd_is_noted(sound):
     a, b = sound.pop("--train")
     same = a.replace("a=", "again=", 1)
-    args = inputs.parse([*flags(sound), "--train", a, "--train", b, same])
-    made = inputs.prepare(args, 1)
+    args = parse([*flags(sound), "--train", a, "--train", b, same])
+    made = prepare(args, 1)
     assert list(made.sources) == ["a", "b", "again"]
     assert "a and again are the same records" in made.notes
-    args = inputs.parse([*flags(sound), "--train", a])
-    assert any("there is one source" in note for note in inputs.prepare(args, 1).notes)
+    args = parse([*flags(sound), "--train", a])
+    assert any("there is one source" in note for note in prepare(args, 1).notes)
 
 
 def spoil_missing(folder):

@@ -37,7 +37,7 @@ from model import (
     from_pretrained,
     parameter_shapes,
     random_weights,
-    read_weights,
+    read_tensors,
 )
 
 VOCAB = data.byte_tokenizer().n_vocab
@@ -101,7 +101,7 @@ def trajectory(
     data.Batches = batches
     parameters = {}
     for which, model in ("w", penalty.w), ("u", penalty.u):
-        shard.bring(model)
+        shard.move_to_device(model)
         for name, full in shard.full_tensors(model):
             parameters[f"{which}.{name}"] = full.clone()
     return parameters | {"lam": penalty.sources.lam.detach()}
@@ -295,7 +295,7 @@ def make(paths: list[str]) -> dict:
     config = ModelConfig.from_hf(FAMILIES["llama"] | sizes)
     Path(paths[0]).mkdir(parents=True)
     zeros = ((name, torch.zeros(shape)) for name, shape in parameter_shapes(config).items())
-    pretrained.write_weights(paths[0], config, zeros, max_bytes=1e9)
+    pretrained.write_tensors(paths[0], config, zeros, max_bytes=1e9)
     return {"files": len(list(Path(paths[0]).glob("*.safetensors")))}
 
 
@@ -304,7 +304,7 @@ def load(paths: list[str]) -> dict:
     memory = AnonymousMemory()
     config = pretrained.load_config(paths[0])
     model = shard.build(config, torch.float32, torch.device("cpu"))
-    shard.fill(model, read_weights(Path(paths[0]), config))
+    shard.fill(model, read_tensors(Path(paths[0]), config))
     time.sleep(0.05)
     sizes = [p.numel() * p.element_size() for p in model.parameters()]
     own = [local(p).numel() * p.element_size() for p in model.parameters()]
@@ -322,4 +322,4 @@ if __name__ == "__main__":
         print(f"rank {dist.get_rank()}: {result[what]}")
     torch.save(result, f"{out}.{dist.get_rank()}.pt")
     dist.destroy_process_group()
-    shard.leave(0)
+    shard.exit_now(0)

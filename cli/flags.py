@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import fcntl
 import filecmp
-import glob
 import itertools
 import json
 import math
@@ -26,13 +25,13 @@ import torch
 import data
 import shard
 from cli import plan
+from data import cache_dir
 from hf import pretrained, templates, tokenizer
 from lisa import ENDS
-from model import ModelConfig, open_checkpoint, parameter_shapes
+from model import DTYPES, ModelConfig, dtype_of, open_checkpoint, parameter_shapes
 from sources import mixture, tasks
-from sources.records import Problems, read_records
+from sources.records import Problems, read_records, source_paths
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 TINY = {  # a llama of 0.9M parameters; the vocabulary is the byte tokenizer's
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -75,17 +74,6 @@ HARMLESS |= {"plan", "gpus", "gpu_memory", "json", "skip_nonfinite", "cpu_offloa
 HARMLESS |= {"weights"}  # the numbers themselves are compared
 HARMLESS |= {"train", "val", "test"}  # paths: the records themselves are compared
 LOCK = ".lock"  # in --out
-
-
-def dtype_of(flag: str, device_type: str) -> torch.dtype:
-    """What parameters are stored in, by --dtype."""
-    auto = "bf16" if device_type == "cuda" else "fp32"
-    return DTYPES[auto if flag == "auto" else flag]
-
-
-def cache_dir() -> Path:
-    """Where tokenised data is kept: $XDG_CACHE_HOME/scalebio, by default in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "scalebio"
 
 
 @dataclass
@@ -235,7 +223,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.out = Path(args.out or f"runs/{source}-seed{args.seed}")
     if args.resume == "never":
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        args.out = fresh(args.out, restarted)
+        args.out = first_free_name(args.out, restarted)
     return args
 
 
@@ -244,7 +232,7 @@ def other_modes(mode: str) -> list[str]:
     return [flag for other, flags in ONLY.items() if other != mode for flag in flags]
 
 
-def fresh(out: Path, restarted: bool) -> Path:
+def first_free_name(out: Path, restarted: bool) -> Path:
     """The first of out, out-2, ... that does not exist, or after a restart that this run made."""
 
     def ours(path: Path) -> bool:
@@ -269,7 +257,7 @@ def prepare(args: argparse.Namespace, world: int) -> Inputs:
             problems.add(f"{spelt(flag)} goes with --plan alone")
     config, checkpoint, tok, weights = None, None, None, None
     with problems.collecting():
-        weights = read_weights(args)
+        weights = source_weights(args)
     with problems.collecting():
         config, checkpoint, tok = open_model(args)
         for problem in check_fit(args, config, tok):
@@ -294,7 +282,7 @@ def prepare(args: argparse.Namespace, world: int) -> Inputs:
     return inputs
 
 
-def read_weights(args: argparse.Namespace) -> dict[str, float] | None:
+def source_weights(args: argparse.Namespace) -> dict[str, float] | None:
     """The weights that --weights states; None for "proportional", and in the other mode."""
     if args.mode != "finetune":
         return None
@@ -304,7 +292,7 @@ def read_weights(args: argparse.Namespace) -> dict[str, float] | None:
         names = list(source_paths(args.train) if args.train else tasks.task(args.task, 0)[0])
     except ValueError:  # which `open_data` reports
         return None
-    return mixture.read_weights(args.weights, names)
+    return mixture.parse_source_weights(args.weights, names)
 
 
 def draw_mixture(args: argparse.Namespace, inputs: Inputs, weights: dict | None) -> None:
@@ -456,29 +444,6 @@ def check_fit(args: argparse.Namespace, config: ModelConfig, tok) -> list[str]:
     return problems
 
 
-def source_paths(train: list[str]) -> dict[str, Path]:
-    """{name: path} from NAME=PATH ..., or from one directory or glob of train_*.json(l)."""
-    problems, pairs = [], [item.partition("=")[::2] for item in train]
-    if len(train) == 1 and "=" not in train[0]:
-        folder = Path(train[0]).is_dir()
-        pattern = f"{glob.escape(train[0])}/train_*.json*" if folder else train[0]
-        found = sorted(glob.glob(pattern))
-        pairs = [(Path(p).name.split(".json")[0].removeprefix("train_"), p) for p in found]
-        problems += [] if pairs else [f"--train {train[0]}: no file matches {pattern}"]
-    paths = {}
-    for name, path in pairs:
-        if not (name and path):
-            problems.append(f"--train {name}{'=' * bool(path)}{path}: expected NAME=PATH")
-        elif "," in name:
-            problems.append(f"--train {name}={path}: a name may have no comma, as in --weights")
-        elif name in paths:
-            problems.append(f"--train {path}: the name {name} is used twice")
-        paths[name] = Path(path)
-    if problems:
-        raise ValueError("\n".join(problems))
-    return paths
-
-
 def open_data(
     args: argparse.Namespace, tok: tokenizer.Tokenizer | None
 ) -> dict[str, data.Dataset]:
@@ -588,7 +553,7 @@ def held_run(directory: Path) -> dict | None:
         return None
 
 
-def earlier(args: argparse.Namespace) -> dict[str, dict]:
+def runs_to_continue(args: argparse.Namespace) -> dict[str, dict]:
     """The records of the runs that this one would go on with, by the flag that names them."""
     named = {f"--out {args.out}": held_run(args.out)}
     if args.resume not in ("auto", "never"):
@@ -611,7 +576,7 @@ def check_out(args: argparse.Namespace) -> list[str]:
     parent = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         return [f"--out {args.out}: {parent} is not a directory that can be written to"]
-    problems, runs = [], earlier(args)
+    problems, runs = [], runs_to_continue(args)
     if f"--out {args.out}" not in runs and args.out.exists():
         others = [p for p in args.out.iterdir() if p.name != LOCK]
         problems += [f"--out {args.out}: holds files, but no run to go on with"] if others else []
@@ -637,7 +602,7 @@ def changed_data(args: argparse.Namespace, inputs: Inputs) -> list[str]:
     """What of records, weights and tokenizer differs from the runs that this would go on with."""
     new = {name: dataset.sha256 for name, dataset in inputs.all.items()}
     now, problems = shares(inputs) or {}, []
-    for where, record in earlier(args).items():
+    for where, record in runs_to_continue(args).items():
         was = record.get("mixture") or {}
         problems += [
             f"{where} holds another run: the weight of {name} was "
@@ -658,7 +623,7 @@ def changed_data(args: argparse.Namespace, inputs: Inputs) -> list[str]:
     return problems
 
 
-def hold(out: Path) -> None:
+def lock_directory(out: Path) -> None:
     """Make a directory and keep other runs out of it until this process ends, however it ends.
     ValueError if another run is in it."""
     try:
