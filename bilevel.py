@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,11 @@ class SourceWeights(nn.Module):
         Differs from the paper's code: no weight decay, which would pull p towards uniform.
         """
         self.opt = torch.optim.Adam([self.lam], lr=self.lr, betas=(0.9, 0.999), eps=1e-8)
+
+    def set_rate(self, factor: float) -> float:
+        """Let Adam step with `factor` times the learning rate; returns that."""
+        self.opt.param_groups[0]["lr"] = factor * self.lr
+        return factor * self.lr
 
     def get_extra_state(self) -> dict:
         """Adam's part of `state_dict()`, so that a run can be resumed."""
@@ -89,13 +95,45 @@ class StepStats:
     source_loss_u: Tensor | None = None  # like w's; of PenaltyStep, as what follows
     grad_norm_u: float | None = None
     val_loss: float | None = None
+    weights: Tensor | None = None  # (S,), p after the step
+
+
+class Totals(NamedTuple):
+    """Over all ranks, the same on each of them and on the host."""
+
+    sums: Tensor  # of the losses, by group
+    norms: list[float]  # of each optimiser's gradient
+    finite: bool  # all of the above
+    stop: bool  # some rank asked to stop
 
 
 class Step:
-    """The parts of a step: gradients from micro-batches, totals over the ranks, updates."""
+    """The parts of a step: gradients from micro-batches, totals over the ranks, updates.
 
-    def __init__(self, losses: Callable[..., Tensor], clip: float, on_micro: Callable):
+    copies: {name: (module, its optimiser)}
+    """
+
+    def __init__(self, copies: dict, losses: Callable, clip: float, on_micro: Callable):
+        self.copies = copies
         self.losses, self.clip, self.on_micro = losses, clip, on_micro
+        for _, opt in copies.values():
+            for group in opt.param_groups:
+                group.setdefault("initial_lr", group["lr"])  # as torch's schedulers do
+
+    def set_rates(self, factor: float, alpha: float = 0.0) -> dict[str, float]:
+        """Scale all learning rates by `factor` for the next step. Returns what is in force, by the
+        names of metrics.jsonl; `alpha` means something to PenaltyStep alone."""
+        for _, opt in self.copies.values():
+            for group in opt.param_groups:
+                group["lr"] = factor * group["initial_lr"]
+        return {"lr": self.copies["w"][1].param_groups[0]["lr"]}
+
+    def state_dict(self) -> dict:
+        """What a step remembers beside its modules and their optimisers."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what `state_dict` gave."""
 
     def _backward(self, model: nn.Module, batches: list, coef: Tensor) -> Tensor:
         """Gradients of Σ_j coef[group_j] ℓ_j over all ranks; returns the local Σ ℓ_j by group."""
@@ -116,18 +154,16 @@ class Step:
             sums += torch.where(groups == group, losses.detach(), 0).sum(1)  # (S + 1,)
         return sums
 
-    def _over_all_ranks(
-        self, sums: Tensor, opts: list, stop: bool
-    ) -> tuple[Tensor, list[float], bool, bool]:
-        """(totals of `sums`, each optimiser's gradient norm, whether all are finite, whether a
-        rank asks to stop), the same on all ranks and on the host. Collective."""
+    def _over_all_ranks(self, sums: Tensor, opts: list, stop: bool) -> Totals:
+        """Add up this rank's `sums`, (n,), its gradients' squares and its wish to stop with those
+        of the others, in one all-reduce. Collective: every rank calls it."""
         norms = torch.stack([_local_square_norm(opt).to(sums) for opt in opts])
         total = torch.cat([sums, norms, sums.new_full((1,), float(stop))])
         if dist.is_initialized():
             dist.all_reduce(total)
         total = total.cpu()  # the step's one wait for the device
         sums, norms, asked = total.split([len(sums), len(opts), 1])
-        return sums, norms.sqrt().tolist(), bool(total.isfinite().all()), asked.item() > 0
+        return Totals(sums, norms.sqrt().tolist(), bool(total.isfinite().all()), asked.item() > 0)
 
     def _update(self, opt, norm: float) -> None:
         """One optimiser step on gradients scaled down to norm `clip`."""
@@ -180,14 +216,25 @@ class PenaltyStep(Step):
         clip: float = 0.0,
         on_micro: Callable[[nn.Module, bool], None] = lambda model, last: None,
     ):
-        super().__init__(losses, clip, on_micro)
+        super().__init__({"w": (w, opt_w), "u": (u, opt_u)}, losses, clip, on_micro)
         self.w, self.u, self.opt_w, self.opt_u = w, u, opt_w, opt_u
         self.sources, self.alpha = sources, alpha
 
-    @property
-    def copies(self) -> dict[str, tuple]:
-        """{name: (module, its optimiser)}"""
-        return {"w": (self.w, self.opt_w), "u": (self.u, self.opt_u)}
+    def set_rates(self, factor: float, alpha: float) -> dict[str, float]:
+        """As Step's, and λ's rate, and alpha: where it changes, λ's Adam starts afresh, for its
+        moments are of g_λ, which alpha scales."""
+        if alpha != self.alpha:
+            self.alpha = alpha
+            self.sources.reset_optimizer()
+        rates = super().set_rates(factor)
+        return rates | {"alpha": alpha, "lr_lambda": self.sources.set_rate(factor)}
+
+    def state_dict(self) -> dict:
+        return {"sources": self.sources.state_dict(), "alpha": self.alpha}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.sources.load_state_dict(state["sources"])
+        self.alpha = state["alpha"]
 
     def step(self, train: list, val: list, counts: Tensor, stop: bool = False) -> StepStats:
         """Update u, w and λ once. Collective: every rank calls it.
@@ -210,12 +257,12 @@ class PenaltyStep(Step):
         sum_w = self._backward(self.w, [*train, *val], coef)
 
         sums = torch.cat([sum_u[:-1], sum_w])  # (2S + 1,)
-        opts = [self.opt_u, self.opt_w]
-        sums, (norm_u, norm_w), finite, asked = self._over_all_ranks(sums, opts, stop)
-        sum_u, sum_w = sums.to(probs).split([n_sources, n_sources + 1])
+        total = self._over_all_ranks(sums, [self.opt_u, self.opt_w], stop)
+        sum_u, sum_w = total.sums.to(probs).split([n_sources, n_sources + 1])
+        norm_u, norm_w = total.norms
 
         loss_u, loss_w = sum_u / n[:-1], sum_w[:-1] / n[:-1]  # 0 / 0 = NaN where absent
-        if finite:
+        if total.finite:
             self._update(self.opt_w, norm_w)  # w first: one move less where copies take turns
             self._update(self.opt_u, norm_u)
             gap = torch.where(present, (loss_w - loss_u) / coverage, 0)
@@ -223,7 +270,10 @@ class PenaltyStep(Step):
         self.opt_u.zero_grad()
         self.opt_w.zero_grad()
         val_loss = (sum_w[-1] / n[-1]).item()
-        return StepStats(loss_w, norm_w, finite, asked, loss_u, norm_u, val_loss)
+        weights = self.sources.probs().detach()
+        return StepStats(
+            loss_w, norm_w, total.finite, total.stop, loss_u, norm_u, val_loss, weights
+        )
 
 
 class PlainStep(Step):
@@ -241,13 +291,8 @@ class PlainStep(Step):
         clip: float = 0.0,
         on_micro: Callable[[nn.Module, bool], None] = lambda model, last: None,
     ):
-        super().__init__(losses, clip, on_micro)
+        super().__init__({"w": (w, opt_w)}, losses, clip, on_micro)
         self.w, self.opt_w = w, opt_w
-
-    @property
-    def copies(self) -> dict[str, tuple]:
-        """{name: (module, its optimiser)}"""
-        return {"w": (self.w, self.opt_w)}
 
     def step(self, train: list, val: list, counts: Tensor, stop: bool = False) -> StepStats:
         """Update w once. Arguments as PenaltyStep's, with an empty `val`; samples of group -1 are
@@ -257,11 +302,12 @@ class PlainStep(Step):
         coef = torch.full_like(n, 1 / n.sum())  # (S + 1,)
         coef[-1] = 0  # where the fillers' group -1 points
         sums = self._backward(self.w, train, coef)
-        sums, (norm,), finite, asked = self._over_all_ranks(sums, [self.opt_w], stop)
-        if finite:
+        total = self._over_all_ranks(sums, [self.opt_w], stop)
+        (norm,) = total.norms
+        if total.finite:
             self._update(self.opt_w, norm)
         self.opt_w.zero_grad()
-        return StepStats(sums[:-1] / n[:-1], norm, finite, asked)
+        return StepStats(total.sums[:-1] / n[:-1], norm, total.finite, total.stop)
 
 
 def _local_grads(opt) -> list[Tensor]:

@@ -12,7 +12,6 @@ The training loop; the algorithm is in bilevel.py and lisa.py, the flags in cli/
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import json
@@ -22,6 +21,7 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -35,7 +35,8 @@ import evaluate
 import shard
 from bilevel import PenaltyStep, PlainStep, SourceWeights
 from cli import plan, plots, report
-from cli.flags import Inputs, checkpoints, lock_directory, parse, plan_inputs, prepare, record
+from cli.flags import Flags, parse
+from cli.inputs import Inputs, checkpoints, lock_directory, plan_inputs, prepare, record
 from hf import templates
 from lisa import Lisa
 from model import Transformer, dtype_of, random_weights, read_tensors
@@ -65,133 +66,118 @@ Trainer = PenaltyStep | PlainStep
 
 
 def load_copies(
-    args: argparse.Namespace, inputs: Inputs, device: torch.device, n: int
+    flags: Flags, inputs: Inputs, device: torch.device, n: int
 ) -> list[Transformer]:
     """n copies of the model, equal to the last bit. Collective: every rank calls it."""
-    offload = shard.Offload(device) if args.cpu_offload else None
-    settings = inputs.config, dtype_of(args.dtype, device.type), device, offload
+    offload = shard.Offload(device) if flags.cpu_offload else None
+    settings = inputs.config, dtype_of(flags.dtype, device.type), device, offload
     w = shard.build(*settings)
     if inputs.checkpoint:
         shard.fill(w, read_tensors(inputs.checkpoint, inputs.config))
     else:
-        shard.fill(w, random_weights(inputs.config, args.seed, device))
+        shard.fill(w, random_weights(inputs.config, flags.seed, device))
     copies = [w, *(shard.build(*settings) for _ in range(n - 1))]
     for copy in copies[1:]:
         shard.copy_shards(copy, w)
     for copy in copies:
-        copy.recompute = args.activation_checkpointing
-        if args.compile:
+        copy.recompute = flags.activation_checkpointing
+        if flags.compile:
             shard.compile_blocks(copy)
     return copies
 
 
-def make_trainer(args: argparse.Namespace, inputs: Inputs, device: torch.device) -> Trainer:
-    """The model with its optimiser, or both copies with theirs and the source weights. Collective.
-    """
-    rest = {"clip": args.clip, "on_micro": shard.once_per_pass}
-    if args.mode == "finetune":
-        (w,) = load_copies(args, inputs, device, 1)
-        return PlainStep(w, make_lisa(args, w, args.lr_w, 0), **rest)
-    w, u = load_copies(args, inputs, device, 2)
-    opt_w = make_lisa(args, w, args.lr_w, 0)
-    opt_u = make_lisa(args, u, args.lr_u, int(args.lisa_coupling == "independent"))
-    wide = torch.promote_types(next(w.parameters()).dtype, torch.float32)
-    sources = SourceWeights(len(inputs.sources), wide, args.lr_lambda)
-    return PenaltyStep(w, u, opt_w, opt_u, sources, args.alpha, **rest)
-
-
-def make_lisa(args: argparse.Namespace, model: Transformer, lr: float, copy: int) -> Lisa:
+def make_lisa(flags: Flags, model: Transformer, lr: float, copy: int) -> Lisa:
     """The optimiser of a copy, whose state moves with it if copies take turns on the device."""
     opt = Lisa(
-        model, args.lisa_layers, args.lisa_interval, args.seed, args.lisa_ends, copy, lr,
-        args.weight_decay, move_to_device=partial(shard.move_to_device, model),
+        model, flags.lisa_layers, flags.lisa_interval, flags.seed, flags.lisa_ends, copy, lr,
+        flags.weight_decay, move_to_device=partial(shard.move_to_device, model),
     )  # fmt: skip
     if model.offload is not None:
         model.offload.follow(model, opt.state_tensors)
     return opt
 
 
-def make_batches(args: argparse.Namespace, inputs: Inputs) -> data.Batches:
+def make_trainer(flags: Flags, inputs: Inputs, device: torch.device) -> Trainer:
+    """The model with its optimiser, or both copies with theirs and the source weights. Collective.
+    """
+    rest = {"clip": flags.clip, "on_micro": shard.once_per_pass}
+    if flags.mode == "finetune":
+        (w,) = load_copies(flags, inputs, device, 1)
+        return PlainStep(w, make_lisa(flags, w, flags.lr_w, 0), **rest)
+    w, u = load_copies(flags, inputs, device, 2)
+    opt_w = make_lisa(flags, w, flags.lr_w, 0)
+    opt_u = make_lisa(flags, u, flags.lr_u, int(flags.lisa_coupling == "independent"))
+    wide = torch.promote_types(next(w.parameters()).dtype, torch.float32)
+    sources = SourceWeights(len(inputs.sources), wide, flags.lr_lambda)
+    return PenaltyStep(w, u, opt_w, opt_u, sources, flags.alpha, **rest)
+
+
+def make_batches(flags: Flags, inputs: Inputs) -> data.Batches:
     """This rank's batches: stratified over the sources, or of the mixture drawn from them."""
-    ranks = dist.get_rank(), dist.get_world_size()
-    if args.mode == "finetune":
-        return data.MixtureBatches(
-            list(inputs.mixture.values()), args.batch_size, args.micro_batch_size, args.seed, *ranks
-        )
-    return data.Batches(
-        list(inputs.sources.values()), inputs.val, args.batch_size, args.val_batch_size,
-        args.micro_batch_size, args.seed, *ranks,
-    )  # fmt: skip
-
-
-def begin_step(
-    args: argparse.Namespace, trainer: Trainer, step: int, per_round: int, factor: float
-) -> None:
-    """Learning rates, the blocks that train, and alpha of this outer round."""
-    if args.mode == "bilevel":
-        trainer.alpha = args.alpha * args.tau ** (step // per_round)
-        if step and step % per_round == 0 and args.tau != 1:
-            trainer.sources.reset_optimizer()
-        trainer.sources.opt.param_groups[0]["lr"] = factor * args.lr_lambda
-    for name, (_, opt) in trainer.copies.items():
-        opt.param_groups[0]["lr"] = factor * getattr(args, f"lr_{name}")
-        opt.switch(step)
+    common = flags.micro_batch_size, flags.seed, dist.get_rank(), dist.get_world_size()
+    if flags.mode == "finetune":
+        return data.MixtureBatches(list(inputs.mixture.values()), flags.batch_size, *common)
+    sources = list(inputs.sources.values())
+    return data.Batches(sources, inputs.val, flags.batch_size, flags.val_batch_size, *common)
 
 
 def train(
-    args: argparse.Namespace, inputs: Inputs, device: torch.device, signals: list[int] | None = None
+    flags: Flags, inputs: Inputs, device: torch.device, signals: list[int] | None = None
 ) -> Trainer:
     """The loop of both modes, from loading to the saved model. Collective: every rank calls it.
 
     signals: grows when this process is asked to stop; one rank's is enough
     """
-    trainer = make_trainer(args, inputs, device)
-    batches = make_batches(args, inputs)
-    names = list(inputs.mixture or inputs.sources)
-    per_round = args.steps or math.ceil(args.epochs * batches.steps_per_epoch)
-    total = (args.outer_rounds or 1) * per_round
-    start, origin = resume(args, trainer)
-    first = dist.get_rank() == 0
-    log = report.Log(args.out, about(args, inputs), start, total, first, origin)
-    shard.set_timeout(args.timeout)
+    trainer = make_trainer(flags, inputs, device)
+    batches = make_batches(flags, inputs)
+    per_round = flags.steps or math.ceil(flags.epochs * batches.steps_per_epoch)
+    total = (flags.outer_rounds or 1) * per_round
+    start, origin = resume(flags, trainer)
+    log = report.Log(flags.out, about(flags, inputs), start, total, dist.get_rank() == 0, origin)
+    shard.set_timeout(flags.timeout)
 
     for step, batch in data.prefetch(batches, range(start, total)):
-        factor = lr_factor(step, total, args.warmup, args.schedule)
-        begin_step(args, trainer, step, per_round, factor)
-        held_out = held_out_losses(args, inputs, trainer.w, step, total)
+        factor = lr_factor(step, total, flags.warmup, flags.schedule)
+        alpha = flags.alpha and flags.alpha * flags.tau ** (step // per_round)
+        rates = trainer.set_rates(factor, alpha)
+        for _, opt in trainer.copies.values():
+            opt.switch(step)  # LISA: the blocks that train
+        held_out = held_out_losses(flags, inputs, trainer.w, step, total)
+
         began = time.perf_counter()
         train_part, val_part, counts = batch
-        # Tokens of this rank's samples that go through a forward and a backward, in every copy.
-        copies = len(trainer.copies)
-        tokens = sum(b.n_tokens for b in [*copies * train_part, *val_part])
-        train_part, val_part = ([b.to(device) for b in part] for part in (train_part, val_part))
-        stats = trainer.step(train_part, val_part, counts, stop=bool(signals))
-
+        moved = ([b.to(device) for b in part] for part in (train_part, val_part))
+        stats = trainer.step(*moved, counts, stop=bool(signals))
         seconds = time.perf_counter() - began
-        row = report.row(step, stats, counts, names)
-        row |= {"lr": factor * args.lr_w, "seconds": seconds}
-        if args.mode == "bilevel":
-            row |= report.weights_row(trainer, names)
-        row["tokens_per_s"] = tokens * dist.get_world_size() / seconds
-        if not (stats.finite or args.skip_nonfinite):
-            log.write_weights()
-            raise Failed(report.nonfinite_message(row, counts, args.out))
-        if step == total - 1:
-            trainer.opt_w.finish(total)
-            held_out = held_out_losses(args, inputs, trainer.w, total, total)
-        log.write(row | held_out)
-        if step < total - 1:
-            if stats.stop or (args.save_every and (step + 1) % args.save_every == 0):
-                log.say(save(args, inputs, trainer, step + 1))
-            if stats.stop:
-                raise Stopped(f"stopped after {step + 1} of {total} steps")
 
-    def add_tokenizer(directory: Path) -> None:
-        templates.save_tokenizer(inputs.tokenizer, directory, args.template)
+        row = report.row(step, stats, counts, list(inputs.mixture or inputs.sources)) | rates
+        row |= {"seconds": seconds, "tokens_per_s": tokens_of(trainer, batch) / seconds}
+        if not (stats.finite or flags.skip_nonfinite):
+            log.write_weights()
+            raise Failed(report.nonfinite_message(row, counts, flags.out))
+        last = step == total - 1
+        if last:
+            trainer.opt_w.finish(total)
+            held_out = held_out_losses(flags, inputs, trainer.w, total, total)
+        log.write(row | held_out)
+        due = flags.save_every and (step + 1) % flags.save_every == 0
+        if (stats.stop or due) and not last:
+            log.say(save(flags, inputs, trainer, step + 1))
+        if stats.stop and not last:
+            raise Stopped(f"stopped after {step + 1} of {total} steps")
 
     shard.set_timeout(shard.FILES_TIMEOUT)
-    shard.save(trainer.w, args.out / "model", add_tokenizer)
+    add_tokenizer = partial(templates.save_tokenizer, inputs.tokenizer, template=flags.template)
+    shard.save(trainer.w, flags.out / "model", add_tokenizer)
     return trainer
+
+
+def tokens_of(trainer: Trainer, batch: tuple) -> int:
+    """Tokens of all ranks' samples that go through a forward and a backward, in every copy; taking
+    the other ranks to have as many as this one."""
+    train_part, val_part, _ = batch
+    mine = sum(b.n_tokens for b in [*len(trainer.copies) * train_part, *val_part])
+    return mine * dist.get_world_size()
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -206,85 +192,82 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     return state
 
 
-def save(args: argparse.Namespace, inputs: Inputs, trainer: Trainer, done: int) -> str:
+def save(flags: Flags, inputs: Inputs, trainer: Trainer, done: int) -> str:
     """Write the checkpoint of a run of which `done` steps are done; says so. Collective."""
     began = time.perf_counter()
     shard.set_timeout(shard.FILES_TIMEOUT)
     if dist.get_rank() == 0:
-        shard.sync(args.out / "metrics.jsonl")
-    run = {"done": done}
-    if args.mode == "bilevel":
-        run["sources"] = trainer.sources.state_dict()
-    folder, made_of = args.out / "checkpoints", record(args, inputs)
-    shard.save_checkpoint(folder, done, state_of(trainer), run, made_of, args.keep)
-    shard.set_timeout(args.timeout)
+        shard.sync(flags.out / "metrics.jsonl")
+    run = {"done": done} | trainer.state_dict()
+    folder, made_of = flags.out / "checkpoints", record(flags, inputs)
+    shard.save_checkpoint(folder, done, state_of(trainer), run, made_of, flags.keep)
+    shard.set_timeout(flags.timeout)
     return f"saved {folder}/step-{done} in {time.perf_counter() - began:.1f} s"
 
 
-def resume(args: argparse.Namespace, trainer: Trainer) -> tuple[int, Path]:
+def resume(flags: Flags, trainer: Trainer) -> tuple[int, Path]:
     """Go on from the newest whole checkpoint; returns the steps done, and the directory of the run
     that did them. Collective."""
-    checkpoint, complaints = shard.newest_checkpoint(checkpoints(args))
+    checkpoint, complaints = shard.newest_checkpoint(checkpoints(flags))
     if dist.get_rank() == 0:
         print(*complaints, sep="\n", end="\n" * bool(complaints))
     if checkpoint is None:
         if complaints:
             raise Failed("no checkpoint is whole: '--resume never' starts anew, beside this run")
-        return 0, args.out
+        return 0, flags.out
     run = shard.read_run(checkpoint)
     for _, opt in trainer.copies.values():
         opt.switch(run["done"] - 1)  # the blocks that were active when it was saved
     shard.load_checkpoint(checkpoint, state_of(trainer))
-    if args.mode == "bilevel":
-        trainer.sources.load_state_dict(run["sources"])
+    trainer.load_state_dict(run)
     if dist.get_rank() == 0:
         print(f"goes on from {checkpoint}")
     return run["done"], checkpoint.parent.parent
 
 
 def held_out_losses(
-    args: argparse.Namespace, inputs: Inputs, w: Transformer, done: int, total: int
+    flags: Flags, inputs: Inputs, w: Transformer, done: int, total: int
 ) -> dict:
     """The mean sample losses that are due after `done` steps: on the test records before and after
     the run; in a fine-tuning run on the validation records, also now and then. Collective."""
     due = {"test_loss": (inputs.test, done in (0, total))}
-    if args.mode == "finetune":
+    if flags.mode == "finetune":
         # Ten times at most, and so often that it takes no more than a tenth of the run's time: a
         # sample takes three times as long to train on as to evaluate.
-        affordable = 3 * total * args.batch_size // (10 * len(inputs.val or [0]))
+        affordable = 3 * total * flags.batch_size // (10 * len(inputs.val or [0]))
         every = math.ceil(total / max(1, min(10, affordable)))
         due["val_loss"] = inputs.val, done == total or done % every == 0
     due = {name: dataset for name, (dataset, now) in due.items() if now}
     if due:
         shard.move_to_device(w)
     return {
-        name: evaluate.loss(w, dataset, args.micro_batch_size).mean if dataset else None
+        name: evaluate.loss(w, dataset, flags.micro_batch_size).mean if dataset else None
         for name, dataset in due.items()
     }
 
 
-def about(args: argparse.Namespace, inputs: Inputs) -> dict | None:
+def about(flags: Flags, inputs: Inputs) -> dict | None:
     """What weights.json says of the run beside its results; None: the run learns no weights."""
-    if args.mode == "finetune":
+    if flags.mode == "finetune":
         return None
-    files = record(args, inputs)["data"]
+    files = record(flags, inputs)["data"]
     sources = {k.removeprefix("train "): v for k, v in files.items() if k.startswith("train ")}
-    return {"model": args.model, "sources": sources}
+    return {"model": flags.model, "sources": sources}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a run that failed, 2 bad input."""
-    args = parse(argv)
+    flags = parse(argv)
     for stream in (sys.stdout, sys.stderr):
         outlive(stream)
     first = os.environ.get("RANK", "0") == "0"
-    if args.plan:
-        return show_plan(args)
+    if flags.plan:
+        return show_plan(flags)
     try:
-        inputs = prepare(args, int(os.environ.get("WORLD_SIZE", 1)))
-        finished = (args.out / "model").is_dir()
+        inputs = prepare(flags, int(os.environ.get("WORLD_SIZE", 1)))
+        finished = (flags.out / "model").is_dir()
         if first and not finished:
-            lock_directory(args.out)
+            lock_directory(flags.out)
     except (ValueError, OSError) as error:
         if first:
             print(error, file=sys.stderr)
@@ -295,25 +278,25 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     if finished:
         if first:
-            print(retold(args.out), "", f"{args.out} is a finished run.", sep="\n")
+            print(retold(flags.out), "", f"{flags.out} is a finished run.", sep="\n")
         return 0
     device, signals = shard.start(shard.FILES_TIMEOUT), catch_signals()
     # --resume never: a late rank finds rank 0's taken.
-    args.out = shard.broadcast_from_rank0(lambda: args.out)
+    flags = replace(flags, out=shard.broadcast_from_rank0(lambda: flags.out))
     code, last_words = 0, ""
-    memory = report.Memory(inputs.config, device.type, plan_settings(args, inputs, device))
+    memory = report.Memory(inputs.config, device.type, plan_settings(flags, inputs, device))
     try:
         if first:
-            announce(args, inputs)
+            announce(flags, inputs)
             print(f"memory: {memory.planned}")
-            report.write_json(args.out / "config.json", record(args, inputs))
+            report.write_json(flags.out / "config.json", record(flags, inputs))
             if inputs.mixture:
-                report.replace(args.out / "mixture.jsonl", mixture.as_jsonl(inputs.mixture))
-        train(args, inputs, device, signals)
+                report.replace(flags.out / "mixture.jsonl", mixture.as_jsonl(inputs.mixture))
+        train(flags, inputs, device, signals)
         if first:
             used = f"memory: {memory.planned}, measured {memory.measured()}"
-            no_picture = draw_picture(args)  # first, as the report lists the files
-            last_words = "\n".join([report.render(args.out), *no_picture, used])
+            no_picture = draw_picture(flags)  # first, as the report lists the files
+            last_words = "\n".join([report.render(flags.out), *no_picture, used])
     except Stopped as stopped:
         code = 128 + (signals or [signal.SIGTERM])[0]
         last_words = f"{stopped}; the same command goes on from there"
@@ -322,9 +305,9 @@ def main(argv: list[str] | None = None) -> int:
     except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
         # Leave at once: where a rank is gone, taking the process group down would wait for it.
         if report.out_of_memory(error):
-            what = memory.advice(args.out / f"error-rank{dist.get_rank()}.log")
+            what = memory.advice(flags.out / f"error-rank{dist.get_rank()}.log")
         else:
-            what = reason(error, args)
+            what = reason(error, flags)
         print(f"rank {dist.get_rank()} ends: {what}", file=sys.stderr)
         shard.exit_now(1)
     if first:
@@ -343,59 +326,59 @@ def retold(out: Path) -> str:
         return f"no report: a file in {out} is damaged ({error})"
 
 
-def draw_picture(args: argparse.Namespace) -> list[str]:
+def draw_picture(flags: Flags) -> list[str]:
     """The picture of a finished run; or a line that says why there is none."""
-    name = "weights.png" if args.mode == "bilevel" else "losses.png"
+    name = "weights.png" if flags.mode == "bilevel" else "losses.png"
     try:
-        plots.plot([args.out], args.out / name)
+        plots.plot([flags.out], flags.out / name)
     except ValueError as error:
         return [f"no {name}: {error}"]
     return []
 
 
-def reason(error: BaseException, args: argparse.Namespace) -> str:
+def reason(error: BaseException, flags: Flags) -> str:
     """Why a rank ends, in a line; for what should not happen, the traceback goes before it."""
     if isinstance(error, dcp.CheckpointException):  # of the ranks that failed, one's
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError):
-        return f"{error.filename or args.out}: {error.strerror or error}"
+        return f"{error.filename or flags.out}: {error.strerror or error}"
     if "inline_container" in str(error):  # torch.save forgets what the system said
-        return f"a checkpoint in {args.out} could not be written: is the disk full?"
+        return f"a checkpoint in {flags.out} could not be written: is the disk full?"
     if type(error).__name__ == "SafetensorError":
-        return f"{args.out}/model could not be written: {error}"
+        return f"{flags.out}/model could not be written: {error}"
     if shard.lost_peer(error):
-        saved = shard.whole_checkpoints(args.out / "checkpoints")
+        saved = shard.whole_checkpoints(flags.out / "checkpoints")
         goes_on = "goes on from the last checkpoint" if saved else "starts anew: nothing was saved"
         return ("another rank is gone, or did not come within the --timeout of "
-                f"{args.timeout:g} s. The same command {goes_on}.")
+                f"{flags.timeout:g} s. The same command {goes_on}.")
     traceback.print_exception(error)
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def plan_settings(args: argparse.Namespace, inputs: Inputs, device: torch.device) -> dict:
+def plan_settings(flags: Flags, inputs: Inputs, device: torch.device) -> dict:
     """What the plan of this run is made from; the longest sample may be shorter than permitted."""
-    settings = plan.settings(args, dist.get_world_size(), dtype_of(args.dtype, device.type))
+    settings = plan.settings(flags, dist.get_world_size(), dtype_of(flags.dtype, device.type))
     padded = data.padding() * -(-inputs.longest // data.padding())
-    return settings | {"max_length": min(args.max_length, padded)}
+    return settings | {"max_length": min(flags.max_length, padded)}
 
 
-def show_plan(args: argparse.Namespace) -> int:
+def show_plan(flags: Flags) -> int:
     """The memory plan of these flags. Returns 0, 1 if the memory does not do, 2 for bad input."""
     try:
-        config = plan_inputs(args)
+        config = plan_inputs(flags)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    settings = plan.settings(args, args.gpus, dtype_of(args.dtype, "cuda"))
+    settings = plan.settings(flags, flags.gpus, dtype_of(flags.dtype, "cuda"))
     needed, fix = plan.plan(config, **settings), None
-    too_much = args.gpu_memory is not None and not plan.fits(needed, args.gpu_memory)
+    too_much = flags.gpu_memory is not None and not plan.fits(needed, flags.gpu_memory)
     if too_much:
-        fix = plan.first_fix(config, args.gpu_memory, **settings)
-    if args.json:
-        print(json.dumps(plan.as_dict(needed, args.gpu_memory) | {"fix": fix}))
+        fix = plan.first_fix(config, flags.gpu_memory, **settings)
+    if flags.json:
+        print(json.dumps(plan.as_dict(needed, flags.gpu_memory) | {"fix": fix}))
     else:
-        print(f"{args.model} on {args.gpus} GPUs, bytes per GPU:")
-        print(plan.render(needed, args.gpu_memory))
+        print(f"{flags.model} on {flags.gpus} GPUs, bytes per GPU:")
+        print(plan.render(needed, flags.gpu_memory))
         if too_much:
             print(f"would fit with: {fix}" if fix else "no flag makes it fit")
     return int(too_much)
@@ -430,13 +413,13 @@ def outlive(stream: TextIO) -> None:
     stream.flush = functools.partial(attempt, stream.flush)
 
 
-def announce(args: argparse.Namespace, inputs: Inputs) -> None:
+def announce(flags: Flags, inputs: Inputs) -> None:
     """Say what the run is made of, and what should be known of it."""
     used = inputs.mixture or inputs.sources
     sizes = ", ".join(f"{name} {len(source)}" for name, source in used.items())
     validation = f"; validation {len(inputs.val)}" if inputs.val else ""
-    print(f"ScaleBiO: {args.mode} of {args.model}, {dist.get_world_size()} rank(s); "
-          f"{'mixture' if inputs.mixture else 'sources'}: {sizes}{validation}; {args.out}")
+    print(f"ScaleBiO: {flags.mode} of {flags.model}, {dist.get_world_size()} rank(s); "
+          f"{'mixture' if inputs.mixture else 'sources'}: {sizes}{validation}; {flags.out}")
     for note in inputs.notes:
         print(f"note: {note}")
 

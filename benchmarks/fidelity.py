@@ -37,7 +37,8 @@ import shard
 import train
 from bilevel import PenaltyStep, SourceWeights
 from cli import report
-from cli.flags import TINY, Parser
+from cli.flags import Parser
+from cli.inputs import TINY
 from sources import tasks
 
 MODEL = {"hidden_size": 48, "intermediate_size": 128, "initializer_range": 48**-0.5}  # 0.16M

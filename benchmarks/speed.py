@@ -51,7 +51,8 @@ import lisa
 import shard
 import train
 from cli import plan, report
-from cli.flags import TINY, Inputs, Parser, parse
+from cli.flags import Parser, parse
+from cli.inputs import TINY, Inputs
 from hf import pretrained, tokenizer
 from model import DTYPES, ModelConfig, Transformer, random_weights
 from sources import tasks

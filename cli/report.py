@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bilevel import PenaltyStep, StepStats
+from bilevel import StepStats
 from cli import plan
 from sources import mixture
 
@@ -116,15 +116,7 @@ def row(step: int, stats: StepStats, counts: Tensor, names: list[str]) -> dict:
         "val_loss": finite(stats.val_loss),
         "source_loss_u": by_name(names, stats.source_loss_u),
         "grad_norm_u": finite(stats.grad_norm_u),
-    }
-
-
-def weights_row(penalty: PenaltyStep, names: list[str]) -> dict:
-    """What a row says of the weights after the step."""
-    return {
-        "weights": by_name(names, penalty.sources.probs()),
-        "alpha": penalty.alpha,
-        "lr_lambda": penalty.sources.opt.param_groups[0]["lr"],
+        "weights": by_name(names, stats.weights),
     }
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import data
 import train
-from cli.flags import parse, prepare
+from cli.flags import parse
+from cli.inputs import prepare
 from hf import templates
 from model import ModelConfig, build, from_pretrained, generate, random_weights, save_pretrained
 from sources import mixture

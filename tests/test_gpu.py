@@ -18,7 +18,7 @@ import data
 import shard
 import train
 from cli import plan
-from cli.flags import Inputs
+from cli.inputs import Inputs
 from model import ModelConfig, Transformer, build, generate, random_weights
 from tests import worker
 from tests.cases import distance

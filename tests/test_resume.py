@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import shard
-from cli.flags import LOCK, first_free_name, lock_directory
+from cli.flags import LOCK, first_free_name
+from cli.inputs import lock_directory
 from tests import forked, kill_trial
 from tests.forked import at, done, rows, run, saved, send, state
 

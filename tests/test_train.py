@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import data
 import train
 from cli import plan, report
-from cli.flags import parse, prepare
+from cli.flags import parse
+from cli.inputs import prepare
 from hf import templates
 from model import ModelConfig, build, from_pretrained, random_weights, save_pretrained
 from tests.worker import FAMILIES

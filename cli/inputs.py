@@ -1,0 +1,387 @@
+"""What a run is made of: model, tokenizer, records and --out, opened and checked before a model is
+loaded.
+
+    inputs = prepare(flags, world=8)
+
+Every problem is collected, so that one ValueError shows them together, a line each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import filecmp
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import data
+import shard
+from cli.flags import HARMLESS, LOCK, Flags, as_json, check_flags, launcher, spelt
+from data import cache_dir
+from hf import pretrained, templates, tokenizer
+from model import ModelConfig, dtype_of, open_checkpoint, parameter_shapes
+from sources import mixture, tasks
+from sources.records import Problems, read_records, source_paths
+
+TINY = {  # a llama of 0.9M parameters; the vocabulary is the byte tokenizer's
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 344,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    # 1/sqrt(128). With the usual 0.02 the residual stream starts so small that the first Adam step
+    # of a block that LISA admits, ±lr on every weight, can swamp it.
+    "initializer_range": 0.088,
+    "rope_theta": 10000.0,
+}
+# Things of `identity` whose values say nothing to a user.
+HASHED = "the data of", "the tokenizer"
+
+
+@dataclass
+class Inputs:
+    """Everything a run is made of, checked."""
+
+    config: ModelConfig
+    checkpoint: Path | None  # None: random weights
+    tokenizer: tokenizer.Tokenizer
+    sources: dict[str, data.Dataset]
+    val: data.Dataset | None
+    test: data.Dataset | None
+    notes: list[str]  # warnings that do not stop the run
+    weights: dict[str, float] | None = None  # of the sources, as --weights states them
+    mixture: dict[str, data.Dataset] | None = None  # what is drawn from the sources by them
+
+    @property
+    def all(self) -> dict[str, data.Dataset]:
+        named = {f"train {name}": source for name, source in self.sources.items()}
+        held = {"val": self.val, "test": self.test}
+        return named | {name: dataset for name, dataset in held.items() if dataset}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample that is trained or validated on."""
+        used = [*(self.mixture or self.sources).values(), *([self.val] if self.val else [])]
+        return max(int(d.lengths.max()) for d in used)
+
+
+def prepare(flags: Flags, world: int) -> Inputs:
+    """Check flags, model and data. Raises one ValueError with a line for each problem."""
+    problems = Problems([*check_flags(flags, world), *check_out(flags)])
+    config, checkpoint, tok, weights = None, None, None, None
+    if flags.weights and flags.mode == "finetune":
+        with problems.collecting():
+            weights = source_weights(flags)
+    with problems.collecting():
+        config, checkpoint, tok = open_model(flags)
+        for problem in check_fit(flags, config, tok):
+            problems.add(problem)
+    with problems.collecting():  # where something is wrong, records are only checked, not tokenised
+        named = open_data(flags, None if problems.count else tok)
+    problems.raise_if_any()
+    sources = {k.removeprefix("train "): v for k, v in named.items() if k.startswith("train ")}
+    inputs = Inputs(config, checkpoint, tok, sources, named.get("val"), named.get("test"), [])
+    describe(flags, inputs)
+    for name, dataset in inputs.all.items():
+        if not len(dataset):
+            after = " after --drop-overlap" if flags.drop_overlap else ""
+            problems.add(f"{name}: no record is left{after}")
+    if flags.mode == "finetune" and not problems.count:
+        draw_mixture(flags, inputs, weights)
+    for problem in [*check_space(flags, config), *changes(flags, record(flags, inputs))]:
+        problems.add(problem)
+    problems.raise_if_any()
+    return inputs
+
+
+def plan_inputs(flags: Flags) -> ModelConfig:
+    """The configuration that --plan asks about. Raises one ValueError with all problems."""
+    problems = Problems(check_flags(flags, max(1, flags.gpus)))
+    with problems.collecting():
+        config = read_config(flags.model)
+        for problem in check_sizes(flags, config):
+            problems.add(problem)
+    problems.raise_if_any()
+    return config
+
+
+def open_model(flags: Flags) -> tuple[ModelConfig, Path | None, tokenizer.Tokenizer]:
+    """Configuration, checkpoint directory and tokenizer; reads headers, no weights."""
+    if flags.model == "tiny":
+        return read_config("tiny"), None, tokenizer.byte_tokenizer()
+    checkpoint, config = open_checkpoint(flags.model)
+    return config, checkpoint, tokenizer.load_tokenizer(checkpoint)
+
+
+def read_config(name: str) -> ModelConfig:
+    """Of the built-in model, a config.json, a directory that has one, or a hub id."""
+    if name == "tiny":
+        tok = tokenizer.byte_tokenizer()
+        ids = {"bos_token_id": tok.bos_id, "eos_token_id": tok.eos_id, "vocab_size": tok.n_vocab}
+        return ModelConfig.from_hf(TINY | ids)
+    file = Path(name)
+    if file.is_file():
+        return pretrained.load_config(file.parent, file.name)
+    return pretrained.load_config(pretrained.find_checkpoint(name, weights=False))
+
+
+def check_fit(flags: Flags, config: ModelConfig, tok) -> list[str]:
+    """Flags and tokenizer against the model."""
+    problems = check_sizes(flags, config)
+    if tok.n_vocab > config.vocab:
+        problems.append(
+            f"--model {flags.model}: the tokenizer has {tok.n_vocab} ids, "
+            f"the embedding only {config.vocab} rows"
+        )
+    try:
+        templates.stop_ids(tok, flags.template)
+    except ValueError as error:
+        problems.append(f"--template {flags.template}: {error}")
+    return problems
+
+
+def check_sizes(flags: Flags, config: ModelConfig) -> list[str]:
+    """Flags against the model."""
+    sizes = (
+        ("max_length", config.max_positions, "positions"),
+        ("lisa_layers", config.n_layers, "blocks"),
+    )
+    return [
+        f"{spelt(name)} {getattr(flags, name)}: the model has {n} {what}"
+        for name, n, what in sizes if getattr(flags, name) > n
+    ]  # fmt: skip
+
+
+def check_space(flags: Flags, config: ModelConfig) -> list[str]:
+    """Whether the model that the run will leave finds room on the disk, if it is not there yet."""
+    dtype = dtype_of(flags.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    needed = dtype.itemsize * sum(map(math.prod, parameter_shapes(config).values()))
+    free = shutil.disk_usage(nearest(flags.out)).free
+    if free >= needed or (flags.out / "model").is_dir():
+        return []
+    return [f"--out {flags.out}: {free / 1e9:.3f} GB are free, and the model takes "
+            f"{needed / 1e9:.3f}"]  # fmt: skip
+
+
+def nearest(path: Path) -> Path:
+    """The path, or what there is of it."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
+def open_data(flags: Flags, tok: tokenizer.Tokenizer | None) -> dict[str, data.Dataset]:
+    """{"train NAME" | "val" | "test": dataset}; with no tokenizer records are checked, no more."""
+    if not flags.train:
+        if tok is None:
+            return {}
+        sources, val, test = tasks.task(flags.task, flags.seed)
+        groups = {f"train {name}": records for name, records in sources.items()}
+        return {
+            name: data.Dataset.from_records(records, tok, flags.template, flags.max_length)
+            for name, records in (groups | {"val": val, "test": test}).items()
+        }
+    problems, paths, datasets = Problems(), {}, {}
+    with problems.collecting():
+        paths = {f"train {name}": path for name, path in source_paths(flags.train).items()}
+    paths |= {k: Path(v) for k, v in (("val", flags.val), ("test", flags.test)) if v}
+    for held in {"val", "test"} & paths.keys():
+        for name, path in paths.items():
+            source = name.removeprefix("train ")
+            if name != source and same_contents(path, paths[held]):
+                problems.add(f"--{held} {paths[held]} is the same file as --train {source}")
+    for path_name, path in paths.items():
+        with problems.collecting():
+            if tok is None:
+                read_records(path)
+            else:
+                datasets[path_name] = data.load_dataset(
+                    path, tok, flags.template, flags.max_length, cache_dir()
+                )
+    problems.raise_if_any()
+    return datasets
+
+
+def same_contents(a: Path, b: Path) -> bool:
+    return a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False)
+
+
+def describe(flags: Flags, inputs: Inputs) -> None:
+    """Collect the notes on the inputs, and apply --drop-overlap."""
+    notes = inputs.notes
+    if inputs.config.ignored_dropout:
+        fields = ", ".join(inputs.config.ignored_dropout)
+        notes.append(f"the checkpoint's dropout is ignored ({fields}): training uses none")
+    for name, dataset in inputs.all.items():
+        for reason, count in dataset.dropped.items():
+            if count:
+                notes.append(f"{name}: {count} records dropped: {reason}")
+        if dataset.duplicates:
+            notes.append(f"{name}: {dataset.duplicates} records are repetitions")
+    if flags.mode == "bilevel" and len(inputs.sources) == 1:
+        notes.append("there is one source: its weight is 1, whatever is learned")
+    for (a, one), (b, other) in itertools.combinations(inputs.sources.items(), 2):
+        if one.sha256 == other.sha256:
+            notes.append(f"{a} and {b} are the same records")
+    for held in [name for name in ("val", "test") if name in inputs.all]:
+        for name, source in inputs.sources.items():
+            shared = data.overlap(source, inputs.all[held])
+            if not shared.any():
+                continue
+            lines = ", ".join(map(str, source.lines[shared][:5]))
+            lines += ", …" if shared.sum() > 5 else ""
+            notes.append(f"{shared.sum()} records of {name} are {held} records too (lines {lines})")
+            if flags.drop_overlap:
+                left = inputs.sources[name] = source.select(~shared)
+                left.dropped = source.dropped | {f"a {held} record too": int(shared.sum())}
+                notes[-1] += ": dropped from training"
+
+
+def source_weights(flags: Flags) -> dict[str, float] | None:
+    """The weights that --weights states; None for "proportional"."""
+    try:
+        names = list(source_paths(flags.train) if flags.train else tasks.task(flags.task, 0)[0])
+    except ValueError:  # which `open_data` reports
+        return None
+    return mixture.parse_source_weights(flags.weights, names)
+
+
+def draw_mixture(flags: Flags, inputs: Inputs, weights: dict | None) -> None:
+    """Draw --samples by the weights."""
+    if weights is None:
+        total = sum(map(len, inputs.sources.values()))
+        weights = {name: len(source) / total for name, source in inputs.sources.items()}
+    inputs.weights = weights
+    inputs.mixture, notes = mixture.draw(
+        inputs.sources, weights, flags.samples, flags.repeat, flags.seed
+    )
+    inputs.notes += notes
+
+
+# --------------------------------------------------------------------------------------------------
+# The directory of a run
+
+
+def record(flags: Flags, inputs: Inputs) -> dict:
+    """config.json: everything that decides what the run computes, and where it ran."""
+    files = {
+        name: {"path": str(d.path), "samples": len(d), "sha256": d.sha256, "dropped": d.dropped}
+        for name, d in inputs.all.items()
+    }
+    drawn = None
+    if inputs.mixture is not None:
+        drawn = {
+            name: {"weight": p, "samples": len(inputs.mixture.get(name, ()))}
+            for name, p in inputs.weights.items()
+        }
+    return {
+        "flags": as_json(flags), "data": files, "tokenizer": inputs.tokenizer.fingerprint,
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)), "mixture": drawn,
+    }  # fmt: skip
+
+
+def identity(record: dict) -> dict[str, object]:
+    """What of a record must stay the same in a run that goes on, each under the name by which a
+    user knows it."""
+    shares = record.get("mixture") or {}
+    decide = {name: v for name, v in record["flags"].items() if name not in HARMLESS}
+    return {
+        **{spelt(name): value for name, value in decide.items()},
+        **{f"the weight of {name}": share["weight"] for name, share in shares.items()},
+        **{f"the data of {name}": d["sha256"] for name, d in record.get("data", {}).items()},
+        **({"the tokenizer": record["tokenizer"]} if "tokenizer" in record else {}),
+    }
+
+
+def held_run(directory: Path) -> dict | None:
+    """The record of the run that a directory, or a checkpoint, holds; None if it holds none."""
+    try:
+        record = json.loads((directory / "config.json").read_text())
+        return record if identity(record) and record["data"] is not None else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def runs_to_continue(flags: Flags) -> dict[str, dict]:
+    """The records of the runs that this one would go on with, by the flag that names them."""
+    named = {f"--out {flags.out}": held_run(flags.out)}
+    if flags.resume not in ("auto", "never"):
+        named[f"--resume {flags.resume}"] = held_run(Path(flags.resume))
+    return {flag: record for flag, record in named.items() if record is not None}
+
+
+def changes(flags: Flags, record: dict) -> list[str]:
+    """A line for each thing that differs from a run that this one would go on with. Only what
+    `record` speaks of is compared."""
+    new, problems = identity(json.loads(json.dumps(record))), []
+    for where, held in runs_to_continue(flags).items():
+        old = identity({key: held[key] for key in record if key in held})
+        for thing in sorted(old.keys() | new.keys()):
+            was, now = old.get(thing), new.get(thing)
+            if was != now:
+                how = f"was {was}, now {now}"
+                if thing.startswith(HASHED):
+                    gone = "is gone" if now is None else "has changed"
+                    how = "was not there" if was is None else gone
+                problems.append(f"{where} holds another run: {thing} {how}")
+    return problems
+
+
+def checkpoints(flags: Flags) -> list[Path]:
+    """What the run may go on from, in order: --out's own, or else those that --resume names."""
+    own = shard.whole_checkpoints(flags.out / "checkpoints")
+    if own or flags.resume in ("auto", "never"):
+        return own
+    named = Path(flags.resume)
+    is_one = (named / shard.CHECKSUMS).exists()
+    return [named] if is_one else shard.whole_checkpoints(named / "checkpoints")
+
+
+def check_out(flags: Flags) -> list[str]:
+    """Refuse an --out that cannot be written, or holds something else or a run of other flags."""
+    parent = nearest(flags.out)
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        return [f"--out {flags.out}: {parent} is not a directory that can be written to"]
+    problems = changes(flags, {"flags": as_json(flags)})
+    if flags.out.exists() and held_run(flags.out) is None:
+        others = [p for p in flags.out.iterdir() if p.name != LOCK]
+        problems += [f"--out {flags.out}: holds files, but no run to go on with"] if others else []
+    if flags.resume not in ("auto", "never"):
+        if flags.out.resolve() in (named := Path(flags.resume).resolve(), *named.parents):
+            problems.append(f"--resume {flags.resume} is in --out itself: to branch off from an "
+                            "earlier step, give another --out")
+        elif not checkpoints(flags):
+            problems.append(f"--resume {flags.resume}: holds no checkpoint")
+    return problems
+
+
+def lock_directory(out: Path) -> None:
+    """Make a directory and keep other runs out of it until this process ends, however it ends.
+    ValueError if another run is in it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / LOCK, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise ValueError(f"--out {out}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out {out}: another run is writing to it") from None
+    except OSError:
+        pass  # a file system without locks
+    with contextlib.suppress(OSError):  # a full disk is noticed by what matters more
+        os.truncate(lock, 0)
+        os.write(lock, launcher().encode())
