@@ -116,16 +116,14 @@ class Step:
     def __init__(self, copies: dict, losses: Callable, clip: float, on_micro: Callable):
         self.copies = copies
         self.losses, self.clip, self.on_micro = losses, clip, on_micro
-        for _, opt in copies.values():
-            for group in opt.param_groups:
-                group.setdefault("initial_lr", group["lr"])  # as torch's schedulers do
 
     def set_rates(self, factor: float, alpha: float = 0.0) -> dict[str, float]:
         """Scale all learning rates by `factor` for the next step. Returns what is in force, by the
         names of metrics.jsonl; `alpha` means something to PenaltyStep alone."""
         for _, opt in self.copies.values():
             for group in opt.param_groups:
-                group["lr"] = factor * group["initial_lr"]
+                # The name that torch's own schedulers give the rate to start from.
+                group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
         return {"lr": self.copies["w"][1].param_groups[0]["lr"]}
 
     def state_dict(self) -> dict:
