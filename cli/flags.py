@@ -504,9 +504,9 @@ def describe(args: argparse.Namespace, inputs: Inputs) -> None:
             shared = data.overlap(source, inputs.all[held])
             if not shared.any():
                 continue
-            lines = ", ".join(map(str, source.lines[shared][:5]))
-            lines += ", …" if shared.sum() > 5 else ""
-            notes.append(f"{shared.sum()} records of {name} are {held} records too (lines {lines})")
+            few = ", ".join(map(str, source.numbers[shared][:5]))
+            few += ", …" if shared.sum() > 5 else ""
+            notes.append(f"{shared.sum()} records of {name} are {held} records too (numbers {few})")
             if args.drop_overlap:
                 left = inputs.sources[name] = source.select(~shared)
                 left.dropped = source.dropped | {f"a {held} record too": int(shared.sum())}

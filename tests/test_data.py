@@ -15,13 +15,16 @@ import data
 from data import Batches, Dataset, eval_batches, load_dataset, overlap
 from hf.templates import encode_conversation
 from hf.tokenizer import byte_tokenizer
-from sources.records import ROLES, Problems, iter_records, read_records
+from sources import records
+from sources.records import ROLES, Fields, Messages, Problems, iter_records, read_records
 from sources.tasks import NOISE, TASKS, task
 
 TOKENIZER = byte_tokenizer()
 
 ALPACA = {"instruction": "Say hi", "input": "", "output": "hi"}
 TURNS = [("user", "Say hi"), ("assistant", "hi")]
+GOOD = json.dumps(ALPACA)
+DEEP = "[" * 100_000
 
 
 @pytest.fixture
@@ -68,107 +71,79 @@ def test_formats_are_recognised_by_their_keys(record, turns, write):
     assert read_records(write([record, record])) == [(1, turns), (2, turns)]
 
 
+def test_a_new_format_is_a_row(write, monkeypatch):
+    rows = (Messages("conversations", "role", "content"),  # its list is called as ShareGPT's is
+            Fields({"user": "question", "assistant": "answer"}))  # fmt: skip
+    monkeypatch.setattr(records, "FORMATS", records.FORMATS + rows)
+    for record in ({"conversations": CHAT["messages"]}, {"question": "Say hi", "answer": "hi"}):
+        assert read_records(write([record])) == [(1, TURNS)]
+
+
 def test_arrays_and_lines_are_recognised_by_content(write):
-    lines = json.dumps(ALPACA)
-    expected = [(1, TURNS), (3, TURNS)]
-    for content in (
-        f"{lines}\n\n{lines}",
-        f"{lines}\r\n\r\n{lines}\r\n",
-        f"\ufeff{lines}\n\n{lines}\n",
-        f"[{lines},\n\n{lines}]",
-        f"\ufeff[{lines}\r\n,\r\n {lines}]\r\n\r\n",
+    """A record goes by its line in JSON Lines, by its number in an array."""
+    for content, second in (
+        (f"{GOOD}\n\n{GOOD}", 3),
+        (f"{GOOD}\r\n\r\n{GOOD}\r\n", 3),
+        (f"\ufeff{GOOD}\n\n{GOOD}\n", 3),
+        (f"[{GOOD},\n\n{GOOD}]", 2),
+        (f"\ufeff \n[{GOOD}\r\n,\r\n {GOOD}]\r\n\r\n", 2),
+        (json.dumps([ALPACA] * 2, indent=1), 2),
     ):
+        expected = [(1, TURNS), (second, TURNS)]
         assert read_records(write(content)) == expected
         assert read_records(write(gzip.compress(content.encode()))) == expected
-    assert read_records(write(json.dumps([ALPACA] * 2, indent=1))) == [(2, TURNS), (7, TURNS)]
 
 
-def test_arrays_are_read_in_pieces(write, monkeypatch):
-    records = [{"text": f"é\n{i} \\ ] }} , " * (i % 7 + 1)} for i in range(50)]
-    expected = [[("text", r["text"])] for r in records]
-    for content in (json.dumps(records), json.dumps(records, indent=2, ensure_ascii=False)):
-        path = write(content)
-        for size in (1, 2, 3, 7, 50, 1000):
-            monkeypatch.setattr("sources.records.CHUNK", size)
-            assert [turns for _, turns in read_records(path)] == expected
-
-
-GOOD = json.dumps(ALPACA)
-DEEP = "[" * 100_000
-
-
-@pytest.mark.parametrize("content, line, problem", [
-    (f'{GOOD}\n{{"instruction": \n{GOOD}', 2, "broken JSON"),
-    (f'[{GOOD},\n{{"instruction": 1,,}}]', 2, "broken JSON"),
-    (f"[{GOOD},\n{GOOD}", 2, "expected ',' or ']', found 'the end of the file'"),
-    (f"[{GOOD}\n{GOOD}]", 2, "expected ',' or ']'"),
-    (f"[{GOOD},\n]", 2, "broken JSON"),
-    (f"[{GOOD}]\n{GOOD}", 2, "text after the end of the array"),
-    (f'[{GOOD},\n{{"output": "cut', 2, "broken JSON: Unterminated string"),
-    (f'{GOOD}\n{{"question": "x", "answer": "y"}}', 2, "lacks 'instruction'"),
-    ('\n{"question": "x", "answer": "y"}', 2, "unknown record, of keys 'question', 'answer'"),
-    (f"{GOOD}\n17", 2, "the record is int, not an object"),
-    ("17\n", 1, "the record is int, not an object"),
-    ("{}", 1, "unknown record, of keys none"),
-    (f'{GOOD}\n{{"instruction": 3, "output": "x"}}', 2, "'instruction' is int, not a string"),
-    (f'{GOOD}\n{{"instruction": "a", "output": null}}', 2, "'output' is NoneType"),
-    (f'{GOOD}\n{{"instruction": "a", "input": [], "output": "b"}}', 2, "'input' is list"),
-    ('{"text": "\\ud800"}', 1, "lone surrogate"),
-    (b'{"text": "a"}\n{"text": "\xff"}', 2, "broken UTF-8"),
-    ('{"conversations": []}', 1, "'conversations' is not a list of messages"),
-    ('{"messages": {"role": 1}}', 1, "'messages' is not a list of messages"),
-    ('{"messages": [7]}', 1, "'messages[0]' is int, not an object"),
-    ('{"messages": [{"role": "user"}]}', 1, "lacks 'messages[0].content'"),
-    ('{"messages": [{"role": "user", "content": [{}]}]}', 1, "'messages[0].content' is list"),
-    ('{"items": [{"from": "tool", "value": "x"}]}', 1, "'items[0].from' is 'tool', not one of"),
-    (f'{GOOD}\n{{"text": {DEEP}}}', 2, "nested too deep"),
-    (f'[{GOOD},\n{DEEP}', 2, "nested too deep"),
-    (f'{GOOD}\n{{"text": {"1" * 5000}}}', 2, "broken JSON: Exceeds the limit"),
-    (f'[{GOOD},\n{{"text": {"1" * 5000}}}]', 2, "broken JSON: Exceeds the limit"),
-    (b'{"text": "a"}\n\0\0', 2, "broken JSON"),
+@pytest.mark.parametrize("content, place, problem", [
+    (f'{GOOD}\n{{"instruction": \n{GOOD}', ":2", "broken JSON"),
+    (f'[{GOOD},\n{{"instruction": 1,,}}]', ":2", "broken JSON"),
+    (f"[{GOOD},\n{GOOD}", ":2", "broken JSON"),
+    (f"[{GOOD}\n{GOOD}]", ":2", "broken JSON"),
+    (f"[{GOOD},\n]", ":2", "broken JSON"),
+    (f"[{GOOD}]\n{GOOD}", ":2", "broken JSON"),
+    (f'[{GOOD},\n{{"output": "cut', ":2", "broken JSON: Unterminated string"),
+    (f'{GOOD}\n{{"question": "x", "answer": "y"}}', ":2", "lacks 'instruction'"),
+    ('\n{"question": "x", "answer": "y"}', ":2", "unknown record, of keys 'question', 'answer'"),
+    (f'[{GOOD}, {GOOD}, {{"instruction": "a"}}]', ": record 3", "lacks 'output'"),
+    (f"{GOOD}\n17", ":2", "the record is int, not an object"),
+    (f"[{GOOD}, 17]", ": record 2", "the record is int, not an object"),
+    ("17\n", ":1", "the record is int, not an object"),
+    ("{}", ":1", "unknown record, of keys none"),
+    (json.dumps({"data": [ALPACA]}, indent=1), ":1", "an object over several lines"),
+    (f'{GOOD}\n{{"instruction": 3, "output": "x"}}', ":2", "'instruction' is int, not a string"),
+    (f'{GOOD}\n{{"instruction": "a", "output": null}}', ":2", "'output' is NoneType"),
+    (f'{GOOD}\n{{"instruction": "a", "input": [], "output": "b"}}', ":2", "'input' is list"),
+    ('{"text": "\\ud800"}', ":1", "lone surrogate"),
+    (b'{"text": "a"}\n{"text": "\xff"}', ":2", "broken UTF-8"),
+    (b'[{"text": "a"},\n{"text": "\xff"}]', ": record 2", "broken UTF-8"),
+    ('{"conversations": []}', ":1", "'conversations' is not a list of messages"),
+    ('{"messages": {"role": 1}}', ":1", "'messages' is not a list of messages"),
+    ('{"messages": [7]}', ":1", "'messages[0]' is int, not an object"),
+    ('{"messages": [{"role": "user"}]}', ":1", "lacks 'messages[0].content'"),
+    ('{"messages": [{"role": "user", "content": [{}]}]}', ":1", "'messages[0].content' is list"),
+    ('{"messages": [{"content": "x"}]}', ":1", "messages[].role"),
+    ('{"items": [{"from": "tool", "value": "x"}]}', ":1", "'items[0].from' is 'tool', not one of"),
+    (f'{GOOD}\n{{"text": {DEEP}}}', ":2", "nested too deep"),
+    (f"[{GOOD},\n{DEEP}", ":1", "nested too deep"),
+    (f'{GOOD}\n{{"text": {"1" * 5000}}}', ":2", "broken JSON: Exceeds the limit"),
+    (f'[{GOOD},\n{{"text": {"1" * 5000}}}]', ":1", "broken JSON: Exceeds the limit"),
+    (b'{"text": "a"}\n\0\0', ":2", "broken JSON"),
+    ("", "", "no records"),
+    (" \n \n", "", "no records"),
+    ("[ ]", "", "no records"),
+    (gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-20], "", "end-of-stream"),
+    (b"\x1f\x8bnot gzip", "", "Unknown compression"),
+    (None, "", "No such file"),
 ])
-def test_malformed_records_are_named_by_line(content, line, problem, write, tmp_path):
-    path = write(content)
+def test_malformed_records_and_files_are_named(content, place, problem, write, tmp_path):
+    path = tmp_path / "none" if content is None else write(content)
     for call in (lambda: read_records(path), lambda: load(path, tmp_path / "cache")):
         with pytest.raises(ValueError) as error:
             call()
         message, = str(error.value).splitlines()
-        assert message.startswith(f"{path}:{line}: ") and problem in message
+        assert message.startswith(f"{path}{place}: ") and problem in message
         assert len(message) < 500
     assert not list((tmp_path / "cache").glob("*/"))  # nothing is cached
-
-
-def test_records_of_one_line_are_told_apart(write):
-    with pytest.raises(ValueError, match=r":1 \(record 3 of the line\): lacks 'output'$"):
-        read_records(write(f'[{GOOD}, {GOOD}, {{"instruction": "a"}}]'))
-
-
-def test_an_object_over_several_lines_is_one_problem(write):
-    with pytest.raises(ValueError, match=":1: an object over several lines: [^\n]*$"):
-        read_records(write(json.dumps({"data": [ALPACA]}, indent=1)))
-
-
-@pytest.mark.parametrize("content, problem", [
-    ("", "no records"),
-    (" \n \n", "no records"),
-    ("[ ]", "no records"),
-    (gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-20], "end-of-stream"),
-    (b"\x1f\x8bnot gzip", "Unknown compression"),
-])
-def test_unreadable_files_are_named(content, problem, write, tmp_path):
-    path = write(content)
-    for call in (lambda: read_records(path), lambda: load(path, tmp_path / "cache")):
-        with pytest.raises(ValueError) as error:
-            call()
-        message, = str(error.value).splitlines()
-        assert message.startswith(f"{path}: ") and problem in message
-
-
-def test_missing_files_and_directories_are_named(tmp_path):
-    for path, problem in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
-        for call in (lambda p: read_records(p), lambda p: load(p, tmp_path / "cache")):
-            with pytest.raises(ValueError, match=problem):
-                call(path)
 
 
 HOSTILE = ["<|endoftext|> </s> <bos> [INST] <0x0A>", "nul \0 bell \a", "x" * 1_000_000, DEEP,
@@ -227,7 +202,7 @@ def test_any_record_is_kept_counted_or_named(tmp_path_factory, records, as_array
         assert all(line.startswith(str(path)) for line in named)
     problems = Problems()
     read = sum(1 for _ in iter_records(path, problems))
-    assert read + problems.count == len(records)
+    assert read + problems.count == max(1, len(records))  # "no records" is a problem
     if dataset is None:
         assert named
     else:
@@ -252,7 +227,7 @@ def test_examples_are_the_encoded_conversations(write, tmp_path):
             assert tokens.tolist() == ids and tokens.dtype == labels.dtype == np.int64
             assert labels.tolist() == [t if x else -100 for t, x in zip(ids, has_loss, strict=True)]
     assert (dataset.hashes == in_memory.hashes).all()
-    assert dataset.lines.tolist() == list(range(1, len(dataset) + 1))
+    assert dataset.numbers.tolist() == list(range(1, len(dataset) + 1))
 
 
 def test_unusable_records_are_counted_by_reason(write, tmp_path):
@@ -262,8 +237,7 @@ def test_unusable_records_are_counted_by_reason(write, tmp_path):
     ]
     dataset = load(write(records), tmp_path / "cache")
     assert dataset.dropped == {"empty answer": 1, "no response token left after truncation": 1}
-    assert dataset.lines.tolist() == [1, 2, 5] and dataset.duplicates == 1
-    assert dataset.numbers.tolist() == dataset.lines.tolist()  # dropped records count too
+    assert dataset.numbers.tolist() == [1, 2, 5] and dataset.duplicates == 1
     assert dataset.example(2)[1][-2:].tolist() == list(b"hi")  # cut before its end token
     chats = [{"messages": CHAT["messages"] + [{"role": "user", "content": "bye"}]},
              {"messages": [{"role": "user", "content": "nobody answers"}]}]
@@ -279,17 +253,16 @@ def test_overlap_is_of_whole_records(write, tmp_path):
     other = load(write([ALPACA, {**ALPACA, "input": "x"}], "b"), tmp_path / "cache")
     assert overlap(first, other).tolist() == [True, False]
     rest = first.select(~overlap(first, other))
-    assert len(rest) == 1 and rest.lines.tolist() == [2]
+    assert len(rest) == 1 and rest.numbers.tolist() == [2]
     assert bytes(rest.example(0)[0][1:-1].tolist()) == b"Say hi\nho"
 
 
-@pytest.mark.parametrize("name, shared", [("val", 5), ("test", 8)])
-def test_overlap_of_the_authors_files(name, shared, asset, tmp_path):
-    train, held = (
-        load(asset(f"scalebio/data_tiny/{n}.json"), tmp_path, max_length=4096)
-        for n in ("train_alpaca", name)
+def test_overlap_of_the_authors_files(asset, tmp_path):
+    train, val, test = (
+        load(asset(f"scalebio/data_tiny/{name}.json"), tmp_path, max_length=4096)
+        for name in ("train_alpaca", "val", "test")
     )
-    assert overlap(train, held).sum() == shared
+    assert [overlap(train, held).sum() for held in (val, test)] == [5, 8]
     assert len(train) == 8993 and train.dropped["empty answer"] == 7
 
 
@@ -299,7 +272,7 @@ def test_cache_is_built_once_and_mapped_again(write, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_build_entry", None)  # another build would fail
     again = load(path, cache)
     assert isinstance(again.tokens, np.memmap)
-    for name in ("tokens", "starts", "lengths", "hashes", "lines", "numbers"):
+    for name in ("tokens", "starts", "lengths", "hashes", "numbers"):
         assert (getattr(again, name) == getattr(built, name)).all()
     assert (again.dropped, again.duplicates, again.sha256) == (
         built.dropped, built.duplicates, built.sha256
@@ -317,7 +290,7 @@ def test_cache_is_built_once_and_mapped_again(write, tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "meta", "empty meta",
                                     "meta digit"])
 def test_damaged_cache_is_rebuilt(damage, write, tmp_path):
-    path, cache = write([ALPACA] * 3), tmp_path / "cache"
+    path, cache = write([ALPACA] * 3 + [{**ALPACA, "output": ""}]), tmp_path / "cache"
     expected = [x.tolist() for x in load(path, cache).example(1)]
     entry, = (p for p in cache.iterdir() if p.is_dir())
     for file in [entry / "meta.json"] if "meta" in damage else sorted(entry.glob("*.bin")):
@@ -330,11 +303,12 @@ def test_damaged_cache_is_rebuilt(damage, write, tmp_path):
         else:
             file.write_bytes({
                 "truncate": content[:-1], "meta": b"[]", "empty meta": b"",
-                "meta digit": content.replace(b'"duplicates": 2', b'"duplicates": 3'),
+                "meta digit": content.replace(b'answer": 1', b'answer": 2'),
             }[damage])
             assert file.read_bytes() != bytes(content)
         again = load(path, cache)
-        assert [x.tolist() for x in again.example(1)] == expected and again.duplicates == 2
+        assert [x.tolist() for x in again.example(1)] == expected
+        assert again.duplicates == 2 and again.dropped["empty answer"] == 1
         assert [p.name for p in cache.iterdir() if p.is_dir()] == [entry.name]
 
 
@@ -354,7 +328,7 @@ def _load_and_count(path, cache, builds, start):
     def counted(*args):
         with builds.get_lock():
             builds.value += 1
-        build(*args)
+        return build(*args)
 
     data._build_entry = counted
     start.wait()
