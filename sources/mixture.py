@@ -34,7 +34,8 @@ def parse_source_weights(spec: str, names: list[str]) -> dict[str, float] | None
         return dict.fromkeys(names, 1 / len(names))
     is_list = "=" in spec and not os.path.exists(spec)  # a long list is no path at all
     stated, problems = _from_list(spec) if is_list else _from_file(spec)
-    if stated and not (set(stated) <= set(names) if is_list else set(stated) == set(names)):
+    others = set(stated) - set(names) if is_list else set(stated) ^ set(names)
+    if stated and others:
         problems.append(f"it is about the sources {', '.join(sorted(stated))}, "
                         f"but those to train on are {', '.join(sorted(names))}")  # fmt: skip
     for name, p in stated.items():

