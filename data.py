@@ -5,8 +5,8 @@
                       micro_batch_size=8, seed=0)
     train, val, counts = batches.step(t)  # a pure function of t: a resume needs only the step
 
-A file is read once, by records.py, tokenised, and kept as memory-mapped arrays in a cache. Every
-batch has the same number of samples of each source (stratified).
+A file is read once, by sources/records.py, tokenised, and kept as memory-mapped arrays in a cache.
+Every batch has the same number of samples of each source (stratified).
 
 B batch, T time (tokens of the longest sample, padded), S sources.
 """
