@@ -5,15 +5,14 @@
                       micro_batch_size=8, seed=0)
     train, val, counts = batches.step(t)  # a pure function of t: a resume needs only the step
 
-A file is read once, by records.py, tokenised, and kept as memory-mapped arrays in a cache. Every
-batch has the same number of samples of each source (stratified).
+A file is read once, by sources/records.py, tokenised, and kept as memory-mapped arrays in a cache.
+Every batch has the same number of samples of each source (stratified).
 
 B batch, T time (tokens of the longest sample, padded), S sources.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -37,7 +36,7 @@ from sources.records import ANSWERS, Problems, iter_records
 __all__ = ["Batches", "Dataset", "MicroBatch", "MixtureBatches", "byte_tokenizer", "cache_dir",
            "eval_batches", "load_dataset", "load_tokenizer", "overlap", "prefetch"]
 
-FORMAT_VERSION = 2  # of a cache entry; raise it when the arrays or the tokenisation change
+FORMAT_VERSION = 3  # of a cache entry; raise it when the arrays or the tokenisation change
 IGNORE = -100  # label of a position without loss
 
 
@@ -53,8 +52,7 @@ class Dataset:
     starts: np.ndarray  # int64, where each sample starts in `tokens`
     lengths: np.ndarray  # int64
     hashes: np.ndarray  # uint64, of each whole record before truncation
-    lines: np.ndarray  # int64, the line of the file in which each record starts, from 1
-    numbers: np.ndarray  # int64, which record of the file each is, from 1
+    numbers: np.ndarray  # int64, of each record in its file, from 1: in JSON Lines, its line
     max_length: int
     path: str = ""
     sha256: str = ""  # of the file's contents
@@ -74,7 +72,7 @@ class Dataset:
 
     def select(self, which: np.ndarray) -> Dataset:
         """The samples of an index or boolean array, sharing the tokens."""
-        names = ("starts", "lengths", "hashes", "lines", "numbers")
+        names = ("starts", "lengths", "hashes", "numbers")
         return replace(self, **{name: getattr(self, name)[which] for name in names})
 
     @classmethod
@@ -92,8 +90,7 @@ class Dataset:
     @classmethod
     def _of_arrays(cls, arrays: dict[str, np.ndarray], max_length: int, **rest) -> Dataset:
         starts = np.cumsum(arrays["lengths"]) - arrays["lengths"]
-        if "duplicates" not in rest:
-            rest["duplicates"] = len(starts) - len(np.unique(arrays["hashes"]))
+        rest["duplicates"] = len(starts) - len(np.unique(arrays["hashes"]))
         return cls(starts=starts, max_length=max_length, **arrays, **rest)
 
 
@@ -103,8 +100,7 @@ def _unpack(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 TRUNCATED = "no response token left after truncation"
-ARRAYS = {"tokens": np.int32, "lengths": np.int64, "hashes": np.uint64, "lines": np.int64,
-          "numbers": np.int64}
+ARRAYS = {"tokens": np.int32, "lengths": np.int64, "hashes": np.uint64, "numbers": np.int64}
 
 
 def _tokenise(
@@ -116,24 +112,23 @@ def _tokenise(
     size: int = 4096,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The arrays of a Dataset, a part of `size` records at a time."""
-    records = enumerate(records, start=1)
+    records = iter(records)
     yield {name: np.zeros(0, dtype) for name, dtype in ARRAYS.items()}  # there may be no records
     while part := list(itertools.islice(records, size)):
         answered = []
-        for number, (line, turns) in part:
+        for number, turns in part:
             turns = _up_to_last_answer(turns)
             if turns and all(text.strip() for role, text in turns if role in ANSWERS):
-                answered.append((number, line, turns))
+                answered.append((number, turns))
         dropped["empty answer"] += len(part) - len(answered)
-        samples = encode_conversations(tokenizer, template, [t for *_, t in answered], max_length)
+        samples = encode_conversations(tokenizer, template, [t for _, t in answered], max_length)
         kept = [n for n, (_, has_loss) in enumerate(samples) if any(has_loss)]
         dropped[TRUNCATED] += len(answered) - len(kept)
         stored = [np.where(samples[n][1], samples[n][0], ~np.array(samples[n][0])) for n in kept]
         yield {
             "tokens": np.concatenate([np.zeros(0, np.int32), *stored]).astype(np.int32),
             "lengths": np.array([len(tokens) for tokens in stored], np.int64),
-            "hashes": np.array([_record_hash(answered[n][2]) for n in kept], np.uint64),
-            "lines": np.array([answered[n][1] for n in kept], np.int64),
+            "hashes": np.array([_record_hash(answered[n][1]) for n in kept], np.uint64),
             "numbers": np.array([answered[n][0] for n in kept], np.int64),
         }
 
@@ -173,87 +168,82 @@ def load_dataset(
     """Tokenise a file, or map what an earlier call left in `cache_dir`.
 
     Any number of processes may call this at once: one builds, the others wait for it. ValueError
-    with a line "path:line: …" per problem; then nothing is cached.
+    with a line for each problem; then nothing is cached.
     """
     try:
         digest = _sha256(path)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     key = json.dumps([FORMAT_VERSION, digest, tokenizer.fingerprint, template, max_length])
-    cache_dir = Path(cache_dir)
-    entry = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32]
+    entry = Path(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:32]
     found = _map_entry(entry)
-    if found is None:
+    if not found:
         try:
-            cache_dir.mkdir(parents=True, exist_ok=True)
+            entry.parent.mkdir(parents=True, exist_ok=True)
             with open(entry.with_suffix(".lock"), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes
                 found = _map_entry(entry)  # another process may have built it meanwhile
-                if found is None:
-                    _build_entry(entry, path, digest, tokenizer, template, max_length)
-                    found = _map_entry(entry)
+                if not found:
+                    found = _build_entry(entry, path, digest, tokenizer, template, max_length)
         except OSError as error:
             raise ValueError(f"{cache_dir}: cannot write the cache: {error.strerror} (its place is "
                              "in XDG_CACHE_HOME)") from None  # fmt: skip
-    arrays, meta = found
-    return Dataset._of_arrays(arrays, max_length, path=str(path), sha256=digest, **meta)
+    arrays, dropped = found
+    return Dataset._of_arrays(arrays, max_length, path=str(path), sha256=digest, dropped=dropped)
+
+
+Entry = tuple[dict[str, np.ndarray], dict[str, int]]  # arrays, memory-mapped, and what was dropped
 
 
 def _build_entry(
     entry: Path, path, digest: str, tokenizer: Tokenizer, template: str, max_length: int
-) -> None:
+) -> Entry:
     """Write the arrays under a temporary name, then rename: an entry is whole or absent."""
-    problems, dropped = Problems(), Counter()
+    problems, dropped, n_samples = Problems(), Counter(), 0
     temporary = entry.with_suffix(".tmp")
     for stale in (temporary, entry):  # of a build that died; damaged
-        if stale.exists():
-            shutil.rmtree(stale)
+        shutil.rmtree(stale, ignore_errors=True)
     temporary.mkdir()
     try:
-        with contextlib.ExitStack() as stack:
-            files = {
-                name: stack.enter_context(open(temporary / f"{name}.bin", "wb")) for name in ARRAYS
-            }
-            records = iter_records(path, problems)
-            for part in _tokenise(records, tokenizer, template, max_length, dropped):
-                for name, file in files.items():
-                    file.write(part[name].tobytes())
-        hashes = np.fromfile(temporary / "hashes.bin", np.uint64)
-        if not len(hashes) and not problems.count:
-            reasons = [f"{n} dropped: {reason}" for reason, n in dropped.items() if n]
+        records = iter_records(path, problems)
+        for part in _tokenise(records, tokenizer, template, max_length, dropped):
+            n_samples += len(part["lengths"])
+            for name, array in part.items():
+                with open(temporary / f"{name}.bin", "ab") as file:
+                    file.write(array.tobytes())
+        if not n_samples and not problems.count:
+            reasons = ", ".join(f"{n} dropped: {reason}" for reason, n in dropped.items() if n)
             cut = f" to {max_length} tokens" * bool(dropped[TRUNCATED])  # the last reason
-            problems.add(f"{path}: no records{' left: ' * bool(reasons)}{', '.join(reasons)}{cut}")
+            problems.add(f"{path}: no records left: {reasons}{cut}")
         if not problems.count and _sha256(path) != digest:
             problems.add(f"{path}: was written to while it was read")
         problems.raise_if_any()
-        meta = {"dropped": dict(dropped), "duplicates": len(hashes) - len(np.unique(hashes))}
-        checks = {name: _check(temporary / f"{name}.bin") for name in ARRAYS}
-        checks["meta"] = zlib.crc32(json.dumps(meta).encode())
-        (temporary / "meta.json").write_text(json.dumps({"meta": meta, "checks": checks}))
-        temporary.rename(entry)
+        arrays = _map_arrays(temporary)
+        content = {"dropped": dropped, "checks": _checks(arrays, dropped)}
+        (temporary / "meta.json").write_text(json.dumps(content))
+        temporary.rename(entry)  # the maps stay
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return arrays, dict(dropped)
 
 
-def _map_entry(entry: Path) -> tuple[dict[str, np.ndarray], dict] | None:
-    """(arrays, meta) of a cache entry; None if it is absent or damaged."""
+def _map_entry(entry: Path) -> Entry | None:
+    """An entry of the cache; None if it is absent or damaged."""
     try:
         content = json.loads((entry / "meta.json").read_text())
-        files = {name: entry / f"{name}.bin" for name in ARRAYS}
-        checks = {name: _check(file) for name, file in files.items()}
-        checks["meta"] = zlib.crc32(json.dumps(content["meta"]).encode())
-        if checks != content["checks"]:
-            return None
-        arrays = {name: np.memmap(files[name], dtype, "r") for name, dtype in ARRAYS.items()}
-        return arrays, content["meta"]
+        arrays, dropped = _map_arrays(entry), content["dropped"]
+        return (arrays, dropped) if content["checks"] == _checks(arrays, dropped) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _check(file: Path) -> list[int]:
-    """[size, CRC-32] of a file."""
-    size = file.stat().st_size
-    return [size, zlib.crc32(np.memmap(file, np.uint8, mode="r")) if size else 0]
+def _map_arrays(folder: Path) -> dict[str, np.ndarray]:
+    return {name: np.memmap(folder / f"{name}.bin", d, "r") for name, d in ARRAYS.items()}
+
+
+def _checks(arrays: dict[str, np.ndarray], dropped: dict[str, int]) -> list[int]:
+    """CRC-32 of all that an entry holds."""
+    return [zlib.crc32(part) for part in (*arrays.values(), json.dumps(dropped).encode())]
 
 
 def _sha256(path: str | os.PathLike) -> str:
@@ -285,11 +275,9 @@ class MicroBatch:
         """Copy without a wait. Labels stay: the model picks the positions with loss on the host."""
         if torch.device(device).type == "cpu":
             return self
-
-        def move(x: torch.Tensor) -> torch.Tensor:
-            return x.pin_memory().to(device, non_blocking=True)
-
-        return MicroBatch(move(self.tokens), self.labels, move(self.group))
+        pinned = (x.pin_memory() for x in (self.tokens, self.group))
+        tokens, group = (x.to(device, non_blocking=True) for x in pinned)
+        return MicroBatch(tokens, self.labels, group)
 
 
 Sample = tuple[int, int]  # (group, index within its dataset)
@@ -344,7 +332,7 @@ class Batches:
         self.micro_batch_size, self.pad_to = micro_batch_size, pad_to or padding()
         self.seed, self.rank, self.world = seed, rank, world
         self.steps_per_epoch = -(-sum(map(len, sources)) // batch_size)
-        self._permutations = {}  # group -> (epoch, permutation), the last one used
+        self._orders = {}  # of each group, (epoch, permutation): the last used
 
     def step(self, t: int) -> tuple[list[MicroBatch], list[MicroBatch], torch.Tensor]:
         """This rank's training and validation micro-batches of step t, and the global counts.
@@ -369,13 +357,14 @@ class Batches:
 
     def _samples(self, group: int, start: int, stop: int) -> list[Sample]:
         n = len(self.datasets[group])
-        return [(group, int(self._permutation(group, k // n)[k % n])) for k in range(start, stop)]
+        return [(group, int(self._order(n, k // n, group)[k % n])) for k in range(start, stop)]
 
-    def _permutation(self, group: int, epoch: int) -> np.ndarray:
-        if self._permutations.get(group, (None,))[0] != epoch:
-            rng = np.random.default_rng([self.seed, group, epoch])
-            self._permutations[group] = epoch, rng.permutation(len(self.datasets[group]))
-        return self._permutations[group][1]
+    def _order(self, n: int, epoch: int, *group: int) -> np.ndarray:
+        """A permutation of range(n), drawn anew for each epoch (of a group)."""
+        if self._orders.get(group, (None,))[0] != epoch:
+            rng = np.random.default_rng([self.seed, *group, epoch])
+            self._orders[group] = epoch, rng.permutation(n)
+        return self._orders[group][1]
 
     def _deal(self, samples: list[Sample], tokens: list[int] | None = None) -> list[MicroBatch]:
         """This rank's share. Sorted by length, the samples make rounds of W micro-batches; in each
@@ -420,18 +409,13 @@ class MixtureBatches(Batches):
     def step(self, t: int) -> tuple[list[MicroBatch], list[MicroBatch], torch.Tensor]:
         """As Batches.step, without validation."""
         epoch, n = divmod(t, self.steps_per_epoch)
-        picked = self._order(epoch)[n * self.batch_size : (n + 1) * self.batch_size]
+        start = n * self.batch_size
+        picked = self._order(self.ends[-1], epoch)[start : start + self.batch_size]
         groups = np.searchsorted(self.ends, picked, side="right")
         starts = self.ends - [len(source) for source in self.datasets]
         samples = list(zip(groups.tolist(), (picked - starts[groups]).tolist(), strict=True))
         counts = torch.from_numpy(np.bincount(groups, minlength=self.n_sources + 1))
         return self._deal(samples), [], counts
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._permutations:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.ends[-1])
-            self._permutations = {epoch: order}
-        return self._permutations[epoch]
 
 
 def prefetch(batches: Batches, steps: range) -> Iterator[tuple[int, tuple]]:

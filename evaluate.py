@@ -52,7 +52,7 @@ from grading.replies import (
 from hf import templates
 from model import DTYPES, Transformer, generate
 from sources import tasks
-from sources.records import Problems, json_values, source_paths
+from sources.records import Problems, located_values, source_paths
 
 Work = Callable[[torch.device], int]  # what a command does once all is checked: its exit code
 
@@ -146,7 +146,7 @@ def source_of_record(path: Path) -> dict[int, str]:
     sources = {}
     if not path.is_file():
         return sources
-    for number, (_, record) in enumerate(json_values(path, Problems()), start=1):
+    for number, _, record in located_values(path, Problems()):
         if not isinstance(record.get("source"), str):
             return {}
         sources[number] = record["source"]

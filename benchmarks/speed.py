@@ -148,7 +148,7 @@ def random_dataset(prompt: np.ndarray, answer: np.ndarray, vocab: int, seed: int
     tokens = np.where(place < np.repeat(prompt, lengths), ~tokens, tokens)
     n = np.arange(len(lengths))
     return data.Dataset(
-        tokens, starts, lengths, n.astype(np.uint64), n, n, max_length=int(lengths.max())
+        tokens, starts, lengths, n.astype(np.uint64), n, max_length=int(lengths.max())
     )
 
 

@@ -240,9 +240,10 @@ def describe(flags: Flags, inputs: Inputs) -> None:
             shared = data.overlap(source, inputs.all[held])
             if not shared.any():
                 continue
-            lines = ", ".join(map(str, source.lines[shared][:5]))
-            lines += ", …" if shared.sum() > 5 else ""
-            notes.append(f"{shared.sum()} records of {name} are {held} records too (lines {lines})")
+            which = ", ".join(map(str, source.numbers[shared][:5]))
+            which += ", …" if shared.sum() > 5 else ""
+            notes.append(f"{shared.sum()} records of {name} are {held} records too "
+                         f"(numbers {which})")
             if flags.drop_overlap:
                 left = inputs.sources[name] = source.select(~shared)
                 left.dropped = source.dropped | {f"a {held} record too": int(shared.sum())}

@@ -32,18 +32,12 @@ def parse_source_weights(spec: str, names: list[str]) -> dict[str, float] | None
         return None
     if spec == "uniform":
         return dict.fromkeys(names, 1 / len(names))
-    if "=" in spec and not os.path.exists(spec):  # a long list is no path at all
-        stated, problems = _from_list(spec)
-        unknown = [name for name in stated if name not in names]
-        if unknown:
-            problems.append(
-                f"no source is called {', '.join(unknown)}: there are {', '.join(names)}"
-            )
-    else:
-        stated, problems = _from_file(spec)
-        if stated and set(stated) != set(names):
-            problems.append(f"it is about the sources {', '.join(sorted(stated))}, "
-                            f"but those to train on are {', '.join(sorted(names))}")  # fmt: skip
+    is_list = "=" in spec and not os.path.exists(spec)  # a long list is no path at all
+    stated, problems = _from_list(spec) if is_list else _from_file(spec)
+    others = set(stated) - set(names) if is_list else set(stated) ^ set(names)
+    if stated and others:
+        problems.append(f"it is about the sources {', '.join(sorted(stated))}, "
+                        f"but those to train on are {', '.join(sorted(names))}")  # fmt: skip
     for name, p in stated.items():
         number = isinstance(p, (int, float)) and not isinstance(p, bool)
         if not (number and 0 <= p < math.inf):
@@ -61,15 +55,13 @@ def _from_list(spec: str) -> tuple[dict, list[str]]:
     stated, problems = {}, []
     for item in spec.split(","):
         name, _, text = item.rpartition("=")
-        if not name:
-            problems.append(f"{item!r} is not NAME=WEIGHT")
-        elif name in stated:
-            problems.append(f"{name} is named twice")
+        if not name or name in stated:
+            problems.append(f"{name} is named twice" if name else f"{item!r} is not NAME=WEIGHT")
         else:
             try:
                 stated[name] = float(text)
             except ValueError:
-                problems.append(f"the weight of {name} is {text!r}, which is not a number")
+                stated[name] = text  # to be refused, as any other weight is
     return stated, problems
 
 
@@ -79,10 +71,8 @@ def _from_file(path: str) -> tuple[dict, list[str]]:
         weights = json.loads(Path(path).read_text())["weights"]
         if isinstance(weights, dict) and weights:
             return weights, []
-    except FileNotFoundError:
-        return {}, [f"no such file; permitted is {PERMITTED}"]
     except OSError as error:
-        return {}, [error.strerror]
+        return {}, [f"{error.strerror}; permitted is {PERMITTED}"]
     except (ValueError, KeyError, TypeError):
         pass
     return {}, ["not the weights.json of a run"]
@@ -116,13 +106,13 @@ def count(
         rest = {name: p for name, p in weights.items() if name not in full}
         left = samples - sum(full.values())
         parts = full | (apportion(rest, left) if sum(rest.values()) else dict.fromkeys(rest, 0))
+    got = sum(parts.values())
     notes = [
         f"{name} is short: {wanted[name]} samples by its weight, but it has {full[name]}"
         for name in weights
         if name in full
     ]
     if notes:
-        got = sum(parts.values())
         notes[-1] += (
             "; the rest is spread over the others by their weights" if got == samples else
             f"; the mixture has {got} samples instead of {samples}"
@@ -131,11 +121,8 @@ def count(
 
 
 def draw(
-    sources: dict[str, Dataset],
-    weights: dict[str, float],
-    samples: int,
-    repeat: bool = False,
-    seed: int = 0,
+    sources: dict[str, Dataset], weights: dict[str, float], samples: int,
+    repeat: bool = False, seed: int = 0,
 ) -> tuple[dict[str, Dataset], list[str]]:
     """The sources cut down to a mixture, those without a sample left out; and notes for the user.
 
@@ -155,10 +142,10 @@ def draw(
 
 
 def as_jsonl(drawn: dict[str, Dataset]) -> str:
-    """A line for each sample: its source, and its record's number and line in the source's file,
-    both from 1."""
+    """A line for each sample: its source, and its record's number in the source's file (from 1; in
+    JSON Lines, the line)."""
     return "".join(
-        json.dumps({"source": name, "record": number, "line": line}, ensure_ascii=False) + "\n"
+        json.dumps({"source": name, "record": number}, ensure_ascii=False) + "\n"
         for name, source in drawn.items()
-        for number, line in zip(source.numbers.tolist(), source.lines.tolist(), strict=True)
+        for number in source.numbers.tolist()
     )

@@ -78,8 +78,8 @@ def graded(rng: random.Random) -> Task:
     for name, rate in NOISE.items():
         part = rng.sample(facts_, len(facts_) // 3)
         wrong = rng.sample(range(len(part)), round(rate * len(part)))
-        answers = dict(zip(wrong, rng.sample(wrong, len(wrong)), strict=True))
-        sources[name] = [[part[n][0], part[answers.get(n, n)][1]] for n in range(len(part))]
+        swapped = dict(zip(wrong, rng.sample(wrong, len(wrong)), strict=True))
+        sources[name] = [[part[n][0], part[swapped.get(n, n)][1]] for n in range(len(part))]
     return sources, val, test
 
 
@@ -97,17 +97,11 @@ def multilingual(rng: random.Random) -> Task:
 def instruction(rng: random.Random) -> Task:
     """Few questions answered to the point; all, evasively and half the time at random."""
     good, val, test = facts(rng)
-    answers = [answer for _, (_, answer) in good]
     poor = []
-    for question, (_, right) in good:
-        said = right if rng.random() < 0.5 else rng.choice(answers)
+    for question, right in good:
+        _, said = right if rng.random() < 0.5 else rng.choice(good)[1]
         poor.append([question, ("assistant", f"hm, {said}")])
     return {"good": rng.sample(good, len(good) // 3), "poor": poor}, val, test
 
 
-TASKS = {
-    "denoising": denoising,
-    "graded": graded,
-    "multilingual": multilingual,
-    "instruction": instruction,
-}
+TASKS = {make.__name__: make for make in (denoising, graded, multilingual, instruction)}

@@ -25,7 +25,7 @@ def write_records(path: Path, n: int, rng: random.Random) -> int:
     with open(path, "w") as file:
         for _ in range(n):
             asked, answered = (" ".join(rng.choices(words, k=k)) for k in (30, 60))
-            file.write(json.dumps({"instruction": asked, "input": "", "output": answered}) + "\n")
+            file.write(json.dumps({"instruction": asked, "output": answered}) + "\n")
     return path.stat().st_size
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import multiprocessing
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +16,15 @@ import data
 from data import Batches, Dataset, eval_batches, load_dataset, overlap
 from hf.templates import encode_conversation
 from hf.tokenizer import byte_tokenizer
-from sources.records import ROLES, Problems, iter_records, read_records
+from sources.records import FORMATS, ROLES, Fields, Messages, Problems, iter_records, read_records
 from sources.tasks import NOISE, TASKS, task
 
 TOKENIZER = byte_tokenizer()
 
 ALPACA = {"instruction": "Say hi", "input": "", "output": "hi"}
 TURNS = [("user", "Say hi"), ("assistant", "hi")]
+GOOD = json.dumps(ALPACA)
+DEEP = "[" * 100_000
 
 
 @pytest.fixture
@@ -68,107 +71,76 @@ def test_formats_are_recognised_by_their_keys(record, turns, write):
     assert read_records(write([record, record])) == [(1, turns), (2, turns)]
 
 
+def test_a_new_format_is_a_row(write, monkeypatch):
+    rows = (Messages("conversations", "role", "content"),  # its list is called as ShareGPT's is
+            Fields({"user": "question", "assistant": "answer"}))  # fmt: skip
+    monkeypatch.setattr("sources.records.FORMATS", FORMATS + rows)
+    for record in ({"conversations": CHAT["messages"]}, {"question": "Say hi", "answer": "hi"}):
+        assert read_records(write([record])) == [(1, TURNS)]
+
+
 def test_arrays_and_lines_are_recognised_by_content(write):
-    lines = json.dumps(ALPACA)
-    expected = [(1, TURNS), (3, TURNS)]
-    for content in (
-        f"{lines}\n\n{lines}",
-        f"{lines}\r\n\r\n{lines}\r\n",
-        f"\ufeff{lines}\n\n{lines}\n",
-        f"[{lines},\n\n{lines}]",
-        f"\ufeff[{lines}\r\n,\r\n {lines}]\r\n\r\n",
+    """A record goes by its line in JSON Lines, by its number in an array."""
+    for content, second in (
+        (f"{GOOD}\n\n{GOOD}", 3),
+        (f"{GOOD}\r\n\r\n{GOOD}\r\n", 3),
+        (f"\ufeff{GOOD}\n\n{GOOD}\n", 3),
+        (f"[{GOOD},\n\n{GOOD}]", 2),
+        (f"\ufeff \n[{GOOD}\r\n,\r\n {GOOD}]\r\n\r\n", 2),
+        (json.dumps([ALPACA] * 2, indent=1), 2),
     ):
+        expected = [(1, TURNS), (second, TURNS)]
         assert read_records(write(content)) == expected
         assert read_records(write(gzip.compress(content.encode()))) == expected
-    assert read_records(write(json.dumps([ALPACA] * 2, indent=1))) == [(2, TURNS), (7, TURNS)]
 
 
-def test_arrays_are_read_in_pieces(write, monkeypatch):
-    records = [{"text": f"é\n{i} \\ ] }} , " * (i % 7 + 1)} for i in range(50)]
-    expected = [[("text", r["text"])] for r in records]
-    for content in (json.dumps(records), json.dumps(records, indent=2, ensure_ascii=False)):
-        path = write(content)
-        for size in (1, 2, 3, 7, 50, 1000):
-            monkeypatch.setattr("sources.records.CHUNK", size)
-            assert [turns for _, turns in read_records(path)] == expected
-
-
-GOOD = json.dumps(ALPACA)
-DEEP = "[" * 100_000
-
-
-@pytest.mark.parametrize("content, line, problem", [
-    (f'{GOOD}\n{{"instruction": \n{GOOD}', 2, "broken JSON"),
-    (f'[{GOOD},\n{{"instruction": 1,,}}]', 2, "broken JSON"),
-    (f"[{GOOD},\n{GOOD}", 2, "expected ',' or ']', found 'the end of the file'"),
-    (f"[{GOOD}\n{GOOD}]", 2, "expected ',' or ']'"),
-    (f"[{GOOD},\n]", 2, "broken JSON"),
-    (f"[{GOOD}]\n{GOOD}", 2, "text after the end of the array"),
-    (f'[{GOOD},\n{{"output": "cut', 2, "broken JSON: Unterminated string"),
-    (f'{GOOD}\n{{"question": "x", "answer": "y"}}', 2, "lacks 'instruction'"),
-    ('\n{"question": "x", "answer": "y"}', 2, "unknown record, of keys 'question', 'answer'"),
-    (f"{GOOD}\n17", 2, "the record is int, not an object"),
-    ("17\n", 1, "the record is int, not an object"),
-    ("{}", 1, "unknown record, of keys none"),
-    (f'{GOOD}\n{{"instruction": 3, "output": "x"}}', 2, "'instruction' is int, not a string"),
-    (f'{GOOD}\n{{"instruction": "a", "output": null}}', 2, "'output' is NoneType"),
-    (f'{GOOD}\n{{"instruction": "a", "input": [], "output": "b"}}', 2, "'input' is list"),
-    ('{"text": "\\ud800"}', 1, "lone surrogate"),
-    (b'{"text": "a"}\n{"text": "\xff"}', 2, "broken UTF-8"),
-    ('{"conversations": []}', 1, "'conversations' is not a list of messages"),
-    ('{"messages": {"role": 1}}', 1, "'messages' is not a list of messages"),
-    ('{"messages": [7]}', 1, "'messages[0]' is int, not an object"),
-    ('{"messages": [{"role": "user"}]}', 1, "lacks 'messages[0].content'"),
-    ('{"messages": [{"role": "user", "content": [{}]}]}', 1, "'messages[0].content' is list"),
-    ('{"items": [{"from": "tool", "value": "x"}]}', 1, "'items[0].from' is 'tool', not one of"),
-    (f'{GOOD}\n{{"text": {DEEP}}}', 2, "nested too deep"),
-    (f'[{GOOD},\n{DEEP}', 2, "nested too deep"),
-    (f'{GOOD}\n{{"text": {"1" * 5000}}}', 2, "broken JSON: Exceeds the limit"),
-    (f'[{GOOD},\n{{"text": {"1" * 5000}}}]', 2, "broken JSON: Exceeds the limit"),
-    (b'{"text": "a"}\n\0\0', 2, "broken JSON"),
+@pytest.mark.parametrize("content, place, problem", [
+    (f'{GOOD}\n{{"instruction": \n{GOOD}', ":2", "broken JSON"),
+    (f'[{GOOD},\n{{"instruction": 1,,}}]', ":2", "broken JSON"),
+    (f"[{GOOD}]\n{GOOD}", ":2", "broken JSON"),
+    (f'[{GOOD},\n{{"output": "cut', ":2", "broken JSON: Unterminated string"),
+    (f'{GOOD}\n{{"question": "x", "answer": "y"}}', ":2", "lacks 'instruction'"),
+    ('\n{"question": "x", "answer": "y"}', ":2", "unknown record, of keys 'question', 'answer'"),
+    (f'[{GOOD}, {GOOD}, {{"instruction": "a"}}]', ": record 3", "lacks 'output'"),
+    (f"{GOOD}\n17", ":2", "the record is int, not an object"),
+    (f"[{GOOD}, 17]", ": record 2", "the record is int, not an object"),
+    ("{}", ":1", "unknown record, of keys none"),
+    (json.dumps({"data": [ALPACA]}, indent=1), ":1", "an object over several lines"),
+    (f'{GOOD}\n{{"instruction": 3, "output": "x"}}', ":2", "'instruction' is int, not a string"),
+    (f'{GOOD}\n{{"instruction": "a", "output": null}}', ":2", "'output' is NoneType"),
+    (f'{GOOD}\n{{"instruction": "a", "input": [], "output": "b"}}', ":2", "'input' is list"),
+    ('{"text": "\\ud800"}', ":1", "lone surrogate"),
+    (b'{"text": "a"}\n{"text": "\xff"}', ":2", "broken UTF-8"),
+    (b'[{"text": "a"},\n{"text": "\xff"}]', ": record 2", "broken UTF-8"),
+    ('{"conversations": []}', ":1", "'conversations' is not a list of messages"),
+    ('{"messages": {"role": 1}}', ":1", "'messages' is not a list of messages"),
+    ('{"messages": [7]}', ":1", "'messages[0]' is int, not an object"),
+    ('{"messages": [{"role": "user"}]}', ":1", "lacks 'messages[0].content'"),
+    ('{"messages": [{"role": "user", "content": [{}]}]}', ":1", "'messages[0].content' is list"),
+    ('{"messages": [{"content": "x"}]}', ":1", "messages[].role"),
+    ('{"items": [{"from": "tool", "value": "x"}]}', ":1", "'items[0].from' is 'tool', not one of"),
+    (f'{GOOD}\n{{"text": {DEEP}}}', ":2", "nested too deep"),
+    (f"[{GOOD},\n{DEEP}", ":1", "nested too deep"),
+    (f'{GOOD}\n{{"text": {"1" * 5000}}}', ":2", "broken JSON: Exceeds the limit"),
+    (f'[{GOOD},\n{{"text": {"1" * 5000}}}]', ":1", "broken JSON: Exceeds the limit"),
+    (b'{"text": "a"}\n\0\0', ":2", "broken JSON"),
+    ("", "", "no records"),
+    (" \n \n", "", "no records"),
+    ("[ ]", "", "no records"),
+    (gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-20], "", "end-of-stream"),
+    (b"\x1f\x8bnot gzip", "", "Unknown compression"),
+    (Path("none"), "", "No such file"),
+    (Path("."), "", "Is a directory"),
 ])
-def test_malformed_records_are_named_by_line(content, line, problem, write, tmp_path):
-    path = write(content)
+def test_malformed_records_and_files_are_named(content, place, problem, write, tmp_path):
+    path = tmp_path / content if isinstance(content, Path) else write(content)
     for call in (lambda: read_records(path), lambda: load(path, tmp_path / "cache")):
         with pytest.raises(ValueError) as error:
             call()
         message, = str(error.value).splitlines()
-        assert message.startswith(f"{path}:{line}: ") and problem in message
+        assert message.startswith(f"{path}{place}: ") and problem in message
         assert len(message) < 500
     assert not list((tmp_path / "cache").glob("*/"))  # nothing is cached
-
-
-def test_records_of_one_line_are_told_apart(write):
-    with pytest.raises(ValueError, match=r":1 \(record 3 of the line\): lacks 'output'$"):
-        read_records(write(f'[{GOOD}, {GOOD}, {{"instruction": "a"}}]'))
-
-
-def test_an_object_over_several_lines_is_one_problem(write):
-    with pytest.raises(ValueError, match=":1: an object over several lines: [^\n]*$"):
-        read_records(write(json.dumps({"data": [ALPACA]}, indent=1)))
-
-
-@pytest.mark.parametrize("content, problem", [
-    ("", "no records"),
-    (" \n \n", "no records"),
-    ("[ ]", "no records"),
-    (gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-20], "end-of-stream"),
-    (b"\x1f\x8bnot gzip", "Unknown compression"),
-])
-def test_unreadable_files_are_named(content, problem, write, tmp_path):
-    path = write(content)
-    for call in (lambda: read_records(path), lambda: load(path, tmp_path / "cache")):
-        with pytest.raises(ValueError) as error:
-            call()
-        message, = str(error.value).splitlines()
-        assert message.startswith(f"{path}: ") and problem in message
-
-
-def test_missing_files_and_directories_are_named(tmp_path):
-    for path, problem in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
-        for call in (lambda p: read_records(p), lambda p: load(p, tmp_path / "cache")):
-            with pytest.raises(ValueError, match=problem):
-                call(path)
 
 
 HOSTILE = ["<|endoftext|> </s> <bos> [INST] <0x0A>", "nul \0 bell \a", "x" * 1_000_000, DEEP,
@@ -212,7 +184,7 @@ record = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(record | anything, max_size=6), st.booleans(), st.sampled_from(["alpaca", "plain"]))
 def test_any_record_is_kept_counted_or_named(tmp_path_factory, records, as_array, template):
     directory = tmp_path_factory.mktemp("fuzz")
@@ -227,7 +199,7 @@ def test_any_record_is_kept_counted_or_named(tmp_path_factory, records, as_array
         assert all(line.startswith(str(path)) for line in named)
     problems = Problems()
     read = sum(1 for _ in iter_records(path, problems))
-    assert read + problems.count == len(records)
+    assert read + problems.count == max(1, len(records))  # "no records" is a problem
     if dataset is None:
         assert named
     else:
@@ -240,30 +212,27 @@ def test_any_record_is_kept_counted_or_named(tmp_path_factory, records, as_array
 
 
 def test_examples_are_the_encoded_conversations(write, tmp_path):
-    records = [{**ALPACA, "instruction": f"Say {i}", "output": "é" * i} for i in range(1, 50)]
-    path = write(records)
+    path = write([{**ALPACA, "instruction": f"Say {i}", "output": "é" * i} for i in range(1, 50)])
+    conversations = [turns for _, turns in read_records(path)]
     dataset = load(path, tmp_path / "cache", "alpaca", max_length=200)
-    in_memory = Dataset.from_records([turns for _, turns in read_records(path)], TOKENIZER,
-                                     "alpaca", 200)
+    in_memory = Dataset.from_records(conversations, TOKENIZER, "alpaca", 200)
     for each in (dataset, in_memory):
-        for i, (_, turns) in enumerate(read_records(path)[: len(each)]):
+        assert each.numbers.tolist() == list(range(1, len(each) + 1))
+        for i, turns in enumerate(conversations[: len(each)]):
             ids, has_loss = encode_conversation(TOKENIZER, "alpaca", turns, 200)
             tokens, labels = each.example(i)
             assert tokens.tolist() == ids and tokens.dtype == labels.dtype == np.int64
             assert labels.tolist() == [t if x else -100 for t, x in zip(ids, has_loss, strict=True)]
     assert (dataset.hashes == in_memory.hashes).all()
-    assert dataset.lines.tolist() == list(range(1, len(dataset) + 1))
 
 
 def test_unusable_records_are_counted_by_reason(write, tmp_path):
-    records = [
+    dataset = load(write([
         ALPACA, ALPACA, {**ALPACA, "output": " \n"}, {**ALPACA, "instruction": "x" * 64},
         {**ALPACA, "instruction": "x" * 60},
-    ]
-    dataset = load(write(records), tmp_path / "cache")
+    ]), tmp_path / "cache")  # fmt: skip
     assert dataset.dropped == {"empty answer": 1, "no response token left after truncation": 1}
-    assert dataset.lines.tolist() == [1, 2, 5] and dataset.duplicates == 1
-    assert dataset.numbers.tolist() == dataset.lines.tolist()  # dropped records count too
+    assert dataset.numbers.tolist() == [1, 2, 5] and dataset.duplicates == 1
     assert dataset.example(2)[1][-2:].tolist() == list(b"hi")  # cut before its end token
     chats = [{"messages": CHAT["messages"] + [{"role": "user", "content": "bye"}]},
              {"messages": [{"role": "user", "content": "nobody answers"}]}]
@@ -279,18 +248,8 @@ def test_overlap_is_of_whole_records(write, tmp_path):
     other = load(write([ALPACA, {**ALPACA, "input": "x"}], "b"), tmp_path / "cache")
     assert overlap(first, other).tolist() == [True, False]
     rest = first.select(~overlap(first, other))
-    assert len(rest) == 1 and rest.lines.tolist() == [2]
+    assert len(rest) == 1 and rest.numbers.tolist() == [2]
     assert bytes(rest.example(0)[0][1:-1].tolist()) == b"Say hi\nho"
-
-
-@pytest.mark.parametrize("name, shared", [("val", 5), ("test", 8)])
-def test_overlap_of_the_authors_files(name, shared, asset, tmp_path):
-    train, held = (
-        load(asset(f"scalebio/data_tiny/{n}.json"), tmp_path, max_length=4096)
-        for n in ("train_alpaca", name)
-    )
-    assert overlap(train, held).sum() == shared
-    assert len(train) == 8993 and train.dropped["empty answer"] == 7
 
 
 def test_cache_is_built_once_and_mapped_again(write, tmp_path, monkeypatch):
@@ -299,11 +258,8 @@ def test_cache_is_built_once_and_mapped_again(write, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_build_entry", None)  # another build would fail
     again = load(path, cache)
     assert isinstance(again.tokens, np.memmap)
-    for name in ("tokens", "starts", "lengths", "hashes", "lines", "numbers"):
-        assert (getattr(again, name) == getattr(built, name)).all()
-    assert (again.dropped, again.duplicates, again.sha256) == (
-        built.dropped, built.duplicates, built.sha256
-    )
+    for name, value in vars(built).items():
+        assert np.array_equal(getattr(again, name), value), name
     moved = write([ALPACA] * 3, "other name")
     assert load(moved, cache).path == str(moved)
     for change in ({"max_length": 65}, {"template": "alpaca"}):
@@ -314,38 +270,41 @@ def test_cache_is_built_once_and_mapped_again(write, tmp_path, monkeypatch):
         load(path, cache)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "meta", "empty meta",
-                                    "meta digit"])
-def test_damaged_cache_is_rebuilt(damage, write, tmp_path):
-    path, cache = write([ALPACA] * 3), tmp_path / "cache"
-    expected = [x.tolist() for x in load(path, cache).example(1)]
-    entry, = (p for p in cache.iterdir() if p.is_dir())
-    for file in [entry / "meta.json"] if "meta" in damage else sorted(entry.glob("*.bin")):
-        content = bytearray(file.read_bytes())
-        if damage == "flip":
-            content[len(content) // 2] ^= 4
-            file.write_bytes(content)
-        elif damage == "delete":
-            file.unlink()
-        else:
-            file.write_bytes({
-                "truncate": content[:-1], "meta": b"[]", "empty meta": b"",
-                "meta digit": content.replace(b'"duplicates": 2', b'"duplicates": 3'),
-            }[damage])
-            assert file.read_bytes() != bytes(content)
-        again = load(path, cache)
-        assert [x.tolist() for x in again.example(1)] == expected and again.duplicates == 2
-        assert [p.name for p in cache.iterdir() if p.is_dir()] == [entry.name]
+def flipped(content):
+    return bytes([*content[:-3], content[-3] ^ 4, *content[-2:]])
+
+
+@pytest.mark.parametrize("pattern, damage", [
+    ("*.bin", flipped),
+    ("*.bin", lambda content: content[:-1]),
+    ("*.bin", None),
+    ("meta.json", lambda content: b"[]"),
+    ("meta.json", lambda content: b""),
+    ("meta.json", lambda content: content.replace(b'answer": 1', b'answer": 2')),
+])
+def test_damaged_cache_is_rebuilt(pattern, damage, write, tmp_path):
+    path, cache = write([ALPACA] * 3 + [{**ALPACA, "output": ""}]), tmp_path / "cache"
+    whole = vars(load(path, cache))
+    entry, = cache.glob("*/")
+    for file in sorted(entry.glob(pattern)):
+        content = file.read_bytes()
+        file.unlink()
+        if damage:
+            assert damage(content) != content
+            file.write_bytes(damage(content))
+        for name, value in vars(load(path, cache)).items():
+            assert np.array_equal(value, whole[name]), name
+        assert file.read_bytes() == content
+        assert list(cache.glob("*/")) == [entry]
 
 
 def test_leftovers_of_a_killed_build_are_cleared(write, tmp_path):
     path, cache = write([ALPACA]), tmp_path / "cache"
     load(path, cache)
-    entry, = (p for p in cache.iterdir() if p.is_dir())
-    entry.rename(entry.with_suffix(".tmp"))
-    (entry.with_suffix(".tmp") / "tokens.bin").write_bytes(b"x")
-    assert len(load(path, cache)) == 1
-    assert not entry.with_suffix(".tmp").exists()
+    entry, = cache.glob("*/")
+    temporary = entry.rename(entry.with_suffix(".tmp"))
+    (temporary / "tokens.bin").write_bytes(b"x")
+    assert len(load(path, cache)) == 1 and list(cache.glob("*/")) == [entry]
 
 
 def _load_and_count(path, cache, builds, start):
@@ -354,7 +313,7 @@ def _load_and_count(path, cache, builds, start):
     def counted(*args):
         with builds.get_lock():
             builds.value += 1
-        build(*args)
+        return build(*args)
 
     data._build_entry = counted
     start.wait()
@@ -365,10 +324,8 @@ def test_one_process_builds_and_the_others_wait(write, tmp_path):
     path = write([{"text": f"{i}"} for i in range(500)])
     context = multiprocessing.get_context("fork")
     builds, start = context.Value("i", 0), context.Barrier(4)
-    workers = [
-        context.Process(target=_load_and_count, args=(path, tmp_path / "cache", builds, start))
-        for _ in range(4)
-    ]
+    arguments = path, tmp_path / "cache", builds, start
+    workers = [context.Process(target=_load_and_count, args=arguments) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -391,7 +348,7 @@ def test_a_file_written_to_while_it_is_read_is_named(write, tmp_path, monkeypatc
     assert not list((tmp_path / "cache").glob("*/"))
 
 
-def test_unwritable_cache_is_named(write, tmp_path):
+def test_unwritable_cache_is_named(write):
     path = write([ALPACA])
     with pytest.raises(ValueError, match="cannot write the cache"):
         load(path, path)  # a file where the directory should be
@@ -422,44 +379,38 @@ def rows(micro_batches):
     ]
 
 
-def test_batches_are_stratified():
-    for batch in (6, 8, 10):
-        batches = make(batch=batch)
-        total = Counter()
-        for t in range(30):
-            train, val, counts = batches.step(t)
-            assert counts.sum() == batch + 4 and counts[3] == 4 and counts.dtype == torch.int64
-            assert counts[:3].max() - counts[:3].min() <= 1
-            groups = torch.cat([b.group for b in train])
-            assert torch.equal(torch.bincount(groups, minlength=4)[:3], counts[:3])
-            assert all((b.group == 3).all() for b in val)
-            names = Counter("abc".index(row[0]) for row in rows(train))
-            assert [names[i] for i in range(3)] == counts[:3].tolist()
-            total.update(names)
-        assert len(set(total.values())) == 1  # 30 steps: the remainder went round evenly
+def plain(step):
+    """A step as lists, to be compared."""
+    train, val, counts = step
+    return counts.tolist(), *(
+        [(x.tokens.tolist(), x.labels.tolist(), x.group.tolist()) for x in part]
+        for part in (train, val)
+    )
 
 
-def test_steps_made_ahead_are_the_same():
-    made = list(data.prefetch(make(), range(3, 9)))
-    assert [t for t, _ in made] == list(range(3, 9))
-    for t, (train, val, counts) in made:
-        alone = make().step(t)
-        assert rows(train) == rows(alone[0]) and rows(val) == rows(alone[1])
-        assert counts.equal(alone[2])
-    assert list(data.prefetch(make(), range(9, 9))) == []
+@pytest.mark.parametrize("batch", [6, 8, 10])
+def test_batches_are_stratified(batch):
+    batches, total = make(batch=batch), Counter()
+    assert batches.steps_per_epoch == -(-38 // batch)
+    for t in range(30):
+        train, val, counts = batches.step(t)
+        assert counts.sum() == batch + 4 and counts[3] == 4 and counts.dtype == torch.int64
+        assert counts[:3].max() - counts[:3].min() <= 1
+        groups = torch.cat([b.group for b in train])
+        assert torch.equal(torch.bincount(groups, minlength=4)[:3], counts[:3])
+        assert all((b.group == 3).all() for b in val)
+        names = Counter("abc".index(row[0]) for row in rows(train))
+        assert [names[i] for i in range(3)] == counts[:3].tolist()
+        total.update(names)
+    assert len(set(total.values())) == 1  # 30 steps: the remainder went round evenly
 
 
 def test_each_epoch_of_a_source_is_a_permutation():
     batches = make()
-    seen = {letter: [] for letter in "abcv"}
-    for t in range(60):
-        train, val, counts = batches.step(t)
-        of_step = Counter(rows(train) + rows(val))
-        for letter in seen:
-            seen[letter].append(Counter({r: n for r, n in of_step.items() if r[0] == letter}))
+    seen = Counter(r for t in range(60) for part in batches.step(t)[:2] for r in rows(part))
     for letter, n in zip("abcv", (7, 20, 11, 9), strict=True):
-        total = sum(seen[letter], Counter())
-        assert len(total) == n and max(total.values()) - min(total.values()) <= 1
+        times = [count for row, count in seen.items() if row[0] == letter]
+        assert len(times) == n and max(times) - min(times) <= 1
     order = [batches._samples(1, 20 * e, 20 * e + 20) for e in range(3)]
     assert all(sorted(i for _, i in epoch) == list(range(20)) for epoch in order)
     assert order[0] != order[1] != order[2]
@@ -474,41 +425,30 @@ def test_sources_rotate_fairly_when_the_batch_is_smaller():
         assert (present[t : t + 7].sum(0) == 3).all()
 
 
-def same(a, b):
-    return all(
-        torch.equal(x.tokens, y.tokens) and torch.equal(x.labels, y.labels)
-        and torch.equal(x.group, y.group)
-        for x, y in zip(a, b, strict=True)
-    )
-
-
 def test_step_is_a_pure_function():
-    forward = make()
-    steps = [forward.step(t) for t in range(12)]
-    backward = make()
+    forward, backward, other = make(), make(), make(seed=6)
+    steps = [plain(forward.step(t)) for t in range(12)]
     for t in reversed(range(12)):
-        train, val, counts = backward.step(t)
-        assert same(train, steps[t][0]) and same(val, steps[t][1])
-        assert torch.equal(counts, steps[t][2])
-    other = make(seed=6)
-    assert not all(rows(other.step(t)[0]) == rows(steps[t][0]) for t in range(12))
+        assert plain(backward.step(t)) == steps[t]
+    assert any(plain(other.step(t)) != steps[t] for t in range(12))
+    ahead = [(t, plain(made)) for t, made in data.prefetch(make(), range(3, 9))]
+    assert ahead == list(enumerate(steps))[3:9]
+    assert list(data.prefetch(make(), range(9, 9))) == []
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("micro", [1, 3, 100])
 def test_global_batch_does_not_depend_on_ranks_or_micro_batches(world, micro):
+    ranks = [make(rank=r, world=world, micro_batch_size=micro) for r in range(world)]
     for t in range(5):
-        train, val, counts = make().step(t)
-        parts = [
-            make(rank=r, world=world, micro_batch_size=micro).step(t) for r in range(world)
-        ]
-        for which, whole in ((0, train), (1, val)):
+        whole, parts = make().step(t), [batches.step(t) for batches in ranks]
+        for which in (0, 1):
             shares = [rows(part[which]) for part in parts]
-            assert sorted(sum(shares, [])) == sorted(rows(whole))
+            assert sorted(sum(shares, [])) == sorted(rows(whole[which]))
             assert len({len(share) for share in shares}) == 1
             assert len({len(part[which]) for part in parts}) == 1
             assert max(len(b.group) for part in parts for b in part[which]) <= micro
-        assert all(torch.equal(part[2], counts) for part in parts)
+        assert all(torch.equal(part[2], whole[2]) for part in parts)
 
 
 def test_ranks_share_the_micro_batches_of_one_evenly():
@@ -550,10 +490,6 @@ def test_one_source_without_validation_is_plain_shuffling():
     )
 
 
-def test_steps_per_epoch_counts_all_samples():
-    assert make().steps_per_epoch == 5  # 38 samples in batches of 8
-
-
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("n", [1, 2, 10, 12])
 def test_evaluation_sees_each_sample_once(n, world):
@@ -576,20 +512,17 @@ def test_evaluation_sees_each_sample_once(n, world):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_tasks_are_deterministic_short_and_held_out(name):
-    sources, val, test = task(name, 3)
-    assert (sources, val, test) == task(name, 3)
-    assert val != task(name, 4)[1]
-    encoded = {
-        key: Dataset.from_records(records, TOKENIZER, "plain", 64)
-        for key, records in {**sources, "val": val, "test": test}.items()
-    }
-    for dataset in encoded.values():
-        assert not sum(dataset.dropped.values()) and not dataset.duplicates
-        assert dataset.lengths.max() <= 36
-    for key in sources:
-        assert not overlap(encoded[key], encoded["val"]).any()
-        assert not overlap(encoded[key], encoded["test"]).any()
-    assert not overlap(encoded["val"], encoded["test"]).any()
+    sources, val, test = made = task(name, 3)
+    assert made == task(name, 3) and val != task(name, 4)[1]
+    parts = {**sources, "val": val, "test": test}
+    records = {key: {tuple(turns) for turns in part} for key, part in parts.items()}
+    for key, part in parts.items():
+        assert len(records[key]) == len(part)  # no duplicates
+        assert all(text for turns in part for _, text in turns)
+        longest = max(part, key=lambda turns: sum(len(text) for _, text in turns))
+        assert Dataset.from_records([longest], TOKENIZER, "plain", 64).lengths.max() <= 36
+        for held in {"val", "test"} - {key}:
+            assert not records[key] & records[held]
 
 
 def test_denoising_shuffles_answers_between_the_same_questions():
@@ -616,8 +549,7 @@ def test_graded_swaps_the_stated_share_of_answers():
 
 def test_instruction_answers_the_same_questions_well_and_poorly():
     sources, val, _ = task("instruction", 0)
-    poor = dict(map(tuple, sources["poor"]))
-    good = dict(map(tuple, sources["good"]))
+    good, poor = (dict(map(tuple, sources[name])) for name in ("good", "poor"))
     assert good.keys() < poor.keys() and len(poor) == 3 * len(good)
     right = sum(poor[q][1] == f"hm, {a[1]}" for q, a in good.items()) / len(good)
     assert right == pytest.approx(0.5, abs=0.06)

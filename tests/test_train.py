@@ -237,7 +237,7 @@ def test_all_problems_are_printed_together(sound, capsys, tmp_path):
     sound["--train"] += ["c=broken.jsonl", "d=odd.json", "e=empty.json", "f=missing.json"]
     sound |= {"--batch-size": "63", "--lisa-layers": "4", "--max-length": "129", "--tau": "0"}
     lines = refusal(flags(sound), capsys, world=2)
-    for expected in ("broken.jsonl:2: ", "odd.json:2: ", "empty.json: ", "missing.json: ",
+    for expected in ("broken.jsonl:2: ", "odd.json: record 2: ", "empty.json: ", "missing.json: ",
                      "--batch-size 63 is not divisible by 2 ranks: take 62 or 64",
                      "--lisa-layers 4: the model has 3 blocks", "--tau 0.0: ",
                      "--max-length 129: the model has 128 positions"):  # fmt: skip
