@@ -9,6 +9,7 @@ nothing is cut, and its parameters are plain tensors.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -166,18 +167,17 @@ class Offload:
 
     def current_values(self, t: Tensor) -> Tensor:
         """`t`, or while it waits its values on the host, likewise sharded."""
-        for moved in self.waiting.values():
-            if storage_key(t) in moved:
-                if self.pinned:
-                    torch.cuda.synchronize()
-                part = local(t)
-                _, host = moved[storage_key(t)]
-                host = host.as_strided(part.shape, part.stride(), part.storage_offset())
-                if not isinstance(t, DTensor):
-                    return host
-                like = {"shape": t.shape, "stride": t.stride()}
-                return DTensor.from_local(host, self.mesh, t.placements, run_check=False, **like)
-        return t
+        moved = next((m for m in self.waiting.values() if storage_key(t) in m), None)
+        if moved is None:
+            return t
+        if self.pinned:
+            torch.cuda.synchronize()
+        part, (_, host) = local(t), moved[storage_key(t)]
+        host = host.as_strided(part.shape, part.stride(), part.storage_offset())
+        if not isinstance(t, DTensor):
+            return host
+        like = {"shape": t.shape, "stride": t.stride()}
+        return DTensor.from_local(host, self.mesh, t.placements, run_check=False, **like)
 
 
 def storage_key(t: Tensor) -> int:
@@ -302,15 +302,14 @@ def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None
     """
     move_to_device(model)
     release(model)
-    if dist.get_rank() == 0:
-        with pretrained.written_whole(target) as directory:
-            pretrained.write_tensors(directory, model.config, full_tensors(model))
+    main = dist.get_rank() == 0
+    with pretrained.written_whole(target) if main else contextlib.nullcontext() as directory:
+        pretrained.write_tensors(directory, model.config, full_tensors(model))
+        if main:
             finish(directory)
-            for file in directory.iterdir():
-                sync(file)
+            sync(*directory.iterdir())
+    if main:
         sync(target.parent)
-    else:
-        pretrained.write_tensors(None, model.config, full_tensors(model))
     dist.barrier()
 
 
@@ -324,54 +323,40 @@ def save_checkpoint(
     """Write `folder`/step-N; of the checkpoints up to it the `keep` newest stay. Collective.
 
     tensors: DTensors and replicated tensors; run: small things that are the same on all ranks, to
-    be read back; about: what the run is made of, as its config.json. If it raises, nothing that
-    was there has changed.
+    be read back; about: what the run is made of, as its config.json. If it raises, all that was
+    whole still is.
     """
-    temporary, main = folder / f".step-{step}", dist.get_rank() == 0
-    try:
-        if main:
-            for leftover in folder.glob(".step-*"):  # of a save that was cut off
-                shutil.rmtree(leftover)
-            temporary.mkdir(parents=True)
-        dist.barrier()
+    main, target = dist.get_rank() == 0, folder / f"step-{step}"
+    if main:
+        delete(folder, [target] * target.exists())  # it is there only if it was found damaged
+    with pretrained.written_whole(target) if main else contextlib.nullcontext() as mine:
+        temporary = broadcast_from_rank0(lambda: mine)
         dcp.save(tensors, checkpoint_id=temporary)
         if main:
             torch.save(run, temporary / "run.pt")
             (temporary / "config.json").write_text(json.dumps(about, indent=1) + "\n")
         dist.barrier()
         own = sorted(temporary.iterdir())[dist.get_rank() :: dist.get_world_size()]
-        for file in own:
-            sync(file)
+        sync(*own)
         sums = gathered({file.name: crc32(file) for file in own})
         if main:
             (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=1))
-            sync(temporary / CHECKSUMS)
-            sync(temporary)
-            target = folder / f"step-{step}"
-            discard(target)  # there only if it was found damaged
-            os.replace(temporary, target)
-            for directory in (folder, folder.parent):
-                sync(directory)
-            drop_old(folder, step, keep)
-        dist.barrier()
-    except (Exception, dcp.CheckpointException):  # the latter is no Exception
-        if main:
-            shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full
-        raise
+            sync(temporary / CHECKSUMS, temporary)
+    if main:
+        sync(folder, folder.parent)
+        # One of a later step was passed over when the run was resumed: it must not count.
+        found = whole_checkpoints(folder)
+        kept = [checkpoint for checkpoint in found if step_of(checkpoint) <= step][:keep]
+        delete(folder, set(found) - set(kept))
+    dist.barrier()
 
 
-def drop_old(folder: Path, step: int, keep: int) -> None:
-    """Delete all checkpoints but the `keep` newest up to `step`. One of a later step was passed
-    over when the run was resumed: it must not count."""
-    found = whole_checkpoints(folder)
-    kept = [p for p in found if step_of(p) <= step][:keep]
-    for old in set(found) - set(kept):
-        discard(old)
-
-
-def discard(checkpoint: Path) -> None:
-    """Delete it, so that at no moment a part of it has its name."""
-    if checkpoint.exists():
+def delete(folder: Path, checkpoints: Iterable[Path]) -> None:
+    """Delete these, so that at no moment a part of one has its name; and what a save or a deletion
+    that was cut off has left."""
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
+    for checkpoint in checkpoints:
         hidden = checkpoint.with_name(f".{checkpoint.name}.old")
         os.replace(checkpoint, hidden)
         shutil.rmtree(hidden)
@@ -390,13 +375,12 @@ def step_of(checkpoint: Path) -> int:
 
 def damaged_files(checkpoint: Path) -> list[str]:
     """Names of the files that are not what was written. Collective: the ranks share the reading."""
-    bad = {}
     try:
         sums = json.loads((checkpoint / CHECKSUMS).read_text())
         names = sorted({*sums, ".metadata", "run.pt"})[dist.get_rank() :: dist.get_world_size()]
         bad = {name: 1 for name in names if not intact(checkpoint / name, sums.get(name))}
     except (OSError, ValueError, TypeError, AttributeError):
-        bad[CHECKSUMS] = 1
+        bad = {CHECKSUMS: 1}
     return sorted(gathered(bad))
 
 
@@ -443,8 +427,9 @@ def crc32(path: Path) -> int:
     return value
 
 
-def sync(path: Path) -> None:
-    """Make a file, or a name given in a directory, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def sync(*paths: Path) -> None:
+    """Make files, or the names given in directories, survive a power cut."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

@@ -1,6 +1,11 @@
 """LISA's draws, and what it keeps and frees."""
 
 import copy
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +14,7 @@ from torch import nn
 import lisa
 from lisa import Lisa, draw, round_stochastically
 from model import ModelConfig, Transformer, build, random_weights
-from tests.worker import FAMILIES
+from tests.worker import FAMILIES, SGD
 
 
 class Stack(nn.Module):
@@ -127,6 +132,35 @@ def test_a_block_that_stays_keeps_its_state_and_one_that_returns_starts_afresh()
                 assert opt.opt.state[p]["step"] == age[i]
         was = set(opt.active)
     assert seen_stay and seen_return
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, SGD], ids=["AdamW", "SGD"])
+def test_going_on_from_the_state_dict_changes_no_bit(settings, dtype):
+    def start():
+        model = make(dtype)
+        return model, Lisa(model, n_active=2, interval=4, lr=1e-2, **settings)
+
+    model, opt = start()
+    train(model, opt, 6)
+    saved, state = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    train(model, opt, 6, 6)
+    resumed, opt = start()
+    opt.switch(5)  # to the blocks that were active when it was saved
+    resumed.load_state_dict(saved)
+    for name, tensor in opt.state_dict().items():
+        tensor.copy_(state.pop(name))
+    assert not state
+    train(resumed, opt, 6, 6)
+    assert all(map(torch.equal, resumed.parameters(), model.parameters()))
+
+
+def test_optimiser_state_that_has_no_name_is_refused():
+    model = make()
+    opt = Lisa(model, n_active=2, interval=4, optimizer=SGD["optimizer"])
+    train(model, opt, 1)
+    with pytest.raises(ValueError, match="momentum_buffer"):
+        opt.state_dict()
 
 
 def test_bf16_copy_is_its_master_rounded_and_frozen_blocks_have_none():
@@ -269,3 +303,10 @@ def test_no_gradient_enters_a_transformer_below_its_lowest_active_block(family, 
 def test_bad_settings_are_named(bad):
     with pytest.raises(ValueError, match="permitted are"):
         Lisa(make(), interval=1, **bad)
+
+
+@pytest.mark.parametrize("name", ["lisa", "bilevel"])
+def test_module_can_be_used_in_a_folder_that_holds_it_alone(name, tmp_path):
+    shutil.copy(Path(__file__).parents[1] / f"{name}.py", tmp_path)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tmp_path, env=env, check=True)

@@ -18,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -72,6 +73,9 @@ FAMILIES = {
     },
 }  # fmt: skip
 
+SGD = {"optimizer": functools.partial(torch.optim.SGD, momentum=0.9),
+       "state_names": ("momentum_buffer",)}  # fmt: skip
+
 
 def trajectory(
     checkpoint: str, dtype: str, micro: int, pad_to: int, steps: int = 5, *flags: str
@@ -120,12 +124,18 @@ def trajectories(checkpoints: list[str]) -> dict:
 
 
 def offload(checkpoints: list[str]) -> list[list[dict]]:
-    """The same trajectory with both copies on the device; and with turns, a stop and a resume."""
+    """The same trajectory with both copies on the device; and with turns, a stop and a resume. The
+    last with another optimiser than AdamW."""
+    adamw, (gpt2, llama) = Lisa.__init__, checkpoints
+    sgd = functools.partialmethod(adamw, **SGD)
     results = []
-    for checkpoint, dtype, once in zip(checkpoints, ("bf16", "fp32"), (True, False), strict=True):
+    for checkpoint, dtype, once, init in (
+        (gpt2, "bf16", True, adamw), (llama, "fp32", False, adamw), (llama, "fp32", True, sgd)
+    ):  # fmt: skip
         shard.GATHER_ONCE_BYTES = once << 30
-        results.append([trajectory(checkpoint, dtype, 8, 8, 3, *flags)
-                        for flags in ((), ("--cpu-offload",))])  # fmt: skip
+        with mock.patch.object(Lisa, "__init__", init):
+            results.append([trajectory(checkpoint, dtype, 8, 8, 3, *flags)
+                            for flags in ((), ("--cpu-offload",))])  # fmt: skip
     return results
 
 
