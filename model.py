@@ -3,7 +3,7 @@
 GPT-2, Llama (2, 3, 3.1, Yi), Mistral, Qwen2, Qwen3, Gemma-2 and GPT-NeoX are one `Transformer`:
 what sets a family apart is a field of `ModelConfig`, read from Hugging Face's config.json. The
 reference is `transformers`, whose logits, losses and gradients tests/test_model.py compares.
-Checkpoints' files are pretrained.py's concern.
+Checkpoints' files are the concern of hf/pretrained.py.
 
     model = from_pretrained("gpt2")                     # a hub id or a directory
     losses = model(tokens, labels)                      # (B,), the mean over each sample's response
@@ -80,6 +80,11 @@ class RMSNormPlusOne(nn.RMSNorm):
 
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "rms+1": RMSNormPlusOne}
+
+
+def make_norm(c: ModelConfig, width: int, wanted: bool = True) -> nn.Module:
+    """The family's norm; or what passes x on, where the family has none."""
+    return NORMS[c.norm](width, eps=c.norm_eps) if wanted else nn.Identity()
 
 
 class Embed(nn.Module):
@@ -193,8 +198,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(c.width, c.n_kv_heads * H, bias=c.qkv_bias)
         self.v = nn.Linear(c.width, c.n_kv_heads * H, bias=c.qkv_bias)
         self.o = nn.Linear(c.n_heads * H, c.width, bias=c.out_bias)
-        self.q_norm = NORMS[c.norm](H, eps=c.norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = NORMS[c.norm](H, eps=c.norm_eps) if c.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = make_norm(c, H, c.qk_norm), make_norm(c, H, c.qk_norm)
         self.head_size, self.groups = H, c.n_heads // c.n_kv_heads
         self.scale, self.cap = c.score_scale, c.score_cap
 
@@ -260,12 +264,10 @@ class Block(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-
-        def norm(wanted: bool = True) -> nn.Module:
-            return NORMS[c.norm](c.width, eps=c.norm_eps) if wanted else nn.Identity()
-
-        self.attn_norm, self.attn, self.attn_post_norm = norm(), Attention(c), norm(c.post_norms)
-        self.mlp_norm, self.mlp, self.mlp_post_norm = norm(), MLP(c), norm(c.post_norms)
+        self.attn_norm, self.attn = make_norm(c, c.width), Attention(c)
+        self.attn_post_norm = make_norm(c, c.width, c.post_norms)
+        self.mlp_norm, self.mlp = make_norm(c, c.width), MLP(c)
+        self.mlp_post_norm = make_norm(c, c.width, c.post_norms)
         self.parallel = c.parallel
 
     def forward(self, x: Tensor, at: Context) -> Tensor:
@@ -361,9 +363,9 @@ class Head(nn.Module):
             return capped(F.linear(x, self.weight).to(wide(x.dtype)), self.cap)
         # Three buffers of a chunk's size are held at once, and a little more: of each of several
         # chunks a quarter of logits_bytes.
-        n_bytes = 4 * x.shape[0] * self.weight.shape[0]
-        several = min(math.ceil(4 * n_bytes / self.logits_bytes), x.shape[0])
-        n = 1 if n_bytes <= self.logits_bytes else several
+        n, n_bytes = 1, 4 * len(x) * len(self.weight)
+        if n_bytes > self.logits_bytes:
+            n = min(math.ceil(4 * n_bytes / self.logits_bytes), len(x))
         return TokenLosses.apply(x, self.weight, targets, self.cap, n)
 
 
@@ -412,7 +414,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embed = Embed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = NORMS[config.norm](config.width, eps=config.norm_eps)
+        self.norm = make_norm(config, config.width)
         self.head = Head(config)
         self.recompute = False  # activation checkpointing: keep the blocks' inputs alone
         self.tie()
