@@ -1,5 +1,6 @@
-"""Sharding with FSDP2: the process group, a model cut over the ranks, and its way to and from
-files. The same code runs on CPU with gloo and on CUDA with nccl, on one process or many.
+"""Sharding with FSDP2: the process group, a model cut over the ranks (`shard` applies FSDP2), and
+its way to and from files. The same code runs on CPU with gloo and on CUDA with nccl, on one process
+or many.
 
 `fully_shard` cuts each parameter along its first dimension: of D ranks, rank r holds the rows
 [r ⌈n/D⌉, (r+1) ⌈n/D⌉). A model is built on the meta device, cut, and filled tensor by tensor, so
@@ -41,6 +42,10 @@ GATHER_ONCE_BYTES = 1_000_000_000
 # that takes is up to the disk. (Tokenising has no limit: the process group starts after it.)
 FILES_TIMEOUT = 4 * 3600.0
 CHECKSUMS = "checksums.json"
+
+
+# --------------------------------------------------------------------------------------------------
+# The process group
 
 
 def start(timeout: float) -> torch.device:
@@ -95,6 +100,10 @@ def exit_now(code: int) -> None:
     os._exit(code)
 
 
+# --------------------------------------------------------------------------------------------------
+# A model over the ranks
+
+
 def shard(model: Transformer, device: torch.device, keep_gathered: bool) -> None:
     """Cut `model` over the ranks, in place: each block is gathered on its own when it is used.
 
@@ -118,87 +127,6 @@ def shard(model: Transformer, device: torch.device, keep_gathered: bool) -> None
         fully_shard(model.embed, **rules)
         fully_shard([model.norm, model.head], **{**rules, "reshard_after_forward": False})
     fully_shard(model, **rules)
-
-
-class Offload:
-    """Copies of a model that take turns on the device (--cpu-offload): while one is at work the
-    others' shards, masters and moments wait in host memory.
-
-    A tensor that waits stays the same object but has no storage, so that using it out of turn
-    fails. Gradients stay on the device: a step needs the norms of all copies' at once. On a CPU
-    both memories are one, but the moves are made all the same.
-    """
-
-    def __init__(self, device: torch.device):
-        """Collective: every rank calls it."""
-        self.pinned = device.type == "cuda"
-        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        self.state: dict[nn.Module, Callable[[], Iterable[Tensor]]] = {}
-        self.here: nn.Module | None = None
-        self.waiting: dict[nn.Module, dict[int, tuple[Tensor, Tensor]]] = {}
-
-    def follow(self, model: nn.Module, state: Callable[[], Iterable[Tensor]] = tuple) -> None:
-        """Take `model` in, or from now on move what `state` lists along with its parameters."""
-        self.state[model] = state
-        self.move_to_device(model)
-
-    def move_to_device(self, model: nn.Module) -> None:
-        """Make `model` the one on the device. All of it goes through the current stream: nothing is
-        freed or read too early."""
-        if self.here is model:
-            return
-        arriving, gone = self.waiting.pop(model, {}), {}
-        leaving = []
-        if self.here is not None:
-            leaving = [*self.here.parameters(), *self.state[self.here]()]
-            self.waiting[self.here] = gone
-        # In pairs, so that neither memory holds both copies in between.
-        for old, back in itertools.zip_longest(leaving, arriving.values()):
-            if old is not None:
-                whole = whole_storage(old)
-                host = torch.empty_like(whole, device="cpu", pin_memory=self.pinned)
-                gone[storage_key(old)] = whole, host.copy_(whole, non_blocking=True)
-                whole.untyped_storage().resize_(0)
-            if back is not None:
-                whole, host = back
-                whole.untyped_storage().resize_(host.nbytes)
-                whole.copy_(host, non_blocking=True)
-        self.here = model
-
-    def current_values(self, t: Tensor) -> Tensor:
-        """`t`, or while it waits its values on the host, likewise sharded."""
-        moved = next((m for m in self.waiting.values() if storage_key(t) in m), None)
-        if moved is None:
-            return t
-        if self.pinned:
-            torch.cuda.synchronize()
-        part, (_, host) = local(t), moved[storage_key(t)]
-        host = host.as_strided(part.shape, part.stride(), part.storage_offset())
-        if not isinstance(t, DTensor):
-            return host
-        like = {"shape": t.shape, "stride": t.stride()}
-        return DTensor.from_local(host, self.mesh, t.placements, run_check=False, **like)
-
-
-def storage_key(t: Tensor) -> int:
-    return local(t).untyped_storage()._cdata
-
-
-def whole_storage(t: Tensor) -> Tensor:
-    """All elements of the storage that this rank's part of `t` lies in, FSDP's padding included."""
-    t = local(t)
-    return t.new_empty(0).set_(t.untyped_storage())
-
-
-def move_to_device(model: nn.Module) -> None:
-    """See to it that a model's shards are on the device."""
-    if model.offload is not None:
-        model.offload.move_to_device(model)
-
-
-def current_values(model: nn.Module, t: Tensor) -> Tensor:
-    """A parameter or a piece of optimiser state of `model`, wherever it is now."""
-    return t if model.offload is None else model.offload.current_values(t)
 
 
 def build(
@@ -294,6 +222,92 @@ def full(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
+# --------------------------------------------------------------------------------------------------
+# Copies that take turns on the device
+
+
+class Offload:
+    """Copies of a model that take turns on the device (--cpu-offload): while one is at work the
+    others' shards, masters and moments wait in host memory.
+
+    A tensor that waits stays the same object but has no storage, so that using it out of turn
+    fails. Gradients stay on the device: a step needs the norms of all copies' at once. On a CPU
+    both memories are one, but the moves are made all the same.
+    """
+
+    def __init__(self, device: torch.device):
+        """Collective: every rank calls it."""
+        self.pinned = device.type == "cuda"
+        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        self.state: dict[nn.Module, Callable[[], Iterable[Tensor]]] = {}
+        self.here: nn.Module | None = None
+        self.waiting: dict[nn.Module, dict[int, tuple[Tensor, Tensor]]] = {}
+
+    def follow(self, model: nn.Module, state: Callable[[], Iterable[Tensor]] = tuple) -> None:
+        """Take `model` in, or from now on move what `state` lists along with its parameters."""
+        self.state[model] = state
+        self.move_to_device(model)
+
+    def move_to_device(self, model: nn.Module) -> None:
+        """Make `model` the one on the device. All of it goes through the current stream: nothing is
+        freed or read too early."""
+        if self.here is model:
+            return
+        arriving, gone = self.waiting.pop(model, {}), {}
+        leaving = []
+        if self.here is not None:
+            leaving = [*self.here.parameters(), *self.state[self.here]()]
+            self.waiting[self.here] = gone
+        # In pairs, so that neither memory holds both copies in between.
+        for old, back in itertools.zip_longest(leaving, arriving.values()):
+            if old is not None:
+                part = local(old)
+                # All elements of the storage that the part lies in, FSDP's padding included.
+                whole = part.new_empty(0).set_(part.untyped_storage())
+                host = torch.empty_like(whole, device="cpu", pin_memory=self.pinned)
+                gone[storage_key(old)] = whole, host.copy_(whole, non_blocking=True)
+                whole.untyped_storage().resize_(0)
+            if back is not None:
+                whole, host = back
+                whole.untyped_storage().resize_(host.nbytes)
+                whole.copy_(host, non_blocking=True)
+        self.here = model
+
+    def current_values(self, t: Tensor) -> Tensor:
+        """`t`, or while it waits its values on the host, likewise sharded."""
+        moved = next((m for m in self.waiting.values() if storage_key(t) in m), None)
+        if moved is None:
+            return t
+        if self.pinned:
+            torch.cuda.synchronize()
+        part, (_, host) = local(t), moved[storage_key(t)]
+        host = host.as_strided(part.shape, part.stride(), part.storage_offset())
+        if not isinstance(t, DTensor):
+            return host
+        like = {"shape": t.shape, "stride": t.stride()}
+        return DTensor.from_local(host, self.mesh, t.placements, run_check=False, **like)
+
+
+def storage_key(t: Tensor) -> int:
+    return local(t).untyped_storage()._cdata
+
+
+def move_to_device(model: nn.Module) -> None:
+    """See to it that a model's shards are on the device."""
+    if model.offload is not None:
+        model.offload.move_to_device(model)
+
+
+def current_values(model: nn.Module, t: Tensor) -> Tensor:
+    """A parameter or a piece of optimiser state of `model`, wherever it is now."""
+    return t if model.offload is None else model.offload.current_values(t)
+
+
+# --------------------------------------------------------------------------------------------------
+# Models and checkpoints to files and back. A checkpoint is a directory step-N, which has its name
+# only once it is whole
+
+
 def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None:
     """Write `model` in Hugging Face format to the directory `target`, whole or not at all.
 
@@ -311,10 +325,6 @@ def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None
     if main:
         sync(target.parent)
     dist.barrier()
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints of a run: a directory step-N, which has its name only once it is whole
 
 
 def save_checkpoint(
