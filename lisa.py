@@ -9,7 +9,7 @@ for every block that ever trained and memory grows to that of full training. Her
 leaves the active set gives back its master, its moments and its gradient; one that stays keeps
 them; one that returns starts afresh.
 
-An active parameter stored in bf16 has an fp32 *master*, on which `torch.optim.AdamW` works and in
+An active parameter stored in bf16 has an fp32 *master*, on which the optimiser works and in
 which gradients are summed. Its bf16 copy, which the model computes with, is the master rounded to
 nearest after each step and rounded stochastically on leaving, so that updates below a bf16 step
 survive in expectation. A parameter stored in fp32 or fp64 is its own master.
@@ -20,6 +20,7 @@ nothing here communicates. All ranks must use the same seed, or backward hangs.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 ENDS = ("always", "sampled", "frozen")
+ADAMW = functools.partial(torch.optim.AdamW, fused=True)
 
 
 def draw(
@@ -52,13 +54,19 @@ class Lisa:
     Offers what PenaltyStep and a learning-rate schedule need of an optimiser: `param_groups`,
     `step()`, `zero_grad()`. Call `switch(step)` before each step. Build it after sharding.
 
-    model         nn.Module; the ends are all its parameters outside `blocks`
-    n_active      blocks that train at a time; 0 = all
-    interval      steps between two draws
-    ends          "always" | "sampled" | "frozen"
-    copy          draws differ between copies of different number
-    move_to_device    called before the parameters or their state are touched: a copy that waits in
-                  host memory then comes to the device
+    model           nn.Module; the ends are all its parameters outside `blocks`
+    n_active        blocks that train at a time; 0 = all
+    interval        steps between two draws
+    ends            "always" | "sampled" | "frozen"
+    copy            draws differ between copies of different number
+    move_to_device  called before the parameters or their state are touched: a copy that waits in
+                    host memory then comes to the device
+    optimizer       called with (masters, lr=, weight_decay=), makes a torch optimiser
+    state_names     the tensors that it keeps of a parameter, of the parameter's shape but for
+                    "step", a number. Zeros must be what it starts from. For SGD with momentum:
+                    ("momentum_buffer",)
+
+    Raises ValueError for `n_active` or `ends` that are not among these.
     """
 
     def __init__(
@@ -72,6 +80,8 @@ class Lisa:
         lr: float = 1e-5,
         weight_decay: float = 0.0,
         move_to_device: Callable[[], None] = lambda: None,
+        optimizer: Callable[..., torch.optim.Optimizer] = ADAMW,
+        state_names: tuple[str, ...] = ("step", "exp_avg", "exp_avg_sq"),
     ):
         if ends not in ENDS:
             raise ValueError(f"ends={ends!r}: permitted are {', '.join(ENDS)}")
@@ -90,8 +100,9 @@ class Lisa:
         self.hooks = {}
         for p in self.index:
             p.requires_grad_(False)
-        self.opt_args = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}
-        self.opt = None
+        self.make = functools.partial(optimizer, lr=lr, weight_decay=weight_decay)
+        self.state_names = state_names
+        self.opt = None  # made by the first switch
         self.switch(0)
 
     @property
@@ -113,11 +124,11 @@ class Lisa:
         self.active, self.period = now, period
         masters = [self.masters[p] for i in sorted(now) for p in self.units[i]]
         if self.opt is None:
-            self.opt = torch.optim.AdamW(masters, fused=True, **self.opt_args)
+            self.opt = self.make(masters)
         self.opt.param_groups[0]["params"] = masters
 
     def step(self) -> None:
-        """AdamW on the masters; a bf16 copy becomes its master rounded to nearest."""
+        """Update the masters; a bf16 copy becomes its master rounded to nearest."""
         self.move_to_device()
         self.opt.step()
         for p, master in self._stored_apart():
@@ -134,27 +145,32 @@ class Lisa:
         self.active, self.period = set(), -1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The active set's masters and moments, to be saved, or to be loaded into in place.
+        """The active set's masters and optimiser state, to be saved, or to be loaded into in place.
 
-        Zero where AdamW has not stepped yet, as AdamW itself starts.
+        Zero where the optimiser has not stepped yet, as it starts itself. Raises ValueError for
+        state that `state_names` leaves out, which a resumed run would lose.
         """
-        state = {}
+        tensors = {}
         for p, master in self.masters.items():
-            adam = self.opt.state[master]
-            for key in ("exp_avg", "exp_avg_sq"):
-                adam.setdefault(key, torch.zeros_like(master.detach()))
-            adam.setdefault("step", torch.zeros((), device=master.device))
-            state |= {f"{self.index[p]}.{key}": adam[key] for key in adam}
+            state, i = self.opt.state[master], self.index[p]
+            if unnamed := state.keys() - set(self.state_names):
+                raise ValueError(f"the optimiser keeps {sorted(unnamed)}: not in state_names")
+            for name in self.state_names:
+                if name not in state:
+                    number = name == "step"
+                    zeros = torch.zeros((), device=p.device) if number else torch.zeros_like(master)
+                    state[name] = zeros.detach()
+                tensors[f"{i}.{name}"] = state[name]
             if master is not p:
-                state[f"{self.index[p]}.master"] = master.detach()
-        return state
+                tensors[f"{i}.master"] = master.detach()
+        return tensors
 
     def state_tensors(self) -> Iterator[Tensor]:
         """The persistent tensors of the active set on this rank: masters apart from their
-        parameter, and AdamW's two moments."""
+        parameter, and the optimiser's state, but for single numbers."""
         yield from (local(master) for _, master in self._stored_apart())
         for state in self.opt.state.values():
-            yield from (local(state[key]) for key in ("exp_avg", "exp_avg_sq"))
+            yield from (local(t) for t in state.values() if isinstance(t, Tensor) and t.dim())
 
     def _stored_apart(self) -> Iterator[tuple[Tensor, Tensor]]:
         return ((p, m) for p, m in self.masters.items() if m is not p)

@@ -3,17 +3,35 @@
 GPT-2, Llama (2, 3, 3.1, Yi), Mistral, Qwen2, Qwen3, Gemma-2 and GPT-NeoX are one `Transformer`:
 what sets a family apart is a field of `ModelConfig`, read from Hugging Face's config.json. The
 reference is `transformers`, whose logits, losses and gradients tests/test_model.py compares.
-Checkpoints' files are pretrained.py's concern.
-
-The residual stream is a table of P rows, one for each position that takes part in a prediction:
-only attention sees a batch (B, T) with its padding. See `Context`, `Predictions`.
+Checkpoints' files are the concern of hf/pretrained.py.
 
     model = from_pretrained("gpt2")                     # a hub id or a directory
     losses = model(tokens, labels)                      # (B,), the mean over each sample's response
     replies = generate(model, prompts, max_new_tokens=64, eos_id=model.config.eos_ids)
 
+Read it first as if the residual stream x were a batch (B, T, D), as in any transformer:
+
+    x = embed(tokens)
+    for block in blocks:
+        x = x + attn(norm(x))
+        x = x + mlp(norm(x))
+    logits = head(norm(x))                              # (B, T, V)
+
+In training, much of that would be computed for nothing: padding predicts nothing, nor does a
+prompt, which is there only to be attended to. All but attention treats each position by itself, so
+x is a table instead, with a row for each position that is needed. Attention alone lays the rows out
+as a batch and picks them up again (`Rows`). P rows go through the blocks: of each sample those up
+to its last prediction. Once the last block's attention has seen them all, only the M rows that
+predict go on. Of two samples of prompt p, answer a and padding ·, with positions counted through:
+
+    tokens (B, T)     positions            P rows        M rows: each predicts the next token, an a
+    p p p a a ·       0 1 2 3  4  5        0 1 2 3       2 3
+    p p a · · ·       6 7 8 9 10 11        6 7           7
+
+Without labels, as in generation, P is B T.
+
 B batch, T time, D width, N heads, K key/value heads, H head size, R rotated part of a head,
-V vocabulary, P positions that are computed, M that predict, L slots of the cache.
+V vocabulary, L slots of the cache, P rows, M rows that predict.
 """
 
 from __future__ import annotations
@@ -21,6 +39,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +80,11 @@ class RMSNormPlusOne(nn.RMSNorm):
 
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "rms+1": RMSNormPlusOne}
+
+
+def make_norm(c: ModelConfig, width: int, wanted: bool = True) -> nn.Module:
+    """The family's norm; or what passes x on, where the family has none."""
+    return NORMS[c.norm](width, eps=c.norm_eps) if wanted else nn.Identity()
 
 
 class Embed(nn.Module):
@@ -120,40 +144,48 @@ def causal_mask(positions: Tensor, slots: int, window: int | None) -> Tensor:
     return mask & (key > query - window) if window else mask
 
 
-class Context(NamedTuple):
-    """What blocks are told beside the residual stream. Positions are those of a (B, T) batch, 0 to
-    B T - 1, and None stands for all of them.
+class Rows(NamedTuple):
+    """Which positions of a batch the rows of a table are: index (P,), of 0 to B T - 1, or None for
+    all in order, which needs no copies."""
 
-    shape       B, T
-    times       (1, T), or (B, T) with a cache: each position's place in its sample
-    rows (P,)   positions that x has on entry
-    keep        (M,): after the last block's attention only these of the P rows go on; None: all
-    out         positions that x has on return: (M,), or rows
-    cos, sin    from rope_tables, where positions are rotated
-    mask        from causal_mask; None: causal
-    cache       (2, B, L, K, H), to be written at `times` and attended to
+    shape: tuple[int, int]  # B, T
+    index: Tensor | None = None
+
+    def pick(self, x: Tensor) -> Tensor:
+        """(B, T, …) -> (P, …). No position is picked twice, so that backward, which adds to zeros,
+        gives the same bits in any order."""
+        x = x.flatten(0, 1)
+        return x if self.index is None else x.index_select(0, self.index)
+
+    def grid(self, x: Tensor) -> Tensor:
+        """The opposite, (P, …) -> (B, T, …), zero at all other positions."""
+        if self.index is not None:
+            x = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy_(0, self.index, x)
+        return x.unflatten(0, self.shape)
+
+
+class Context(NamedTuple):
+    """What a block is told beside the residual stream.
+
+    rows    the P rows of x on entry
+    out     the rows of x on return: the same, or M of them
+    keep    (M,), the places of `out` among the P rows; None: all
+    rope    from rope_tables, where positions are rotated
+    mask    from causal_mask; None: causal
+    cache   takes the keys and the values of these positions, each (B, T, K, H), and returns both of
+            all positions so far, (2, B, L, K, H); see Cache
     """
 
-    shape: tuple[int, int]
-    times: Tensor
-    rows: Tensor | None = None
+    rows: Rows
+    out: Rows
     keep: Tensor | None = None
-    out: Tensor | None = None
-    cos: Tensor | None = None
-    sin: Tensor | None = None
+    rope: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
-    cache: Tensor | None = None
+    cache: Callable[[Tensor, Tensor], Tensor] | None = None
 
-
-def take(x: Tensor, rows: Tensor | None) -> Tensor:
-    """Rows of a table, (n, …) -> (len(rows), …); None: all. No row is taken twice, so that
-    backward, which adds to zeros, gives the same bits in any order."""
-    return x if rows is None else x.index_select(0, rows)
-
-
-def spread(x: Tensor, rows: Tensor | None, n: int) -> Tensor:
-    """The opposite: x as these rows of a table of n, the others zero."""
-    return x if rows is None else x.new_zeros(n, *x.shape[1:]).index_copy_(0, rows, x)
+    def trim(self, x: Tensor) -> Tensor:
+        """(P, …) -> (M, …)"""
+        return x if self.keep is None else x.index_select(0, self.keep)
 
 
 class Attention(nn.Module):
@@ -166,27 +198,24 @@ class Attention(nn.Module):
         self.k = nn.Linear(c.width, c.n_kv_heads * H, bias=c.qkv_bias)
         self.v = nn.Linear(c.width, c.n_kv_heads * H, bias=c.qkv_bias)
         self.o = nn.Linear(c.n_heads * H, c.width, bias=c.out_bias)
-        self.q_norm = NORMS[c.norm](H, eps=c.norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = NORMS[c.norm](H, eps=c.norm_eps) if c.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = make_norm(c, H, c.qk_norm), make_norm(c, H, c.qk_norm)
         self.head_size, self.groups = H, c.n_heads // c.n_kv_heads
         self.scale, self.cap = c.score_scale, c.score_cap
 
     def forward(self, x: Tensor, at: Context) -> Tensor:
         """x (P, D) -> (P or M, D)."""
-        (B, T), H = at.shape, self.head_size
-        q = self.q_norm(self.q(take(x, at.keep)).unflatten(1, (-1, H)))  # (P or M, N, H)
+        H = self.head_size
+        q = self.q_norm(self.q(at.trim(x)).unflatten(1, (-1, H)))  # (P or M, N, H)
         k = self.k_norm(self.k(x).unflatten(1, (-1, H)))  # (P, K, H)
         v = self.v(x).unflatten(1, (-1, H))
-        q = spread(q, at.out, B * T).unflatten(0, (B, T))
-        k, v = (spread(t, at.rows, B * T).unflatten(0, (B, T)) for t in (k, v))
-        if at.cos is not None:
-            q, k = rotate(q, at.cos, at.sin), rotate(k, at.cos, at.sin)
+        q = at.out.grid(q)  # (B, T, N, H)
+        k, v = at.rows.grid(k), at.rows.grid(v)  # (B, T, K, H)
+        if at.rope is not None:
+            q, k = rotate(q, *at.rope), rotate(k, *at.rope)
         if at.cache is not None:
-            samples = torch.arange(B, device=x.device)[:, None]
-            at.cache[0, samples, at.times], at.cache[1, samples, at.times] = k, v
-            k, v = at.cache  # (B, L, K, H)
+            k, v = at.cache(k, v)  # (B, L, K, H)
         y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), at.mask)
-        return self.o(take(y.transpose(1, 2).reshape(B * T, -1), at.out))
+        return self.o(at.out.pick(y.transpose(1, 2).flatten(2)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (B, N, T, H), k and v (B, K, T or L, H) -> (B, N, T, H)."""
@@ -235,18 +264,16 @@ class Block(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-
-        def norm(wanted: bool = True) -> nn.Module:
-            return NORMS[c.norm](c.width, eps=c.norm_eps) if wanted else nn.Identity()
-
-        self.attn_norm, self.attn, self.attn_post_norm = norm(), Attention(c), norm(c.post_norms)
-        self.mlp_norm, self.mlp, self.mlp_post_norm = norm(), MLP(c), norm(c.post_norms)
+        self.attn_norm, self.attn = make_norm(c, c.width), Attention(c)
+        self.attn_post_norm = make_norm(c, c.width, c.post_norms)
+        self.mlp_norm, self.mlp = make_norm(c, c.width), MLP(c)
+        self.mlp_post_norm = make_norm(c, c.width, c.post_norms)
         self.parallel = c.parallel
 
     def forward(self, x: Tensor, at: Context) -> Tensor:
         """x (P, D) -> (P or M, D)."""
         a = self.attn(self.attn_norm(x), at)
-        x = take(x, at.keep)
+        x = at.trim(x)
         if self.parallel:
             return x + a + self.mlp(self.mlp_norm(x))
         x = x + self.attn_post_norm(a)
@@ -336,32 +363,30 @@ class Head(nn.Module):
             return capped(F.linear(x, self.weight).to(wide(x.dtype)), self.cap)
         # Three buffers of a chunk's size are held at once, and a little more: of each of several
         # chunks a quarter of logits_bytes.
-        n_bytes = 4 * x.shape[0] * self.weight.shape[0]
-        several = min(math.ceil(4 * n_bytes / self.logits_bytes), x.shape[0])
-        n = 1 if n_bytes <= self.logits_bytes else several
+        n, n_bytes = 1, 4 * len(x) * len(self.weight)
+        if n_bytes > self.logits_bytes:
+            n = min(math.ceil(4 * n_bytes / self.logits_bytes), len(x))
         return TokenLosses.apply(x, self.weight, targets, self.cap, n)
 
 
 class Predictions:
-    """What labels (B, T) ask for, and which positions take part in it: those of each sample up to
-    its last prediction, none of its padding. Indices as Context's.
+    """What labels (B, T) ask for, and the rows that takes: see the picture above.
 
     Sizes that depend on the data are found where the labels are: on the CPU, without waiting for
     the GPU.
 
-    rows (P,)      positions that take part; None: all, where that is less than 5% too many
-    places (M,)    positions that predict
-    keep (M,)      the same, of the P
-    targets (M,)   the tokens there
+    rows           the P rows that take part; all, where that is less than 5% too many
+    out            the M rows that predict
+    keep (M,)      their places among the P rows
+    targets (M,)   the tokens they predict
     counts (B,)    predictions in each sample, or 1
     """
 
     def __init__(self, labels: Tensor, device: torch.device):
-        self.shape = labels.shape
         answered = F.pad(labels[:, 1:] != -100, (0, 1))  # (B, T), by the position that predicts
         needed = answered.flip(1).cumsum(1).flip(1) > 0  # (B, T)
-        places = answered.flatten().nonzero().squeeze(1)
-        rows = needed.flatten().nonzero().squeeze(1)
+        places = answered.flatten().nonzero().squeeze(1)  # (M,)
+        rows = needed.flatten().nonzero().squeeze(1)  # (P,)
         keep = needed.flatten().cumsum(0)[places] - 1
         if len(rows) > 0.95 * needed.numel():  # copying to B T rows and back would cost more
             rows, keep = None, places
@@ -371,14 +396,14 @@ class Predictions:
             pinned = device.type == "cuda" and x.device.type == "cpu"  # else the copy is waited for
             return (x.pin_memory() if pinned else x).to(device, non_blocking=True)
 
-        self.rows = None if rows is None else move(rows)
-        self.places, self.keep, self.targets = move(torch.stack((places, keep, targets)))
+        shape = tuple(labels.shape)
+        places, self.keep, self.targets = move(torch.stack((places, keep, targets)))
+        self.rows, self.out = Rows(shape, rows if rows is None else move(rows)), Rows(shape, places)
         self.counts = move(answered.sum(1).clamp(min=1))
 
     def means(self, losses: Tensor) -> Tensor:
         """Of each sample, (B,), from losses (M,); 0 where there are none."""
-        table = spread(losses, self.places, self.shape.numel()).view(self.shape)
-        return table.sum(1) / self.counts
+        return self.out.grid(losses).sum(1) / self.counts
 
 
 class Transformer(nn.Module):
@@ -389,7 +414,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embed = Embed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = NORMS[config.norm](config.width, eps=config.norm_eps)
+        self.norm = make_norm(config, config.width)
         self.head = Head(config)
         self.recompute = False  # activation checkpointing: keep the blocks' inputs alone
         self.tie()
@@ -424,27 +449,28 @@ class Transformer(nn.Module):
         c, (B, T) = self.config, tokens.shape
         if c.learned_positions and c.max_positions < T:
             raise ValueError(f"{T} tokens: the model has {c.max_positions} positions")
-        times = torch.arange(T, device=tokens.device)[None]  # (1, T)
+        times = torch.arange(T, device=tokens.device)[None]  # (1, T): places in the sample
         if cache is not None:
             times = times + cache.lengths[:, None]  # (B, T)
-        rows = keep = places = None
+        rows, keep = Rows((B, T)), None
+        out = rows
         if labels is not None:
-            rows, keep, places = labels.rows, labels.keep, labels.places
+            rows, out, keep = labels.rows, labels.out, labels.keep
         elif last is not None:
-            keep = places = torch.arange(B, device=tokens.device) * T + last
-        x = self.embed(take(tokens.flatten(), rows), take(times.expand(B, T).flatten(), rows))
-        tables = rope_tables(c, times, wide(x.dtype)) if c.rotary else (None, None)
-        at = Context((B, T), times, rows, None, rows, *tables)
+            keep = torch.arange(B, device=tokens.device) * T + last
+            out = Rows((B, T), keep)
         masks = {}
         for window in set(c.windows):
             free = cache is None and c.score_cap is None and (window is None or window >= T)
             slots = T if cache is None else cache.slots
             masks[window] = None if free else causal_mask(times, slots, window)
+        x = self.embed(rows.pick(tokens), rows.pick(times.expand(B, T)))  # (P, D)
+        at = Context(rows, rows, rope=rope_tables(c, times, wide(x.dtype)) if c.rotary else None)
         for i, block in enumerate(self.blocks):
-            mine = None if cache is None else cache.of_block(i, x, c)
-            at = at._replace(mask=masks[c.windows[i]], cache=mine)
-            if i == c.n_layers - 1 and keep is not None:
-                at = at._replace(keep=keep, out=places)
+            extend = None if cache is None else partial(cache.extend, i, times)
+            at = at._replace(mask=masks[c.windows[i]], cache=extend)
+            if i == c.n_layers - 1:
+                at = at._replace(out=out, keep=keep)
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, at, use_reentrant=False)
             else:
@@ -467,11 +493,13 @@ class Cache:
         self.lengths, self.slots = lengths, slots  # (B,): positions held; L
         self.blocks: list[Tensor] = []
 
-    def of_block(self, i: int, x: Tensor, c: ModelConfig) -> Tensor:
-        """Block i's keys and values (2, B, L, K, H), made on first use, of x's dtype."""
+    def extend(self, i: int, times: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write block i's keys and values (B, T, K, H) of positions `times` (B, T); all that are
+        held, (2, B, L, K, H)."""
         if i == len(self.blocks):
-            size = 2, len(self.lengths), self.slots, c.n_kv_heads, c.head_size
-            self.blocks.append(x.new_zeros(size))
+            self.blocks.append(k.new_zeros(2, len(k), self.slots, *k.shape[2:]))
+        samples = torch.arange(len(k), device=k.device)[:, None]
+        self.blocks[i][0, samples, times], self.blocks[i][1, samples, times] = k, v
         return self.blocks[i]
 
 
@@ -525,8 +553,8 @@ def generate(
     padded = [p + [0] * (size - len(p)) for p in prompts]
     tokens = torch.tensor(padded, device=device)  # (B, L)
     cache = Cache(torch.zeros_like(lengths), tokens.shape[1]) if use_cache else None
-    finished, n_new = torch.zeros_like(lengths, dtype=torch.bool), 0
-    while n_new < max_new_tokens:
+    finished = torch.zeros_like(lengths, dtype=torch.bool)
+    for n_new in range(max_new_tokens):
         if cache is not None and n_new > 0:
             cache.lengths = lengths - 1
             fed, last = tokens[rows, lengths - 1][:, None], torch.zeros_like(lengths)
@@ -536,13 +564,13 @@ def generate(
         new = sample(logits, temperature, top_p, rng)
         goes_on = lengths < size  # a row at the end is fed its last token again, to no effect
         tokens[rows[goes_on], lengths[goes_on]] = new[goes_on]
-        lengths, n_new = lengths + goes_on, n_new + 1
+        lengths = lengths + goes_on
         finished |= torch.isin(new, ends) | (lengths == size)
         if stop_when(bool(finished.all())):
             break
     stops = set(ends.tolist())
-    rows_and_prompts = zip(tokens.tolist(), prompts, strict=True)
-    replies = [row[len(p) : len(p) + n_new] for row, p in rows_and_prompts]
+    texts = zip(prompts, tokens.tolist(), lengths.tolist(), strict=True)
+    replies = [row[len(prompt) : length] for prompt, row, length in texts]
     return [list(takewhile(lambda token: token not in stops, reply)) for reply in replies]
 
 

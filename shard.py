@@ -1,5 +1,6 @@
-"""Sharding with FSDP2: the process group, a model cut over the ranks, and its way to and from
-files. The same code runs on CPU with gloo and on CUDA with nccl, on one process or many.
+"""Sharding with FSDP2: the process group, a model cut over the ranks (`shard` applies FSDP2), and
+its way to and from files. The same code runs on CPU with gloo and on CUDA with nccl, on one process
+or many.
 
 `fully_shard` cuts each parameter along its first dimension: of D ranks, rank r holds the rows
 [r ⌈n/D⌉, (r+1) ⌈n/D⌉). A model is built on the meta device, cut, and filled tensor by tensor, so
@@ -9,6 +10,7 @@ nothing is cut, and its parameters are plain tensors.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -40,6 +42,10 @@ GATHER_ONCE_BYTES = 1_000_000_000
 # that takes is up to the disk. (Tokenising has no limit: the process group starts after it.)
 FILES_TIMEOUT = 4 * 3600.0
 CHECKSUMS = "checksums.json"
+
+
+# --------------------------------------------------------------------------------------------------
+# The process group
 
 
 def start(timeout: float) -> torch.device:
@@ -94,6 +100,10 @@ def exit_now(code: int) -> None:
     os._exit(code)
 
 
+# --------------------------------------------------------------------------------------------------
+# A model over the ranks
+
+
 def shard(model: Transformer, device: torch.device, keep_gathered: bool) -> None:
     """Cut `model` over the ranks, in place: each block is gathered on its own when it is used.
 
@@ -117,88 +127,6 @@ def shard(model: Transformer, device: torch.device, keep_gathered: bool) -> None
         fully_shard(model.embed, **rules)
         fully_shard([model.norm, model.head], **{**rules, "reshard_after_forward": False})
     fully_shard(model, **rules)
-
-
-class Offload:
-    """Copies of a model that take turns on the device (--cpu-offload): while one is at work the
-    others' shards, masters and moments wait in host memory.
-
-    A tensor that waits stays the same object but has no storage, so that using it out of turn
-    fails. Gradients stay on the device: a step needs the norms of all copies' at once. On a CPU
-    both memories are one, but the moves are made all the same.
-    """
-
-    def __init__(self, device: torch.device):
-        """Collective: every rank calls it."""
-        self.pinned = device.type == "cuda"
-        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        self.state: dict[nn.Module, Callable[[], Iterable[Tensor]]] = {}
-        self.here: nn.Module | None = None
-        self.waiting: dict[nn.Module, dict[int, tuple[Tensor, Tensor]]] = {}
-
-    def follow(self, model: nn.Module, state: Callable[[], Iterable[Tensor]] = tuple) -> None:
-        """Take `model` in, or from now on move what `state` lists along with its parameters."""
-        self.state[model] = state
-        self.move_to_device(model)
-
-    def move_to_device(self, model: nn.Module) -> None:
-        """Make `model` the one on the device. All of it goes through the current stream: nothing is
-        freed or read too early."""
-        if self.here is model:
-            return
-        arriving, gone = self.waiting.pop(model, {}), {}
-        leaving = []
-        if self.here is not None:
-            leaving = [*self.here.parameters(), *self.state[self.here]()]
-            self.waiting[self.here] = gone
-        # In pairs, so that neither memory holds both copies in between.
-        for old, back in itertools.zip_longest(leaving, arriving.values()):
-            if old is not None:
-                whole = whole_storage(old)
-                host = torch.empty_like(whole, device="cpu", pin_memory=self.pinned)
-                gone[storage_key(old)] = whole, host.copy_(whole, non_blocking=True)
-                whole.untyped_storage().resize_(0)
-            if back is not None:
-                whole, host = back
-                whole.untyped_storage().resize_(host.nbytes)
-                whole.copy_(host, non_blocking=True)
-        self.here = model
-
-    def current_values(self, t: Tensor) -> Tensor:
-        """`t`, or while it waits its values on the host, likewise sharded."""
-        for moved in self.waiting.values():
-            if storage_key(t) in moved:
-                if self.pinned:
-                    torch.cuda.synchronize()
-                part = local(t)
-                _, host = moved[storage_key(t)]
-                host = host.as_strided(part.shape, part.stride(), part.storage_offset())
-                if not isinstance(t, DTensor):
-                    return host
-                like = {"shape": t.shape, "stride": t.stride()}
-                return DTensor.from_local(host, self.mesh, t.placements, run_check=False, **like)
-        return t
-
-
-def storage_key(t: Tensor) -> int:
-    return local(t).untyped_storage()._cdata
-
-
-def whole_storage(t: Tensor) -> Tensor:
-    """All elements of the storage that this rank's part of `t` lies in, FSDP's padding included."""
-    t = local(t)
-    return t.new_empty(0).set_(t.untyped_storage())
-
-
-def move_to_device(model: nn.Module) -> None:
-    """See to it that a model's shards are on the device."""
-    if model.offload is not None:
-        model.offload.move_to_device(model)
-
-
-def current_values(model: nn.Module, t: Tensor) -> Tensor:
-    """A parameter or a piece of optimiser state of `model`, wherever it is now."""
-    return t if model.offload is None else model.offload.current_values(t)
 
 
 def build(
@@ -294,6 +222,92 @@ def full(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
+# --------------------------------------------------------------------------------------------------
+# Copies that take turns on the device
+
+
+class Offload:
+    """Copies of a model that take turns on the device (--cpu-offload): while one is at work the
+    others' shards, masters and moments wait in host memory.
+
+    A tensor that waits stays the same object but has no storage, so that using it out of turn
+    fails. Gradients stay on the device: a step needs the norms of all copies' at once. On a CPU
+    both memories are one, but the moves are made all the same.
+    """
+
+    def __init__(self, device: torch.device):
+        """Collective: every rank calls it."""
+        self.pinned = device.type == "cuda"
+        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        self.state: dict[nn.Module, Callable[[], Iterable[Tensor]]] = {}
+        self.here: nn.Module | None = None
+        self.waiting: dict[nn.Module, dict[int, tuple[Tensor, Tensor]]] = {}
+
+    def follow(self, model: nn.Module, state: Callable[[], Iterable[Tensor]] = tuple) -> None:
+        """Take `model` in, or from now on move what `state` lists along with its parameters."""
+        self.state[model] = state
+        self.move_to_device(model)
+
+    def move_to_device(self, model: nn.Module) -> None:
+        """Make `model` the one on the device. All of it goes through the current stream: nothing is
+        freed or read too early."""
+        if self.here is model:
+            return
+        arriving, gone = self.waiting.pop(model, {}), {}
+        leaving = []
+        if self.here is not None:
+            leaving = [*self.here.parameters(), *self.state[self.here]()]
+            self.waiting[self.here] = gone
+        # In pairs, so that neither memory holds both copies in between.
+        for old, back in itertools.zip_longest(leaving, arriving.values()):
+            if old is not None:
+                part = local(old)
+                # All elements of the storage that the part lies in, FSDP's padding included.
+                whole = part.new_empty(0).set_(part.untyped_storage())
+                host = torch.empty_like(whole, device="cpu", pin_memory=self.pinned)
+                gone[storage_key(old)] = whole, host.copy_(whole, non_blocking=True)
+                whole.untyped_storage().resize_(0)
+            if back is not None:
+                whole, host = back
+                whole.untyped_storage().resize_(host.nbytes)
+                whole.copy_(host, non_blocking=True)
+        self.here = model
+
+    def current_values(self, t: Tensor) -> Tensor:
+        """`t`, or while it waits its values on the host, likewise sharded."""
+        moved = next((m for m in self.waiting.values() if storage_key(t) in m), None)
+        if moved is None:
+            return t
+        if self.pinned:
+            torch.cuda.synchronize()
+        part, (_, host) = local(t), moved[storage_key(t)]
+        host = host.as_strided(part.shape, part.stride(), part.storage_offset())
+        if not isinstance(t, DTensor):
+            return host
+        like = {"shape": t.shape, "stride": t.stride()}
+        return DTensor.from_local(host, self.mesh, t.placements, run_check=False, **like)
+
+
+def storage_key(t: Tensor) -> int:
+    return local(t).untyped_storage()._cdata
+
+
+def move_to_device(model: nn.Module) -> None:
+    """See to it that a model's shards are on the device."""
+    if model.offload is not None:
+        model.offload.move_to_device(model)
+
+
+def current_values(model: nn.Module, t: Tensor) -> Tensor:
+    """A parameter or a piece of optimiser state of `model`, wherever it is now."""
+    return t if model.offload is None else model.offload.current_values(t)
+
+
+# --------------------------------------------------------------------------------------------------
+# Models and checkpoints to files and back. A checkpoint is a directory step-N, which has its name
+# only once it is whole
+
+
 def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None:
     """Write `model` in Hugging Face format to the directory `target`, whole or not at all.
 
@@ -302,20 +316,15 @@ def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None
     """
     move_to_device(model)
     release(model)
-    if dist.get_rank() == 0:
-        with pretrained.written_whole(target) as directory:
-            pretrained.write_tensors(directory, model.config, full_tensors(model))
+    main = dist.get_rank() == 0
+    with pretrained.written_whole(target) if main else contextlib.nullcontext() as directory:
+        pretrained.write_tensors(directory, model.config, full_tensors(model))
+        if main:
             finish(directory)
-            for file in directory.iterdir():
-                sync(file)
+            sync(*directory.iterdir())
+    if main:
         sync(target.parent)
-    else:
-        pretrained.write_tensors(None, model.config, full_tensors(model))
     dist.barrier()
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints of a run: a directory step-N, which has its name only once it is whole
 
 
 def save_checkpoint(
@@ -324,54 +333,40 @@ def save_checkpoint(
     """Write `folder`/step-N; of the checkpoints up to it the `keep` newest stay. Collective.
 
     tensors: DTensors and replicated tensors; run: small things that are the same on all ranks, to
-    be read back; about: what the run is made of, as its config.json. If it raises, nothing that
-    was there has changed.
+    be read back; about: what the run is made of, as its config.json. If it raises, all that was
+    whole still is.
     """
-    temporary, main = folder / f".step-{step}", dist.get_rank() == 0
-    try:
-        if main:
-            for leftover in folder.glob(".step-*"):  # of a save that was cut off
-                shutil.rmtree(leftover)
-            temporary.mkdir(parents=True)
-        dist.barrier()
+    main, target = dist.get_rank() == 0, folder / f"step-{step}"
+    if main:
+        delete(folder, [target] * target.exists())  # it is there only if it was found damaged
+    with pretrained.written_whole(target) if main else contextlib.nullcontext() as mine:
+        temporary = broadcast_from_rank0(lambda: mine)
         dcp.save(tensors, checkpoint_id=temporary)
         if main:
             torch.save(run, temporary / "run.pt")
             (temporary / "config.json").write_text(json.dumps(about, indent=1) + "\n")
         dist.barrier()
         own = sorted(temporary.iterdir())[dist.get_rank() :: dist.get_world_size()]
-        for file in own:
-            sync(file)
+        sync(*own)
         sums = gathered({file.name: crc32(file) for file in own})
         if main:
             (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=1))
-            sync(temporary / CHECKSUMS)
-            sync(temporary)
-            target = folder / f"step-{step}"
-            discard(target)  # there only if it was found damaged
-            os.replace(temporary, target)
-            for directory in (folder, folder.parent):
-                sync(directory)
-            drop_old(folder, step, keep)
-        dist.barrier()
-    except (Exception, dcp.CheckpointException):  # the latter is no Exception
-        if main:
-            shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full
-        raise
+            sync(temporary / CHECKSUMS, temporary)
+    if main:
+        sync(folder, folder.parent)
+        # One of a later step was passed over when the run was resumed: it must not count.
+        found = whole_checkpoints(folder)
+        kept = [checkpoint for checkpoint in found if step_of(checkpoint) <= step][:keep]
+        delete(folder, set(found) - set(kept))
+    dist.barrier()
 
 
-def drop_old(folder: Path, step: int, keep: int) -> None:
-    """Delete all checkpoints but the `keep` newest up to `step`. One of a later step was passed
-    over when the run was resumed: it must not count."""
-    found = whole_checkpoints(folder)
-    kept = [p for p in found if step_of(p) <= step][:keep]
-    for old in set(found) - set(kept):
-        discard(old)
-
-
-def discard(checkpoint: Path) -> None:
-    """Delete it, so that at no moment a part of it has its name."""
-    if checkpoint.exists():
+def delete(folder: Path, checkpoints: Iterable[Path]) -> None:
+    """Delete these, so that at no moment a part of one has its name; and what a save or a deletion
+    that was cut off has left."""
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
+    for checkpoint in checkpoints:
         hidden = checkpoint.with_name(f".{checkpoint.name}.old")
         os.replace(checkpoint, hidden)
         shutil.rmtree(hidden)
@@ -390,13 +385,12 @@ def step_of(checkpoint: Path) -> int:
 
 def damaged_files(checkpoint: Path) -> list[str]:
     """Names of the files that are not what was written. Collective: the ranks share the reading."""
-    bad = {}
     try:
         sums = json.loads((checkpoint / CHECKSUMS).read_text())
         names = sorted({*sums, ".metadata", "run.pt"})[dist.get_rank() :: dist.get_world_size()]
         bad = {name: 1 for name in names if not intact(checkpoint / name, sums.get(name))}
     except (OSError, ValueError, TypeError, AttributeError):
-        bad[CHECKSUMS] = 1
+        bad = {CHECKSUMS: 1}
     return sorted(gathered(bad))
 
 
@@ -443,8 +437,9 @@ def crc32(path: Path) -> int:
     return value
 
 
-def sync(path: Path) -> None:
-    """Make a file, or a name given in a directory, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def sync(*paths: Path) -> None:
+    """Make files, or the names given in directories, survive a power cut."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 import shard
 from hf.families import ModelConfig
-from model import Context, Transformer, causal_mask, rope_tables, wide
+from model import Context, Rows, Transformer, causal_mask, rope_tables, wide
 
 GB = 1_000_000_000
 RESERVED = 2 * GB
@@ -187,23 +187,23 @@ def block_pass(
     x = torch.empty(B * T, c.width, dtype=dtype, device="meta", requires_grad=True)
     if last:
         keep = torch.arange(B * (T - 1), device="meta")
-        at = at._replace(keep=keep, out=keep)
+        at = at._replace(out=Rows((B, T), keep), keep=keep)
     return run(block, x, [*block.parameters(), *tensors(at)], at)
 
 
 def shared_by_blocks(c: ModelConfig, dtype: torch.dtype, B: int, T: int) -> Context:
     """RoPE tables, and the mask where one is needed; see Transformer.forward."""
     positions = torch.arange(T, device="meta")[None]
-    tables = rope_tables(c, positions, wide(dtype)) if c.rotary else (None, None)
+    tables = rope_tables(c, positions, wide(dtype)) if c.rotary else None
     short = [window for window in set(c.windows) if window is not None and window < T]
     masked = short or c.score_cap is not None
     mask = causal_mask(positions, T, min(short, default=None)) if masked else None
-    return Context((B, T), positions, None, None, None, *tables, mask)
+    return Context(Rows((B, T)), Rows((B, T)), rope=tables, mask=mask)
 
 
 def tensors(at: Context) -> list[Tensor]:
     """What of it takes memory."""
-    return [t for t in at if isinstance(t, Tensor)]
+    return [t for t in tree_leaves(at) if isinstance(t, Tensor)]
 
 
 @lru_cache(maxsize=256)

@@ -70,39 +70,39 @@ def penalty_on(shape: dict, dtype: torch.dtype, *flags: str):
     return args, train.make_trainer(args, made, torch.device("cuda"))
 
 
-def micro_batches(shape: dict, widths: list[int], B: int = 4, group: int | None = None) -> list:
+def micro_batches(shape: dict, widths: list[int], groups: list[int]) -> list:
+    """Of four samples each."""
     rng, made = torch.Generator().manual_seed(sum(widths)), []
     for T in widths:
-        tokens = torch.randint(0, shape["vocab_size"], (B, T), generator=rng)
+        tokens = torch.randint(0, shape["vocab_size"], (4, T), generator=rng)
         labels = tokens.where(torch.arange(T) >= T // 3, -100)
         labels[0, T // 2 :] = -100
-        groups = torch.arange(B) % 2 if group is None else torch.full((B,), group)
-        made.append(data.MicroBatch(tokens, labels, groups).to("cuda"))
+        made.append(data.MicroBatch(tokens, labels, torch.tensor(groups)).to("cuda"))
     return made
 
 
-def step(penalty, shape: dict, widths: list[int], B: int = 4):
-    n = len(widths) * B
-    counts = torch.tensor([n // 2, n // 2, n])
-    return penalty.step(
-        micro_batches(shape, widths, B), micro_batches(shape, widths, B, 2), counts
-    )
+def step(penalty, shape: dict, widths: list[int], t: int = 0, mode: str = "default"):
+    """Step t, in a mode of torch.cuda.set_sync_debug_mode."""
+    for _, opt in penalty.copies.values():
+        opt.switch(t)
+    parts = micro_batches(shape, widths, [0, 1, 0, 1]), micro_batches(shape, widths, [2] * 4)
+    n = len(widths)
+    torch.cuda.set_sync_debug_mode(mode)
+    stats = penalty.step(*parts, torch.tensor([2 * n, 2 * n, 4 * n]))
+    torch.cuda.set_sync_debug_mode("default")
+    return stats
 
 
 def waits(_) -> None:
     """A step waits for the device once, however many micro-batches it has."""
     for family in ("gpt2", "llama", "gemma2"):
         shape = worker.FAMILIES[family]
-        args, penalty = penalty_on(shape, torch.bfloat16, "--lisa-interval", "9", "--clip", "1e-3")
+        _, penalty = penalty_on(shape, torch.bfloat16, "--lisa-interval", "9", "--clip", "1e-3")
         for _ in range(2):
             step(penalty, shape, [32, 24, 16])
-        train_part, val_part = (micro_batches(shape, [32, 24, 16], 4, g) for g in (None, 2))
-        counts = torch.tensor([6, 6, 12])
-        torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            penalty.step(train_part, val_part, counts)
-        torch.cuda.set_sync_debug_mode("default")
+            step(penalty, shape, [32, 24, 16], mode="warn")
         said = [f"{w.filename}:{w.lineno} {w.message}" for w in seen]
         said = [line for line in said if "synchron" in line]
         assert len(said) == 1, (family, said)
@@ -112,11 +112,9 @@ def offload(_) -> None:
     """--cpu-offload and --activation-checkpointing change no bit."""
     shape, ends = worker.FAMILIES["llama"], {}
     for flags in ((), ("--cpu-offload",), ("--activation-checkpointing",)):
-        args, penalty = penalty_on(shape, torch.bfloat16, *flags, "--lisa-layers", "1")
+        _, penalty = penalty_on(shape, torch.bfloat16, *flags, "--lisa-layers", "1")
         for t in range(4):
-            for _, opt in penalty.copies.values():
-                opt.switch(t)
-            step(penalty, shape, [24, 16])
+            step(penalty, shape, [24, 16], t)
         parts = []
         for model, opt in penalty.copies.values():
             opt.finish(4)
@@ -131,12 +129,8 @@ def compiled(_) -> None:
     """Compiled blocks compute what eager ones do, in few graphs."""
     shape, runs = worker.FAMILIES["llama"], []
     for flags in ((), ("--compile",)):
-        args, penalty = penalty_on(shape, torch.float32, *flags, "--lisa-layers", "1")
-        stats = []
-        for t in range(4):
-            for _, opt in penalty.copies.values():
-                opt.switch(t)
-            stats.append(step(penalty, shape, [24, 16 + 8 * t]).source_loss_w)
+        _, penalty = penalty_on(shape, torch.float32, *flags, "--lisa-layers", "1")
+        stats = [step(penalty, shape, [24, 16 + 8 * t], t).source_loss_w for t in range(4)]
         runs.append(torch.stack(stats).double())
     assert distance(*runs) < 1e-5, runs
     graphs = worker.counters["stats"]["unique_graphs"]
@@ -151,12 +145,12 @@ def fsdp(_) -> None:
         whole = build(config, weights, torch.bfloat16, "cuda")
         with torch.device("meta"):
             cut = Transformer(config).to(torch.bfloat16)
-        shard.shard(cut, torch.device("cuda"), whole=False)
+        shard.shard(cut, torch.device("cuda"), keep_gathered=False)
         cut.to_empty(device="cuda")
         cut._get_fsdp_state()._lazy_init()
         shard.fill(cut, weights)
         cut.gather_once, cut.offload = False, None
-        (batch,) = micro_batches(worker.FAMILIES[family], [24])
+        (batch,) = micro_batches(worker.FAMILIES[family], [24], [0] * 4)
         losses, grads = [], []
         for model in (whole, cut):
             out = model(batch.tokens, batch.labels)

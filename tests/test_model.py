@@ -1,13 +1,13 @@
 """model.py against transformers, on tiny models of every family (tests/cases.py)."""
 
 import dataclasses
-import weakref
+from collections import Counter
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from cli.plan import Live
 from hf import pretrained
 from model import (
     Head,
@@ -97,28 +97,32 @@ def test_bf16_is_as_close_to_fp32_as_transformers_bf16_is(case, checkpoint):
     assert distance(ours, exact) < 1.5 * theirs_error + 1e-3
 
 
+def assert_continues(ours, prompts, n, want):
+    """With the cache and without."""
+    assert generate(ours, prompts, n) == want
+    assert generate(ours, prompts, n, use_cache=False) == want
+
+
+PROMPTS = [[5], [9, 3, 60, 2, 11, 8, 4], [1, 2, 3]]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_generation_matches_transformers(case, checkpoint):
     theirs, directory = checkpoint(case)
-    ours = from_pretrained(directory)
-    prompts = [[5], [9, 3, 60, 2, 11, 8, 4], [1, 2, 3]]
     want = []
-    for prompt in prompts:
+    for prompt in PROMPTS:
         out = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
         want.append(out[0, len(prompt) :].tolist())
-    assert generate(ours, prompts, 12) == want
-    assert generate(ours, prompts, 12, use_cache=False) == want
+    assert_continues(from_pretrained(directory), PROMPTS, 12, want)
 
 
 def test_stories_are_those_of_transformers(asset):
     transformers = pytest.importorskip("transformers")
     directory = asset("model/stories260K-hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
-    prompt = torch.tensor([[1]])
-    out = theirs.generate(prompt, max_new_tokens=200, do_sample=False, eos_token_id=None)
-    ours = from_pretrained(directory)
-    assert generate(ours, [[1]], 200) == [out[0, 1:].tolist()]
-    assert generate(ours, [[1]], 200, use_cache=False) == [out[0, 1:].tolist()]
+    prompt, options = torch.tensor([[1]]), {"do_sample": False, "eos_token_id": None}
+    out = theirs.generate(prompt, max_new_tokens=200, **options)
+    assert_continues(from_pretrained(directory), [[1]], 200, [out[0, 1:].tolist()])
 
 
 # Generation
@@ -126,30 +130,24 @@ def test_stories_are_those_of_transformers(asset):
 
 def test_generation_stops_each_row_at_its_own_eos(checkpoint):
     ours = from_pretrained(checkpoint("llama-3.1")[1])
-    prompts = [[5], [9, 3, 60, 2, 11, 8, 4], [1, 2, 3]]
-    free = generate(ours, prompts, 12)
+    free = generate(ours, PROMPTS, 12)
     ends = free[0][4], free[2][7]
-    stopped = generate(ours, prompts, 12, eos_id=list(ends))
-    for row, reply in zip(free, stopped, strict=True):
-        first = next((i for i, token in enumerate(row) if token in ends), 12)
-        assert reply == row[:first]
-    assert generate(ours, prompts[:1], 12, eos_id=ends[0]) == [
-        free[0][: free[0].index(ends[0])]
-    ]
+    cut = [[*row, *ends] for row in free]
+    cut = [row[: min(map(row.index, ends))][:12] for row in cut]
+    assert generate(ours, PROMPTS, 12, eos_id=list(ends)) == cut
+    assert generate(ours, PROMPTS[:1], 12, eos_id=ends[0]) == [free[0][: free[0].index(ends[0])]]
 
 
 def test_generation_runs_until_the_caller_stops_it(checkpoint):
     ours = from_pretrained(checkpoint("llama-3.1")[1])
+    eos = generate(ours, [[5]], 1)[0][0]
     forwards, told = [], []
     ours.register_forward_pre_hook(lambda *_: forwards.append(1))
-    eos = generate(ours, [[5]], 1)[0][0]
-    forwards.clear()
     assert generate(ours, [[5]], 6, eos_id=eos) == [[]]
     assert len(forwards) == 1
-    forwards.clear()
     stop_when = lambda done: bool(told.append(done))  # noqa: E731
     assert generate(ours, [[5]], 6, eos_id=eos, stop_when=stop_when) == [[]]
-    assert len(forwards) == 6
+    assert len(forwards) == 1 + 6
     assert told == [True] * 6
 
 
@@ -159,15 +157,14 @@ def test_generation_ends_each_row_at_the_last_position(family, checkpoint):
     prompts = [[3, 1, 4] * 20, [2] * 50, [7, 8]]
     alone = [generate(ours, [prompt], 20)[0] for prompt in prompts]
     assert list(map(len, alone)) == [4, 14, 20]
-    assert generate(ours, prompts, 20) == alone
-    assert generate(ours, prompts, 20, use_cache=False) == alone
+    assert_continues(ours, prompts, 20, alone)
 
 
 def test_generation_refuses_what_does_not_fit(checkpoint):
     ours = from_pretrained(checkpoint("gpt2")[1])
-    with pytest.raises(ValueError, match=r"prompts \[0, 2\]: each needs 1 to 63 tokens"):
+    with pytest.raises(ValueError, match=r"prompts \[0, 2\].* 1 to 63 "):
         generate(ours, [[], [1], [1] * 64], 10)
-    with pytest.raises(ValueError, match="65 tokens: the model has 64 positions"):
+    with pytest.raises(ValueError, match="65 tokens.* 64 positions"):
         ours(torch.zeros(1, 65, dtype=torch.long))
     for wrong in {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}:
         with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -203,11 +200,10 @@ class Ops(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.counts = {}
+        self.counts = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        self.counts[name] = self.counts.get(name, 0) + 1
+        self.counts[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -224,7 +220,7 @@ def test_chunked_head_matches_whole_head(case, checkpoint):
             losses[:3].prod().backward()
         grads = torch.cat([p.grad.flatten() for p in ours.parameters()])
         results.append((losses.detach(), grads))
-        products.append(ops.counts["mm"] + ops.counts.get("addmm_", 0))
+        products.append(ops.counts["mm"] + ops.counts["addmm_"])
         chunks.append(ops.counts["_log_softmax"])
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
     assert chunks[0] == 1 < chunks[1]
@@ -250,31 +246,6 @@ def test_losses_in_bf16_are_those_of_the_same_numbers_in_float64(cap, n):
     assert far[0] < 2e-3 and max(far) < 1e-2, far
 
 
-class LiveBytes(TorchDispatchMode):
-    """Tracks how many bytes the tensors made inside it hold at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.storages = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.storages:
-                    self.storages.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def release(self, storage, n_bytes):
-        self.storages.remove(storage)
-        self.now -= n_bytes
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_recomputing_head_never_holds_a_tenth_of_the_logits(family):
     fields = {"model_type": family, "head_dim": 8} | SIZES | {"vocab_size": 128_000}
@@ -286,7 +257,7 @@ def test_recomputing_head_never_holds_a_tenth_of_the_logits(family):
             hidden = torch.empty(8 * 1024, 32, requires_grad=True)
             targets = torch.empty(8 * 1024, dtype=torch.long)
         head.logits_bytes = limit
-        with LiveBytes() as live:
+        with Live([]) as live:
             head(hidden, targets).sum().backward()
         peaks.append(live.peak)
         assert head.weight.grad.shape == (128_000, 32)
