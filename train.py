@@ -21,7 +21,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -34,7 +33,7 @@ import data
 import evaluate
 import shard
 from bilevel import PenaltyStep, PlainStep, SourceWeights
-from cli import plan, plots, report
+from cli import plan, report
 from cli.flags import Inputs, checkpoints, lock_directory, parse, plan_inputs, prepare, record
 from hf import templates
 from lisa import Lisa
@@ -295,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     if finished:
         if first:
-            print(retold(args.out), "", f"{args.out} is a finished run.", sep="\n")
+            print(report.retold(args.out), "", f"{args.out} is a finished run.", sep="\n")
         return 0
     device, signals = shard.start(shard.FILES_TIMEOUT), catch_signals()
     # --resume never: a late rank finds rank 0's taken.
@@ -321,11 +320,9 @@ def main(argv: list[str] | None = None) -> int:
         code, last_words = 1, str(error)
     except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
         # Leave at once: where a rank is gone, taking the process group down would wait for it.
-        if report.out_of_memory(error):
-            what = memory.advice(args.out / f"error-rank{dist.get_rank()}.log")
-        else:
-            what = reason(error, args)
-        print(f"rank {dist.get_rank()} ends: {what}", file=sys.stderr)
+        rank = dist.get_rank()
+        what = report.why(error, args.out, args.timeout, memory, rank)
+        print(f"rank {rank} ends: {what}", file=sys.stderr)
         shard.exit_now(1)
     if first:
         print(last_words, file=sys.stderr if code == 1 else sys.stdout, flush=True)
@@ -333,43 +330,14 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def retold(out: Path) -> str:
-    """The report of a run that was finished earlier."""
-    try:
-        return report.render(out)
-    except OSError as error:  # somebody took a file away
-        return f"no report: {error.filename}: {error.strerror}"
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        return f"no report: a file in {out} is damaged ({error})"
-
-
 def draw_picture(args: argparse.Namespace) -> list[str]:
     """The picture of a finished run; or a line that says why there is none."""
     name = "weights.png" if args.mode == "bilevel" else "losses.png"
     try:
-        plots.plot([args.out], args.out / name)
+        report.plot([args.out], args.out / name)
     except ValueError as error:
         return [f"no {name}: {error}"]
     return []
-
-
-def reason(error: BaseException, args: argparse.Namespace) -> str:
-    """Why a rank ends, in a line; for what should not happen, the traceback goes before it."""
-    if isinstance(error, dcp.CheckpointException):  # of the ranks that failed, one's
-        error = next(iter(error.failures.values()))[0]
-    if isinstance(error, OSError):
-        return f"{error.filename or args.out}: {error.strerror or error}"
-    if "inline_container" in str(error):  # torch.save forgets what the system said
-        return f"a checkpoint in {args.out} could not be written: is the disk full?"
-    if type(error).__name__ == "SafetensorError":
-        return f"{args.out}/model could not be written: {error}"
-    if shard.lost_peer(error):
-        saved = shard.whole_checkpoints(args.out / "checkpoints")
-        goes_on = "goes on from the last checkpoint" if saved else "starts anew: nothing was saved"
-        return ("another rank is gone, or did not come within the --timeout of "
-                f"{args.timeout:g} s. The same command {goes_on}.")
-    traceback.print_exception(error)
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def plan_settings(args: argparse.Namespace, inputs: Inputs, device: torch.device) -> dict:

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 import evaluate
-from cli import plots
+from cli import report
 
 LONG = [
     "GPTeacher-General-Instruct", "orca-math-word-problems-200k", "code_contests_$python$_filtered",
@@ -72,27 +72,27 @@ def test_no_two_texts_overlap(tmp_path, monkeypatch, case):
         + [write_run(tmp_path / "tuned", LONG[:5], learns=False)],
         "one source, one step": [write_run(tmp_path / "one", ["only"], steps=1)],
     }[case]
-    boxes = written(plots.figure_of([plots.read_run(path) for path in paths]), monkeypatch)
+    boxes = written(report.figure_of([report.read_run(path) for path in paths]), monkeypatch)
     assert len(boxes) > 8 * len({path.name.isdigit() for path in paths})
     for (a, box_a), (b, box_b) in itertools.combinations(boxes, 2):
         assert not box_a.shrunk(0.98, 0.8).overlaps(box_b), (a, b)
 
 
 def test_what_a_bar_says(tmp_path):
-    runs = [plots.read_run(write_run(tmp_path / str(s), ["a", "b"], 100, s)) for s in range(3)]
+    runs = [report.read_run(write_run(tmp_path / str(s), ["a", "b"], 100, s)) for s in range(3)]
     series = [[row["weights"]["a"] for row in run.rows] for run in runs]
-    value, se, final = plots.bar(runs[:1], "a")
+    value, se, final = report.bar(runs[:1], "a")
     parts = np.array(series[0][-20:]).reshape(10, 2).mean(1)  # batch means
     assert value == pytest.approx(np.mean(series[0][-20:]))
     assert se == pytest.approx(parts.std(ddof=1) / math.sqrt(10))
     assert final == [series[0][-1]]
-    value, se, final = plots.bar(runs, "a")
+    value, se, final = report.bar(runs, "a")
     means = np.array([np.mean(s[-20:]) for s in series])
     assert value == pytest.approx(means.mean())
     assert se == pytest.approx(means.std(ddof=1) / math.sqrt(3))
     assert final == [s[-1] for s in series]
-    tuned = plots.read_run(write_run(tmp_path / "tuned", ["a", "b", "c"], learns=False))
-    assert plots.bar([tuned], "c") == (0.5, None, [])
+    tuned = report.read_run(write_run(tmp_path / "tuned", ["a", "b", "c"], learns=False))
+    assert report.bar([tuned], "c") == (0.5, None, [])
 
 
 def test_plot_writes_a_picture(tmp_path, capsys, monkeypatch):
@@ -114,7 +114,7 @@ def test_what_cannot_be_drawn_is_one_line_each(tmp_path, capsys, monkeypatch):
     (tmp_path / "broken/config.json").write_text('{"flags": {"se')
     with open(tmp_path / "x/metrics.jsonl", "a") as file:
         file.write('{"step": 60, "wei')  # killed at this point: the rest is drawn
-    assert len(plots.read_run(tmp_path / "x").rows) == 60
+    assert len(report.read_run(tmp_path / "x").rows) == 60
     for args, expected in (
         (["nowhere", "new", "broken"],
          ["nowhere: not the directory of a run", "new: the run has not done a step yet",
@@ -127,4 +127,4 @@ def test_what_cannot_be_drawn_is_one_line_each(tmp_path, capsys, monkeypatch):
     assert len(capsys.readouterr().err.splitlines()) == 1
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert evaluate.main(["plot", "x"]) == 2
-    assert capsys.readouterr().err.splitlines() == [plots.NEEDS]
+    assert capsys.readouterr().err.splitlines() == [report.NEEDS]
