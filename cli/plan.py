@@ -72,33 +72,21 @@ class Live(TorchDispatchMode):
         self.bytes -= n_bytes
 
 
-class FusedAttention(torch.autograd.Function):
-    """What the flash and memory-efficient kernels keep: q, k, v, y and a statistic of each row."""
+class Fused(torch.autograd.Function):
+    """What a GPU's kernels keep: flash and memory-efficient attention q, k, v, y and a statistic of
+    each row; RMSNorm its input, its weight and a statistic of each row."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = torch.empty_like(q)  # (B, N, T, H)
-        ctx.save_for_backward(q, k, v, y, q.new_empty(q.shape[:-1], dtype=wide(q.dtype)))
+    def forward(ctx, keeps_output: bool, *inputs: Tensor) -> Tensor:
+        x = inputs[0]
+        y, statistic = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=wide(x.dtype))
+        ctx.n_inputs = len(inputs)
+        ctx.save_for_backward(*inputs, statistic, *[y] * keeps_output)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        q, k, v, *_ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-class FusedNorm(torch.autograd.Function):
-    """What the fused RMSNorm keeps: its input and a statistic of each row."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=wide(x.dtype)))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight)
+        return None, *map(torch.empty_like, ctx.saved_tensors[: ctx.n_inputs])
 
 
 class FusedKernels(TorchFunctionMode):
@@ -106,9 +94,9 @@ class FusedKernels(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
-            return FusedAttention.apply(*args[:3])
+            return Fused.apply(True, *args[:3])
         if func is F.rms_norm:
-            return FusedNorm.apply(args[0], (*args, *(kwargs or {}).values())[2])
+            return Fused.apply(False, args[0], (*args, *(kwargs or {}).values())[2])
         return func(*args, **(kwargs or {}))
 
 

@@ -12,6 +12,7 @@ S sources.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -522,11 +523,16 @@ def figure_of(runs: list[Run]):
 def draw_row(figure, runs: list[Run]) -> None:
     """Over the steps the learned weights, or of fine-tuning the training and held-out losses; the
     sources' losses under w; and the weights as bars, which name the colours."""
+    from matplotlib import colormaps
+
     others = f" and {len(runs) - 1} more of other seeds" if len(runs) > 1 else ""
     title = shorten(str(runs[0].path), TITLE_LENGTH - len(others)) + others
     figure.suptitle(title, x=0.01, ha="left", fontsize="medium", parse_math=False)
     left, middle, right = figure.subplots(1, 3, width_ratios=(4, 4, 3))
-    styles = dict(zip(runs[0].names, palette(len(runs[0].names)), strict=True))
+    colours = colormaps["tab20"].colors
+    colours = colours[::2] + colours[1::2]  # the dark ones first
+    looks = [{"color": c, "linestyle": dash} for dash in ("-", "--", ":") for c in colours]
+    styles = dict(zip(runs[0].names, itertools.cycle(looks), strict=False))
     steps = [len(run.rows) for run in runs]
     window = max(1, min(steps) // 50)
     if runs[0].learns:
@@ -566,14 +572,13 @@ def draw_source_losses(axes, runs: list[Run], styles: dict, window: int) -> None
     """Of several runs the mean."""
     steps = min(len(run.rows) for run in runs)
 
-    def mean(key: str, name: str | None = None) -> np.ndarray:
+    def mean(key: str, name: str | None = None) -> list[np.ndarray]:
         every = [smooth(run.series(key, name)[:steps], window) for run in runs]
-        return np.ma.masked_invalid(every).mean(0).filled(math.nan)
+        return [np.ma.masked_invalid(every).mean(0).filled(math.nan)]
 
     for name, style in styles.items():
-        lines(axes, [mean("source_loss_w", name)], **style, linewidth=0.9)
-    if runs[0].learns:
-        lines(axes, [mean("val_loss")], color="black", label="validation")
+        lines(axes, mean("source_loss_w", name), **style, linewidth=0.9)
+    lines(axes, mean("val_loss") if runs[0].learns else [], color="black", label="validation")
     finish_losses(axes, window, "loss under w (nats)")
 
 
@@ -618,17 +623,6 @@ def bar(runs: list[Run], name: str) -> tuple[float, float | None, list[float]]:
     if len(runs) > 1:
         return float(np.mean(means)), float(np.std(means, ddof=1)) / math.sqrt(len(runs)), final
     return means[0], standard_error(last_fifth(series[0])), final
-
-
-def palette(n: int) -> list[dict]:
-    """A colour for each source, and a line style once the twenty colours are used up."""
-    from matplotlib import colormaps
-
-    colours = colormaps["tab20"].colors
-    colours = colours[::2] + colours[1::2]  # the dark ones first
-    return [
-        {"color": colours[i % 20], "linestyle": ("-", "--", ":")[i // 20 % 3]} for i in range(n)
-    ]
 
 
 def lines(axes, curves: list[np.ndarray], label: str | None = None, **style) -> None:
