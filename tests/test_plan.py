@@ -49,10 +49,7 @@ SMALL = {
 }  # fmt: skip
 # Large enough that single tensors matter more than what Python and FSDP2 keep beside them.
 MEDIUM = {
-    "tied": {
-        "model_type": "gpt2", "n_embd": 192, "n_layer": 4, "n_head": 4, "n_positions": 128,
-        "vocab_size": 4000,
-    },
+    "tied": SMALL["tied"] | {"n_embd": 192, "n_layer": 4, "n_positions": 128, "vocab_size": 4000},
     "untied": {
         "model_type": "gpt_neox", "hidden_size": 192, "num_hidden_layers": 4, "vocab_size": 4000,
         "num_attention_heads": 4, "intermediate_size": 768, "max_position_embeddings": 128,
@@ -118,7 +115,7 @@ def n_bytes(tensors) -> int:
 
 
 def live_state(penalty: PenaltyStep) -> dict[str, int]:
-    """Bytes of both copies' tensors; call it between the backward passes and the update."""
+    """Bytes of both copies' tensors; gradients are there between backward and update alone."""
     copies = (penalty.w, penalty.opt_w), (penalty.u, penalty.opt_u)
     apart = [m for _, opt in copies for p, m in opt.masters.items() if m is not p]
     trained = [m for _, opt in copies for m in opt.masters.values()]
@@ -127,7 +124,7 @@ def live_state(penalty: PenaltyStep) -> dict[str, int]:
         "parameters": sum(n_bytes(model.parameters()) for model, _ in copies),
         "masters": n_bytes(apart),
         "AdamW moments": both - n_bytes(apart),
-        "gradients": n_bytes(m.grad for m in trained),
+        "gradients": n_bytes(m.grad for m in trained if m.grad is not None),
     }
 
 
@@ -182,15 +179,16 @@ def peak() -> list:
             "ranks": dist.get_world_size(), "dtype": DTYPES[dtype], "micro_batch_size": B,
             "max_length": T, "lisa_layers": n_active, "lisa_ends": ends,
         }  # fmt: skip
-        planned = planning.plan(config, **settings)
+        planned = planning.plan(config, **settings).peak
         what = f"{kind} {dtype} {'once' if once else 'by block'} {ends} {B} x {T}"
-        results.append([what, allocated, planned.peak, planned.components])
+        results.append([what, allocated, planned])
     return results
 
 
 def measured_step(penalty: PenaltyStep, config: ModelConfig, B: int, T: int) -> int | None:
     """Bytes at the peak of a step; None if what was taken and what was given back never balance."""
-    before = live_state_without_gradients(penalty)
+    kept = live_state(penalty)
+    before = sum(kept.values()) - kept["gradients"]
     for _ in range(5):
         with torch.profiler.profile(profile_memory=True) as profiler:
             one_step(penalty, config, B, T)
@@ -223,25 +221,16 @@ def flat() -> list:
     return peaks
 
 
-def live_state_without_gradients(penalty: PenaltyStep) -> int:
-    copies = (penalty.w, penalty.opt_w), (penalty.u, penalty.opt_u)
-    return sum(n_bytes(m.parameters()) + n_bytes(opt.state_tensors()) for m, opt in copies)
-
-
 def rss() -> list:
-    """(measured, planned, parts) for GPT-2 124M in fp32, micro-batch 1 x 64: the second step."""
+    """(measured, planned) for GPT-2 124M in fp32, micro-batch 1 x 64: the second step."""
     config = CONFIGS["GPT-2"]
     memory = AnonymousMemory()
     penalty = penalty_step(config, torch.float32, 2, "always")
-    loading, memory.peak = memory.peak - memory.start_at, 0
-    seen = []
+    memory.peak = 0  # of loading
     for _ in range(2):
         one_step(penalty, config, 1, 64, n_train=1)
-        seen.append(memory.peak - memory.start_at)
     settings = {"ranks": 1, "dtype": torch.float32, "micro_batch_size": 1, "max_length": 64}
-    planned = planning.plan(config, **FLAGS | settings)
-    rest = {"loading": loading, "steps": seen, "components": planned.components}
-    return [seen[-1], planned.peak, rest]
+    return [memory.peak - memory.start_at, planning.plan(config, **FLAGS | settings).peak]
 
 
 MEASURES = {f.__name__: f for f in (state, turns, peak, flat, rss)}
@@ -293,8 +282,8 @@ def test_state_of_copies_that_take_turns_equals_the_plan_to_the_byte(alone):
 def test_peak_matches_what_the_allocator_counts(alone, tmp_path):
     """Within 0.1% where activations matter, as in real runs; within 3% for batches of 8 tokens."""
     results = alone["peak"] + run(tmp_path / "results", "peak", pretended="2")[0]["peak"]
-    skip_unless_measured(allocated for _, allocated, *_ in results)
-    for what, allocated, planned, _ in results:
+    skip_unless_measured(allocated for _, allocated, _ in results)
+    for what, allocated, planned in results:
         tolerance = 1e-3 if what.endswith("4 x 64") else 0.03
         assert abs(planned - allocated) < tolerance * allocated, what
 
@@ -303,7 +292,7 @@ def test_resident_memory_of_124m_parameters_is_near_the_plan(tmp_path):
     """Within 10%, with an allocator that gives back what is freed. Planned 2.59 GB, seen 2.60."""
     settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
                 "MALLOC_TRIM_THRESHOLD_": "0"}  # fmt: skip
-    used, planned, _ = run(tmp_path / "results", "rss", **settings)[0]["rss"]
+    used, planned = run(tmp_path / "results", "rss", **settings)[0]["rss"]
     assert abs(used - planned) < 0.1 * planned
 
 
