@@ -34,7 +34,7 @@ from torch import Tensor
 
 import data
 import shard
-from cli import plots
+from cli import report
 from cli.flags import Parser
 from data import cache_dir
 from grading import answers, journal, mtbench
@@ -605,7 +605,7 @@ def plot_command(args: argparse.Namespace) -> int:
     """Draw runs into one picture."""
     folder = args.run[0] if len(args.run) == 1 else Path()
     file = args.out or folder / "weights.png"
-    plots.plot(args.run, file)
+    report.plot(args.run, file)
     print(file)
     return 0
 

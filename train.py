@@ -20,7 +20,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ import data
 import evaluate
 import shard
 from bilevel import PenaltyStep, PlainStep, SourceWeights
-from cli import plan, plots, report
+from cli import plan, report
 from cli.flags import Flags, parse
 from cli.inputs import Inputs, checkpoints, lock_directory, plan_inputs, prepare, record
 from hf import templates
@@ -278,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     if finished:
         if first:
-            print(retold(flags.out), "", f"{flags.out} is a finished run.", sep="\n")
+            print(report.retold(flags.out), "", f"{flags.out} is a finished run.", sep="\n")
         return 0
     device, signals = shard.start(shard.FILES_TIMEOUT), catch_signals()
     # --resume never: a late rank finds rank 0's taken.
@@ -304,11 +303,9 @@ def main(argv: list[str] | None = None) -> int:
         code, last_words = 1, str(error)
     except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
         # Leave at once: where a rank is gone, taking the process group down would wait for it.
-        if report.out_of_memory(error):
-            what = memory.advice(flags.out / f"error-rank{dist.get_rank()}.log")
-        else:
-            what = reason(error, flags)
-        print(f"rank {dist.get_rank()} ends: {what}", file=sys.stderr)
+        rank = dist.get_rank()
+        what = report.why(error, flags.out, flags.timeout, memory, rank)
+        print(f"rank {rank} ends: {what}", file=sys.stderr)
         shard.exit_now(1)
     if first:
         print(last_words, file=sys.stderr if code == 1 else sys.stdout, flush=True)
@@ -316,43 +313,14 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def retold(out: Path) -> str:
-    """The report of a run that was finished earlier."""
-    try:
-        return report.render(out)
-    except OSError as error:  # somebody took a file away
-        return f"no report: {error.filename}: {error.strerror}"
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        return f"no report: a file in {out} is damaged ({error})"
-
-
 def draw_picture(flags: Flags) -> list[str]:
     """The picture of a finished run; or a line that says why there is none."""
     name = "weights.png" if flags.mode == "bilevel" else "losses.png"
     try:
-        plots.plot([flags.out], flags.out / name)
+        report.plot([flags.out], flags.out / name)
     except ValueError as error:
         return [f"no {name}: {error}"]
     return []
-
-
-def reason(error: BaseException, flags: Flags) -> str:
-    """Why a rank ends, in a line; for what should not happen, the traceback goes before it."""
-    if isinstance(error, dcp.CheckpointException):  # of the ranks that failed, one's
-        error = next(iter(error.failures.values()))[0]
-    if isinstance(error, OSError):
-        return f"{error.filename or flags.out}: {error.strerror or error}"
-    if "inline_container" in str(error):  # torch.save forgets what the system said
-        return f"a checkpoint in {flags.out} could not be written: is the disk full?"
-    if type(error).__name__ == "SafetensorError":
-        return f"{flags.out}/model could not be written: {error}"
-    if shard.lost_peer(error):
-        saved = shard.whole_checkpoints(flags.out / "checkpoints")
-        goes_on = "goes on from the last checkpoint" if saved else "starts anew: nothing was saved"
-        return ("another rank is gone, or did not come within the --timeout of "
-                f"{flags.timeout:g} s. The same command {goes_on}.")
-    traceback.print_exception(error)
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def plan_settings(flags: Flags, inputs: Inputs, device: torch.device) -> dict:

@@ -37,40 +37,7 @@ from model import Context, Rows, Transformer, causal_mask, rope_tables, wide
 
 GB = 1_000_000_000
 RESERVED = 2 * GB
-CARDS = 24, 48, 80, 141  # GB of the GPUs that `markdown` asks about
 STATE = "parameters", "masters", "AdamW moments", "gradients"
-
-# From the public config.json files: what decides about sizes and kernels.
-LLAMA = {"model_type": "llama", "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
-LLAMA3 = LLAMA | {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}
-MODELS = {
-    "GPT-2": {
-        "model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12,
-        "n_positions": 1024},
-    "LLaMA-3-8B": LLAMA3 | {
-        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "intermediate_size": 14336},
-    "Gemma-2-9B": {
-        "model_type": "gemma2", "vocab_size": 256000, "hidden_size": 3584, "num_hidden_layers": 42,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256,
-        "intermediate_size": 14336, "max_position_embeddings": 8192, "sliding_window": 4096,
-        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6},
-    "GPT-NeoX-20B": {
-        "model_type": "gpt_neox", "vocab_size": 50432, "hidden_size": 6144, "rotary_pct": 0.25,
-        "num_hidden_layers": 44, "num_attention_heads": 64, "intermediate_size": 24576,
-        "max_position_embeddings": 2048, "hidden_act": "gelu_fast"},
-    "Qwen-2.5-32B": {
-        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 5120, "num_hidden_layers": 64,
-        "num_attention_heads": 40, "num_key_value_heads": 8, "intermediate_size": 27648,
-        "max_position_embeddings": 131072, "rope_theta": 1000000.0, "rms_norm_eps": 1e-5},
-    "Yi-34B": LLAMA | {
-        "vocab_size": 64000, "hidden_size": 7168, "num_hidden_layers": 60,
-        "num_attention_heads": 56, "intermediate_size": 20480, "max_position_embeddings": 4096,
-        "rope_theta": 5000000.0},
-    "LLaMA-3-70B": LLAMA3 | {
-        "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
-        "intermediate_size": 28672},
-}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -105,33 +72,21 @@ class Live(TorchDispatchMode):
         self.bytes -= n_bytes
 
 
-class FusedAttention(torch.autograd.Function):
-    """What the flash and memory-efficient kernels keep: q, k, v, y and a statistic of each row."""
+class Fused(torch.autograd.Function):
+    """What a GPU's kernels keep: flash and memory-efficient attention q, k, v, y and a statistic of
+    each row; RMSNorm its input, its weight and a statistic of each row."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = torch.empty_like(q)  # (B, N, T, H)
-        ctx.save_for_backward(q, k, v, y, q.new_empty(q.shape[:-1], dtype=wide(q.dtype)))
+    def forward(ctx, keeps_output: bool, *inputs: Tensor) -> Tensor:
+        x = inputs[0]
+        y, statistic = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=wide(x.dtype))
+        ctx.n_inputs = len(inputs)
+        ctx.save_for_backward(*inputs, statistic, *[y] * keeps_output)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        q, k, v, *_ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-class FusedNorm(torch.autograd.Function):
-    """What the fused RMSNorm keeps: its input and a statistic of each row."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=wide(x.dtype)))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight)
+        return None, *map(torch.empty_like, ctx.saved_tensors[: ctx.n_inputs])
 
 
 class FusedKernels(TorchFunctionMode):
@@ -139,9 +94,9 @@ class FusedKernels(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
-            return FusedAttention.apply(*args[:3])
+            return Fused.apply(True, *args[:3])
         if func is F.rms_norm:
-            return FusedNorm.apply(args[0], (*args, *(kwargs or {}).values())[2])
+            return Fused.apply(False, args[0], (*args, *(kwargs or {}).values())[2])
         return func(*args, **(kwargs or {}))
 
 
@@ -151,7 +106,7 @@ def meta_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
         return Transformer(replace(config, n_layers=1, windows=config.windows[:1])).to(dtype)
 
 
-class Pass(NamedTuple):
+class Cost(NamedTuple):
     """Bytes that a module allocates beside its input and parameters."""
 
     saved: int  # alive between forward and backward, its output included
@@ -159,20 +114,20 @@ class Pass(NamedTuple):
     backward: int  # peak of backward, with the gradients of input and parameters
 
 
-def run(module, x: Tensor, given: list[Tensor], *args) -> Pass:
+def run(module, x: Tensor, given: list[Tensor], *args) -> Cost:
     """Forward and backward of `module(x, *args)`, counted."""
     with Live([x, *given]) as live, FusedKernels():
         y = module(x, *args)
         saved, forward = live.bytes, live.peak
         live.peak = 0
         y.backward(y.detach())  # the gradient takes the place of the output
-    return Pass(saved, forward, live.peak)
+    return Cost(saved, forward, live.peak)
 
 
 @lru_cache(maxsize=256)
 def block_pass(
     c: ModelConfig, dtype: torch.dtype, B: int, T: int, active: bool, alone: bool, last: bool
-) -> Pass:
+) -> Cost:
     """Of one block, with its parameters trained or frozen.
 
     alone   on one rank, where a parameter's gradient is added to the sum, and gone, as soon as it
@@ -207,7 +162,7 @@ def tensors(at: Context) -> list[Tensor]:
 
 
 @lru_cache(maxsize=256)
-def head_pass(c: ModelConfig, dtype: torch.dtype, n: int, active: bool) -> Pass:
+def head_pass(c: ModelConfig, dtype: torch.dtype, n: int, active: bool) -> Cost:
     """Of the final norm and the losses at n positions."""
     model = meta_model(c, dtype).requires_grad_(active)
     x = torch.empty(n, c.width, dtype=dtype, device="meta", requires_grad=True)
@@ -294,8 +249,6 @@ def plan(
     copies: int = 2,
     batch_size: int | None = None,
     val_batch_size: int | None = None,
-    lisa: bool = True,
-    rank: int = 0,
 ) -> Plan:
     """The peak of w's pass, while u's gradients wait for the update, in the worst of LISA's draws.
 
@@ -304,28 +257,24 @@ def plan(
     batch_size, val_batch_size    samples of a step over all ranks; None: as many as fill up
                       micro-batches. "validation pass" is what validation's, if they are larger
                       than training's, need beyond those
-    lisa              False: everything trains, as with lisa_layers = 0 and lisa_ends = "always"
     """
-    n = lisa_layers if lisa and lisa_layers else config.n_layers
+    n = lisa_layers or config.n_layers
     draws = {"always": [(n, True)], "frozen": [(n, False)], "sampled": [(n, False), (n - 1, True)]}
-    if not (lisa and lisa_layers):  # there is nothing to draw
+    if not lisa_layers:  # there is nothing to draw
         draws["sampled"] = draws["always"]
 
     def worst(batch: int | None) -> Plan:
         B = min(micro_batch_size, max(1, batch // ranks)) if batch else micro_batch_size
         plans = []
-        for draw in draws[lisa_ends if lisa else "always"]:
-            one = state(config, ranks, dtype, *draw, rank)
-            here = copies - bool(cpu_offload)
-            all_copies = {name: here * n_bytes for name, n_bytes in one.items()}
-            all_copies["gradients"] = copies * one["gradients"]  # see shard.Offload
-            host = sum(one.values()) - one["gradients"]
-            step = Step(config, dtype, ranks, B, max_length, *draw, activation_checkpointing)
-            for moment in step.moments():
-                if "w's gradients" in moment:
-                    u = all_copies["gradients"] - one["gradients"]
-                    moment["gradients"] = u + moment.pop("w's gradients")
-                plans.append(Plan(all_copies | moment, host if cpu_offload else 0))
+        for draw in draws[lisa_ends]:
+            one = state(config, ranks, dtype, *draw)
+            waiting = (copies - 1) * one["gradients"]  # u's stay on the device: see shard.Offload
+            host = sum(one.values()) - one["gradients"] if cpu_offload else 0
+            here = {name: (copies - bool(cpu_offload)) * n_bytes for name, n_bytes in one.items()}
+            of = config, dtype, ranks, B, max_length, *draw, activation_checkpointing
+            for moment in Pass(*of):
+                gradients = waiting + moment.get("gradients", one["gradients"])
+                plans.append(Plan(here | moment | {"gradients": gradients}, host))
         return max(plans, key=lambda p: p.peak)
 
     train = worst(batch_size)
@@ -334,176 +283,127 @@ def plan(
     return replace(train, components=train.components | extra)
 
 
-def settings(args, ranks: int, dtype: torch.dtype) -> dict:
+def settings(flags, ranks: int, dtype: torch.dtype) -> dict:
     """What `plan` takes, from the flags of a run."""
     names = (
         "micro_batch_size", "max_length", "lisa_layers", "lisa_ends", "activation_checkpointing",
         "cpu_offload", "batch_size", "val_batch_size",
     )  # fmt: skip
-    given = {name: getattr(args, name) for name in names}
-    copies = 1 if args.mode == "finetune" else 2
+    given = {name: getattr(flags, name) for name in names}
+    copies = 1 if flags.mode == "finetune" else 2
     return given | {"ranks": ranks, "dtype": dtype, "copies": copies}
 
 
-class Done(NamedTuple):
-    """Elements of groups that backward is through with."""
+class Pass:
+    """Iterates over the moments at which the memory of a pass can peak: bytes by component.
 
-    resharded: int
-    reduced: int
+    A walk over the groups of shard.shard in its last micro-batch, from the head's forward back to
+    the embedding's gradient. On several ranks each group is gathered, used, resharded, and its
+    gradients are reduced. FSDP2 gathers a group into a flat buffer and copies it out from there;
+    while one is at work the next is in its buffer. One rank has the whole, and adds what a
+    parameter gets to its gradient at once.
 
-    def plus(self, n: int) -> Done:
-        return Done(self.resharded + n, self.reduced + n)
-
-
-NOTHING = Done(0, 0)
-
-
-@dataclass
-class Step:
-    """The last micro-batch of a pass: where memory can peak, as the groups of shard.shard are
-    gathered, used and reduced. FSDP2 gathers a group into a flat buffer and copies it out from
-    there. While a block is at work the next one is in its buffer. On one rank nothing is gathered.
+    n_active blocks train, and the ends if `ends`. Which blocks is up to the draw, so any block that
+    is at work is planned to train, and those above it to have been reduced first.
     """
 
-    config: ModelConfig
-    dtype: torch.dtype
-    ranks: int
-    B: int
-    T: int
-    n_active: int  # blocks that train
-    ends: bool  # whether the ends train
-    checkpointing: bool
-
-    def __post_init__(self):
-        s, c, of = sizes(self.config), self.config, (self.config, self.dtype, self.B, self.T)
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, ranks: int, B: int, T: int, n_active: int,
+        ends: bool, checkpointing: bool,
+    ):  # fmt: skip
+        of, s = (config, dtype, B, T), sizes(config)
+        self.config, self.ranks, self.n_active, self.ends = config, ranks, n_active, ends
+        self.size, self.full = dtype.itemsize, wide(dtype).itemsize
+        # Elements, padded to equal shards.
         self.block, self.embed, self.head, self.both = (
-            held(shapes, self.ranks) * self.ranks for shapes in s
-        )  # elements, padded to equal shards
-        self.blocks = c.n_layers * self.block
-        self.whole = (
-            (c.n_layers * sum(map(math.prod, s.block)) + sum(map(math.prod, s.ends)))
-            * self.dtype.itemsize <= shard.GATHER_ONCE_BYTES
-        )
-        self.buffered = not self.whole
-        alone = self.ranks == 1
-        trained, frozen = (block_pass(*of, active, alone, False) for active in (True, False))
-        # The last block is at work while all others' activations wait: plan for it to train.
-        self.top = block_pass(*of, self.n_active > 0, alone, True)
-        self.second = trained if self.n_active else frozen
-        self.x = self.B * self.T * c.width * self.dtype.itemsize
-        shared = shared_by_blocks(c, self.dtype, self.B, self.T)
-        self.context = sum(t.nbytes for t in tensors(shared))
-        n_trained = max(0, self.n_active - 1)  # of the blocks below the last
-        if self.checkpointing:
-            self.below = c.n_layers * self.x
-            self.top_saved = self.x
-            self.below_second = self.below - self.x
-        else:
-            n_frozen = c.n_layers - 1 - n_trained
-            self.below = self.x + n_trained * trained.saved + n_frozen * frozen.saved
-            self.top_saved = self.top.saved
-            self.below_second = self.below - (trained if n_trained else frozen).saved
-        self.saved = self.below + self.top_saved
-        self.loss = head_pass(c, self.dtype, self.B * (self.T - 1), self.ends)
+            held(shapes, ranks) * ranks for shapes in s
+        )  # fmt: skip
+        n_bytes = config.n_layers * held(s.block, 1) + held(s.ends, 1)
+        self.alone = ranks == 1
+        self.once = n_bytes * self.size <= shard.GATHER_ONCE_BYTES
+        largest = max(map(math.prod, s.embed))
+        self.embed_grads = self.size * (largest if self.alone else self.embed)
+        self.context = sum(t.nbytes for t in tensors(shared_by_blocks(*of)))
+        self.x = B * T * config.width * self.size
+        trained, frozen = (block_pass(*of, active, self.alone, False) for active in (True, False))
+        self.below_last = trained if n_active else frozen
+        self.last = block_pass(*of, n_active > 0, self.alone, True)
+        self.loss = head_pass(config, dtype, B * (T - 1), ends)
+        # What the blocks keep for their backward, from the last down.
+        kept = [self.last, *[trained] * max(0, n_active - 1)]
+        kept += [frozen] * (config.n_layers - len(kept))
+        self.kept = [self.x if checkpointing else block.saved for block in kept]
 
-    def moments(self) -> Iterator[dict[str, int]]:
-        """Bytes by component, from the head's forward down to the embedding's gradient."""
-        if self.ranks == 1:
-            yield from self.moments_alone()
+    def __iter__(self) -> Iterator[dict[str, int]]:
+        self.resharded = self.reduced = 0  # elements of groups that backward is through with
+        self.input = 0  # bytes of the last reduction's input, kept until the next one's
+        tied, buffered = self.config.tied, not self.once
+        # A tied group stays gathered, and the head's gradient waits for the embedding's.
+        head, first = (self.both, self.both) if tied else (self.head, self.embed)
+        head_grads = self.ends * self.head * self.size
+        still, waiting = (self.both, head_grads) if tied else (0, 0)
+        ahead = buffered * self.block
+        saved = self.x + sum(self.kept)
+
+        yield self.at((1 + buffered) * head, saved, self.loss.forward)
+        if self.once and self.ends:  # in a micro-batch before the last nothing has been reduced
+            yield self.at(0, self.x, 0, self.embed_grads + waiting)
+        yield self.at(head + ahead, saved, self.loss.backward - head_grads, head_grads)
+        if not tied:
+            held_on = buffered * head_grads  # the head's gradients are, until it has been reduced
+            yield from self.leave(head, self.ends, ahead, saved + self.x, after=held_on)
+
+        grads = 0 if self.alone or not self.n_active else self.block * self.size
+        for i, kept in enumerate(self.kept):
+            saved -= kept
+            if i == self.config.n_layers - 1 and not tied:
+                ahead = buffered * self.embed
+            at_work = (self.below_last if i else self.last).backward - grads
+            gathered = self.block + ahead + still
+            yield self.at(gathered, saved + at_work, 0, grads + waiting, self.input)
+            rest = ahead + still, saved + self.x, waiting, waiting
+            yield from self.leave(self.block, i < self.n_active, *rest)
+
+        if self.ends:
+            grads = self.embed_grads + waiting
+            yield self.at(first, self.x, 0, grads, self.input)
+            yield from self.leave(first, True, 0, 0)
+
+    def leave(
+        self, n: int, trained: bool, gathered: int, activations: int, before: int = 0,
+        after: int = 0,
+    ) -> Iterator[dict[str, int]]:  # fmt: skip
+        """A group of n elements is resharded. If it was trained, its gradients are copied into a
+        buffer; then the buffer is reduced in fp32, and cast to the stored dtype. Other unsharded
+        gradients take `before` and `after` bytes meanwhile."""
+        self.resharded += n
+        if not trained or self.alone:
             return
-        size, full, tied = self.dtype.itemsize, wide(self.dtype).itemsize, self.config.tied
-        group = self.both if tied else self.head  # what is gathered for the head
-        next_block = self.buffered * self.block
-        head_grads = self.ends * self.head * size
-        kept = tied * self.both  # a tied group stays gathered from the embedding to its gradient
-        waiting = tied * head_grads  # and the head's gradient waits for the embedding's
-
-        yield self.at((1 + self.buffered) * group, self.saved, self.loss.forward)
-        logits = self.loss.backward - head_grads
-        yield self.at(group + next_block, self.saved, logits, head_grads)
-        if self.ends and not tied:
-            yield from self.reduction(next_block, self.head, self.saved + self.x)
-        done = NOTHING if tied else Done(self.head, self.ends * self.head)
-
-        gathered = self.block + next_block + kept
-        grads = self.block * size if self.n_active else 0
-        top, second = self.top.backward - grads, self.second.backward - grads
-        # The input of a reduction is kept until the next group's: of the head, then of a block.
-        buffers = done.reduced * full
-        yield self.at(gathered, self.below + top, 0, grads + waiting, buffers, done)
-        if self.n_active:
-            under = self.below + self.x
-            yield from self.reduction(next_block + kept, self.block, under, waiting, done)
-            done, buffers = done.plus(self.block), self.block * full
-        else:
-            done = Done(done.resharded + self.block, done.reduced)
-        if self.config.n_layers > 1:
-            yield self.at(gathered, self.below_second + second, 0, grads + waiting, buffers, done)
-        if not tied:  # while the first block is at work, the embedding is gathered
-            gathered = self.block + self.buffered * self.embed
-            yield self.at(gathered, self.x + second, 0, grads, buffers, done)
-        if self.ends:
-            group = self.both if tied else self.embed
-            grads = self.embed * size + waiting
-            if self.whole:  # in a micro-batch before the last, nothing has been reduced yet
-                yield self.at(0, self.x, 0, grads)
-            rest = self.both - group
-            done = Done(self.blocks + rest, self.n_active * self.block + rest)
-            yield self.at(group, self.x, 0, grads, buffers, done)
-            yield from self.reduction(0, group, 0, 0, done)
-
-    def moments_alone(self) -> Iterator[dict[str, int]]:
-        """As `moments`, on one rank: what a parameter gets is added to its gradient at once."""
-        s, size, tied = sizes(self.config), self.dtype.itemsize, self.config.tied
-        in_embed = size * max(map(math.prod, s.embed))
-        head_grads = self.ends * self.head * size
-        waiting = tied * head_grads  # a tied head's gradient waits for the embedding's
-        sums = (self.n_active * self.block + self.ends * self.both) * wide(self.dtype).itemsize
-
-        def at(activations: int, logits: int = 0, grads: int = 0) -> dict[str, int]:
-            return {
-                "w's gradients": sums, "gathered parameters": 0, "unsharded gradients": grads,
-                "reduction buffers": 0, "activations": activations + self.context, "logits": logits,
-            }  # fmt: skip
-
-        yield at(self.saved, self.loss.forward)
-        yield at(self.saved, self.loss.backward - head_grads, head_grads)
-        yield at(self.below + self.top.backward, grads=waiting)
-        if self.config.n_layers > 1:
-            yield at(self.below_second + self.second.backward, grads=waiting)
-        if self.ends:
-            yield at(self.x, grads=in_embed + waiting)
-
-    def reduction(
-        self, gathered: int, n: int, activations: int, waiting: int = 0, done: Done = NOTHING
-    ) -> Iterator[dict[str, int]]:
-        """The n gradients of a group, whose parameters are no longer gathered, are copied into a
-        buffer; then the buffer is reduced in fp32, and cast to the stored dtype."""
-        size, full = self.dtype.itemsize, wide(self.dtype).itemsize
-        cast = size if size < full else 0
-        grads = 0 if self.whole else n * size  # `at` counts them where they were summed in fp32
-        resharded, reduced = Done(done.resharded + n, done.reduced), done.plus(n)
-        yield self.at(gathered, activations, 0, grads + waiting, n * full, resharded)
-        buffers = n * full + n * (full + cast) // self.ranks
-        # The head's gradients are still held at this point.
-        of_head = self.buffered and not self.config.tied and not done.resharded
-        yield self.at(gathered, activations, 0, waiting + of_head * grads, buffers, reduced)
+        self.input = n * self.full
+        grads = 0 if self.once else n * self.size  # `at` counts them where they were summed in fp32
+        yield self.at(gathered, activations, 0, grads + before, self.input)
+        self.reduced += n
+        cast = self.size if self.size < self.full else 0
+        output = n * (self.full + cast) // self.ranks
+        yield self.at(gathered, activations, 0, after, self.input + output)
 
     def at(
-        self, gathered: int, activations: int, logits: int = 0, grads: int = 0, buffers: int = 0,
-        done: Done = NOTHING,
-    ) -> dict[str, int]:  # fmt: skip
+        self, gathered: int, activations: int, logits: int = 0, grads: int = 0, buffers: int = 0
+    ) -> dict[str, int]:
         """A moment, from the elements that are gathered and bytes of the rest. A model that is
         gathered once a pass (see shard.once_per_pass) keeps parameters and unsharded fp32 sums of
-        gradients of all groups that are not `done`; the others have w's gradients in shards."""
-        full, moment = wide(self.dtype).itemsize, {}
-        if self.whole:
-            trained = self.n_active * self.block
-            gathered = self.blocks + self.both - done.resharded
-            grads += (trained + self.ends * self.both - done.reduced) * full
-            moment["w's gradients"] = done.reduced * full // self.ranks
+        gradients of all groups that backward is not through with; of the others w's gradients are
+        in shards."""
+        moment = {}
+        if self.alone:
+            gathered = 0
+        elif self.once:
+            gathered = self.config.n_layers * self.block + self.both - self.resharded
+            summed = self.n_active * self.block + self.ends * self.both - self.reduced
+            grads += summed * self.full
+            moment["gradients"] = self.reduced * self.full // self.ranks
         return moment | {
-            "gathered parameters": gathered * self.dtype.itemsize,
+            "gathered parameters": gathered * self.size,
             "unsharded gradients": grads,
             "reduction buffers": buffers,
             "activations": activations + self.context,
@@ -531,26 +431,25 @@ def remedies(settings: dict) -> list[list[dict]]:
     if len(batches) == 2:  # what one rank has of them may be less than a micro-batch
         B = min(B, max(1, max(batches) // ranks))
     switches = ["activation_checkpointing"] + ["cpu_offload"] * (settings.get("copies") != 1)
-    switches = [name for name in switches if not settings[name]]
     more = [ranks * 2**i for i in range(1, 8)]
-    return [
+    kinds = [
         [{"micro_batch_size": b} for b in range(B - 1, 0, -1)],
-        *([{name: True}] for name in switches),
+        *([{name: True}] for name in switches if not settings[name]),
         [{"ranks": n} for n in more if all(batch % n == 0 for batch in batches)],
     ]
+    return [kind for kind in kinds if kind]
 
 
 def first_fix(config: ModelConfig, gpu_memory: float, **settings) -> str | None:
-    """Flags that make a run fit, given as `plan` takes it: the first one that does so alone; else
-    the shortest row of them from the start of that order; None if no number of GPUs helps."""
-    rows, together = remedies(settings), [{}]
-    for row in rows:
-        together.append(together[-1] | (row[-1] if row else {}))
-    alone = [change for row in rows for change in row]
-    joint = [
-        base | change for base, row in zip(together, rows, strict=False) for change in row
-    ]
-    for change in alone + joint:
+    """Flags that make a run fit, given as `plan` takes it: the first change that does so alone;
+    else the fewest kinds of change together, from the start of that order; None if no number of
+    GPUs helps."""
+    candidates, joint, base = [], [], {}
+    for kind in remedies(settings):
+        candidates += kind
+        joint += [base | change for change in kind]
+        base = base | kind[-1]
+    for change in candidates + joint:
         if fits(plan(config, **settings | change), gpu_memory):
             return as_flags(change)
     return None
@@ -559,7 +458,7 @@ def first_fix(config: ModelConfig, gpu_memory: float, **settings) -> str | None:
 def most_helpful(config: ModelConfig, device_type: str, **settings) -> list[str]:
     """The two flags of a run that take most off the peak, each alone; for a kind that has degrees,
     the middle one."""
-    changes = [row[(len(row) - 1) // 2] for row in remedies(settings) if row]
+    changes = [kind[(len(kind) - 1) // 2] for kind in remedies(settings)]
     if device_type == "cpu":  # its memory is the host's
         changes = [change for change in changes if "cpu_offload" not in change]
     changes.sort(key=lambda change: plan(config, **settings | change).peak)
@@ -593,31 +492,3 @@ def render(p: Plan, gpu_memory: float | None = None) -> str:
             f"does not fit: {-left / GB:.2f} GB too much")
         lines.append(f"{gpu_memory:g} GB GPU, {RESERVED / GB:g} GB kept back: {verdict}")
     return "\n".join(lines)
-
-
-def markdown(max_length: int = 1024, **settings) -> str:
-    """The README's table: bf16, ScaleBiO with LISA beside AdamW on everything, GB per GPU."""
-    lines = [
-        "| model | size | GPUs | LISA: state | peak | fits in | AdamW: state | peak | fits in |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    base = {
-        "dtype": torch.bfloat16, "micro_batch_size": 1, "lisa_layers": 2, "lisa_ends": "always",
-        "activation_checkpointing": True, "cpu_offload": False, "max_length": max_length,
-    } | settings  # fmt: skip
-    for name, raw in MODELS.items():
-        config = ModelConfig.from_hf(raw)
-        billions = f"{n_parameters(config) / 1e9:.3g} B"
-        for ranks in (1, 8, 16):
-            cells = [name, billions, str(ranks)]
-            for lisa in (True, False):
-                p = plan(config, ranks=ranks, lisa=lisa, **base)
-                card = next((f"{card} GB" for card in CARDS if fits(p, card)), "–")
-                cells += [f"{p.persistent / GB:.1f}", f"{p.peak / GB:.1f}", card]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def n_parameters(config: ModelConfig) -> int:
-    s = sizes(config)
-    return config.n_layers * held(s.block, 1) + held(s.ends, 1)

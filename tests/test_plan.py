@@ -1,13 +1,15 @@
 """The plan against live tensors, real processes on gloo; and what it says of the public models.
 
+    python tests/test_plan.py table      # the table of docs/memory.md
     torchrun --nproc_per_node=2 tests/test_plan.py state OUT
 
-runs a worker by hand; each rank writes its results to OUT.<rank>.json.
+The second runs a worker by hand; each rank writes its results to OUT.<rank>.json.
 """
 
 import functools
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,10 +28,13 @@ from bilevel import PenaltyStep, SourceWeights
 from cli import plan as planning
 from hf.families import ModelConfig
 from lisa import ENDS, Lisa, draw, local
-from model import random_weights
+from model import parameter_shapes, random_weights
 from tests.worker import AnonymousMemory
 
-CONFIGS = {name: ModelConfig.from_hf(raw) for name, raw in planning.MODELS.items()}
+ROOT = Path(__file__).parents[1]
+# From the public config.json files: what decides about sizes and kernels.
+MODELS = json.loads(Path(__file__).with_name("models.json").read_text())
+CONFIGS = {name: ModelConfig.from_hf(raw) for name, raw in MODELS.items()}
 # Row counts that two ranks cannot share evenly.
 SMALL = {
     "tied": {
@@ -44,10 +49,7 @@ SMALL = {
 }  # fmt: skip
 # Large enough that single tensors matter more than what Python and FSDP2 keep beside them.
 MEDIUM = {
-    "tied": {
-        "model_type": "gpt2", "n_embd": 192, "n_layer": 4, "n_head": 4, "n_positions": 128,
-        "vocab_size": 4000,
-    },
+    "tied": SMALL["tied"] | {"n_embd": 192, "n_layer": 4, "n_positions": 128, "vocab_size": 4000},
     "untied": {
         "model_type": "gpt_neox", "hidden_size": 192, "num_hidden_layers": 4, "vocab_size": 4000,
         "num_attention_heads": 4, "intermediate_size": 768, "max_position_embeddings": 128,
@@ -55,21 +57,18 @@ MEDIUM = {
 }  # fmt: skip
 # Kind, dtype, gathered once, ends, micro-batch: gradients and reductions dominate in short ones.
 CASES = [
-    (kind, dtype, once, ends, *shape)
-    for kind, (dtype, once, ends, shape) in itertools.product(MEDIUM, [
-        ("fp32", True, "always", (4, 64)),
-        ("fp32", False, "always", (1, 8)),
-        ("fp32", False, "frozen", (1, 8)),
-        ("bf16", True, "always", (1, 8)),
-        ("bf16", False, "frozen", (4, 64)),
-    ])
-]  # fmt: skip
+    ("tied", "fp32", True, "always", 4, 64),
+    ("tied", "bf16", False, "frozen", 4, 64),
+    ("untied", "fp32", False, "always", 1, 8),
+    ("untied", "bf16", True, "always", 1, 8),
+]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FLAGS = {
     "ranks": 8, "dtype": torch.bfloat16, "micro_batch_size": 1, "max_length": 1024,
     "lisa_layers": 2, "lisa_ends": "always", "activation_checkpointing": False,
     "cpu_offload": False,
 }  # fmt: skip
+EVERYTHING = {"lisa_layers": 0}  # trains, as AdamW without LISA does
 
 
 # What the processes run
@@ -116,7 +115,7 @@ def n_bytes(tensors) -> int:
 
 
 def live_state(penalty: PenaltyStep) -> dict[str, int]:
-    """Bytes of both copies' tensors; call it between the backward passes and the update."""
+    """Bytes of both copies' tensors; gradients are there between backward and update alone."""
     copies = (penalty.w, penalty.opt_w), (penalty.u, penalty.opt_u)
     apart = [m for _, opt in copies for p, m in opt.masters.items() if m is not p]
     trained = [m for _, opt in copies for m in opt.masters.values()]
@@ -125,7 +124,7 @@ def live_state(penalty: PenaltyStep) -> dict[str, int]:
         "parameters": sum(n_bytes(model.parameters()) for model, _ in copies),
         "masters": n_bytes(apart),
         "AdamW moments": both - n_bytes(apart),
-        "gradients": n_bytes(m.grad for m in trained),
+        "gradients": n_bytes(m.grad for m in trained if m.grad is not None),
     }
 
 
@@ -161,7 +160,7 @@ def turns() -> list:
                 sum(host.nbytes for _, host in waiting[penalty.w].values())]  # fmt: skip
         one = planning.state(config, 1, DTYPES[dtype], 2, True)
         one = sum(one.values()) - one["gradients"]
-        results.append([f"{dtype} {kind}", live, [one, one]])
+        results.append([f"{dtype} {kind} in turns", live, [one, one]])
     return results
 
 
@@ -180,15 +179,16 @@ def peak() -> list:
             "ranks": dist.get_world_size(), "dtype": DTYPES[dtype], "micro_batch_size": B,
             "max_length": T, "lisa_layers": n_active, "lisa_ends": ends,
         }  # fmt: skip
-        planned = planning.plan(config, rank=dist.get_rank(), **settings)
+        planned = planning.plan(config, **settings).peak
         what = f"{kind} {dtype} {'once' if once else 'by block'} {ends} {B} x {T}"
-        results.append([what, allocated, planned.peak, planned.components])
+        results.append([what, allocated, planned])
     return results
 
 
 def measured_step(penalty: PenaltyStep, config: ModelConfig, B: int, T: int) -> int | None:
     """Bytes at the peak of a step; None if what was taken and what was given back never balance."""
-    before = live_state_without_gradients(penalty)
+    kept = live_state(penalty)
+    before = sum(kept.values()) - kept["gradients"]
     for _ in range(5):
         with torch.profiler.profile(profile_memory=True) as profiler:
             one_step(penalty, config, B, T)
@@ -221,37 +221,39 @@ def flat() -> list:
     return peaks
 
 
-def live_state_without_gradients(penalty: PenaltyStep) -> int:
-    copies = (penalty.w, penalty.opt_w), (penalty.u, penalty.opt_u)
-    return sum(n_bytes(m.parameters()) + n_bytes(opt.state_tensors()) for m, opt in copies)
-
-
 def rss() -> list:
-    """(what, measured, planned) for GPT-2 124M in fp32, micro-batch 1 x 64: the second step."""
+    """(measured, planned) for GPT-2 124M in fp32, micro-batch 1 x 64: the second step."""
     config = CONFIGS["GPT-2"]
     memory = AnonymousMemory()
     penalty = penalty_step(config, torch.float32, 2, "always")
-    loading, memory.peak = memory.peak - memory.start_at, 0
-    seen = []
+    memory.peak = 0  # of loading
     for _ in range(2):
         one_step(penalty, config, 1, 64, n_train=1)
-        seen.append(memory.peak - memory.start_at)
     settings = {"ranks": 1, "dtype": torch.float32, "micro_batch_size": 1, "max_length": 64}
-    planned = planning.plan(config, **FLAGS | settings)
-    rest = {"loading": loading, "steps": seen, "components": planned.components}
-    return [["GPT-2 124M fp32 1 x 64", seen[-1], planned.peak, rest]]
+    return [memory.peak - memory.start_at, planning.plan(config, **FLAGS | settings).peak]
 
 
-def run(ranks: int, what: str, out: Path, *rest: str, **env: str) -> list[list]:
-    """Results of this file run as a script, from each rank."""
+MEASURES = {f.__name__: f for f in (state, turns, peak, flat, rss)}
+
+
+def run(out: Path, what: str, ranks: int = 1, pretended: str = "1", **env: str) -> list[dict]:
+    """Results of this file run as a script, {what: result} of each rank."""
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        pretended = ""
     env = os.environ | {"OMP_NUM_THREADS": "1"} | env
-    command += [__file__, what, str(out), *rest]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, __file__, what, str(out), pretended], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(Path(f"{out}.{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one rank has to say, in one process."""
+    return run(tmp_path_factory.mktemp("alone") / "results", "state,turns,flat,peak")[0]
 
 
 # Tests
@@ -263,21 +265,25 @@ def skip_unless_measured(peaks) -> None:
         pytest.skip(f"the profiler of torch {torch.__version__} loses memory events")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_state_of_live_tensors_equals_the_plan_to_the_byte(ranks, tmp_path):
+def test_state_of_live_tensors_equals_the_plan_to_the_byte(alone, tmp_path):
     """bf16 and fp32, tied and untied, all that LISA may do with the ends; uneven shards."""
-    for results in run(ranks, "state", tmp_path / "state"):
-        assert len(results) == 2 * 2 * 3
-        for what, live, planned in results:
+    for results in alone, *run(tmp_path / "results", "state", ranks=2):
+        assert len(results["state"]) == 2 * 2 * 3
+        for what, live, planned in results["state"]:
             assert live == planned, what
 
 
-@pytest.mark.parametrize("ranks", ["1", "2"])
-def test_peak_matches_what_the_allocator_counts(ranks, tmp_path):
+def test_state_of_copies_that_take_turns_equals_the_plan_to_the_byte(alone):
+    """One copy on the device, one on the host."""
+    for what, live, planned in alone["turns"]:
+        assert live == planned, what
+
+
+def test_peak_matches_what_the_allocator_counts(alone, tmp_path):
     """Within 0.1% where activations matter, as in real runs; within 3% for batches of 8 tokens."""
-    results = run(1, "peak", tmp_path / "peak", ranks)[0]
-    skip_unless_measured(allocated for _, allocated, *_ in results)
-    for what, allocated, planned, _ in results:
+    results = alone["peak"] + run(tmp_path / "results", "peak", pretended="2")[0]["peak"]
+    skip_unless_measured(allocated for _, allocated, _ in results)
+    for what, allocated, planned in results:
         tolerance = 1e-3 if what.endswith("4 x 64") else 0.03
         assert abs(planned - allocated) < tolerance * allocated, what
 
@@ -286,18 +292,12 @@ def test_resident_memory_of_124m_parameters_is_near_the_plan(tmp_path):
     """Within 10%, with an allocator that gives back what is freed. Planned 2.59 GB, seen 2.60."""
     settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
                 "MALLOC_TRIM_THRESHOLD_": "0"}  # fmt: skip
-    ((_, used, planned, _),) = run(1, "rss", tmp_path / "rss", **settings)[0]
+    used, planned = run(tmp_path / "results", "rss", **settings)[0]["rss"]
     assert abs(used - planned) < 0.1 * planned
 
 
-def test_state_of_copies_that_take_turns_equals_the_plan_to_the_byte(tmp_path):
-    """One copy on the device, one on the host."""
-    for what, live, planned in run(1, "turns", tmp_path / "turns")[0]:
-        assert live == planned, what
-
-
-def test_peak_is_flat_over_twenty_periods(tmp_path):
-    second, last = run(1, "flat", tmp_path / "flat")[0]
+def test_peak_is_flat_over_twenty_periods(alone):
+    second, last = alone["flat"]
     skip_unless_measured([second, last])
     assert second == last
 
@@ -311,7 +311,7 @@ def test_peak_is_flat_over_twenty_periods(tmp_path):
     ],
 )  # fmt: skip
 def test_models_have_their_published_parameter_counts(name, n):
-    assert planning.n_parameters(CONFIGS[name]) == n
+    assert n_parameters(CONFIGS[name]) == n
 
 
 def test_34b_fits_eight_gpus_of_48_gb_and_70b_eight_of_80_gb():
@@ -323,7 +323,7 @@ def test_34b_fits_eight_gpus_of_48_gb_and_70b_eight_of_80_gb():
     assert round(planning.plan(yi, **checkpointed).persistent / 1e9, 1) == 25.3
     assert round(planning.plan(llama, **checkpointed).persistent / 1e9, 1) == 50.5
     for config, card in ((yi, 141), (llama, 141)):
-        assert not planning.fits(planning.plan(config, **checkpointed, lisa=False), card)
+        assert not planning.fits(planning.plan(config, **checkpointed | EVERYTHING), card)
 
 
 def test_too_small_a_gpu_is_told_by_how_much():
@@ -343,6 +343,7 @@ def test_too_small_a_gpu_is_told_by_how_much():
         ("LLaMA-3-70B", 60, {"activation_checkpointing": True}, "--cpu-offload"),
         ("LLaMA-3-70B", 60, {"activation_checkpointing": True, "cpu_offload": True,
                              "max_length": 8192, "micro_batch_size": 2}, "--micro-batch-size 1"),
+        ("Yi-34B", 20, {"activation_checkpointing": True, "cpu_offload": True}, "--gpus 16"),
         ("GPT-2", 2.001, {}, None),
     ],
 )
@@ -351,11 +352,6 @@ def test_first_fix_names_the_first_flag_that_is_enough(name, card, change, fix):
     config = CONFIGS[name]
     assert not planning.fits(planning.plan(config, **flags), card)
     assert planning.first_fix(config, card, **flags) == fix
-
-
-def test_first_fix_says_how_many_gpus():
-    flags = FLAGS | {"cpu_offload": True, "activation_checkpointing": True}
-    assert planning.first_fix(CONFIGS["Yi-34B"], 20, **flags) == "--gpus 16"
 
 
 def test_checkpointing_offload_and_frozen_ends_need_less():
@@ -390,21 +386,46 @@ def test_most_helpful_flags_of_a_run():
     assert on["cpu"][1] == "--activation-checkpointing"
 
 
-def test_the_readme_has_the_table_that_the_plan_prints():
-    table = planning.markdown()
-    lines = table.splitlines()
-    assert len(lines) == 2 + 3 * len(CONFIGS)
-    assert {line.count("|") for line in lines} == {10}
-    assert table in (Path(__file__).parents[1] / "README.md").read_text()
+def n_parameters(config: ModelConfig) -> int:
+    return sum(map(math.prod, parameter_shapes(config).values()))
+
+
+def table() -> str:
+    """In bf16, ScaleBiO with LISA beside AdamW on everything: GB of each GPU."""
+    lines = [
+        "| model | size | GPUs | LISA: state | peak | fits in | AdamW: state | peak | fits in |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, config in CONFIGS.items():
+        for ranks in (1, 8, 16):
+            cells = [name, f"{n_parameters(config) / 1e9:.3g} B", str(ranks)]
+            for change in ({}, EVERYTHING):
+                flags = FLAGS | {"activation_checkpointing": True, "ranks": ranks} | change
+                p = planning.plan(config, **flags)
+                card = next((f"{n} GB" for n in (24, 48, 80, 141) if planning.fits(p, n)), "–")
+                cells += [f"{p.persistent / 1e9:.1f}", f"{p.peak / 1e9:.1f}", card]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_documents_have_the_table_of_the_public_models():
+    texts = [file.read_text() for file in (ROOT / "README.md", *ROOT.glob("docs/*.md"))]
+    assert any(table() in text for text in texts)
+
+
+def main(what: str, out: str = "", ranks: str = "") -> None:
+    if what == "table":
+        print(table())
+        return
+    torch.set_num_threads(1)
+    if ranks:  # gloo allocates buffers of its own: stand in for one of so many ranks
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=int(ranks))
+    else:
+        shard.start(timeout=120)
+    results = {name: MEASURES[name]() for name in what.split(",")}
+    Path(f"{out}.{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if sys.argv[3:]:  # gloo allocates buffers of its own: stand in for one of so many ranks
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=int(sys.argv[3]))
-    else:
-        shard.start(timeout=120)
-    result = {"state": state, "peak": peak, "flat": flat, "rss": rss,
-              "turns": turns}[sys.argv[1]]()  # fmt: skip
-    Path(f"{sys.argv[2]}.{dist.get_rank()}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
+    main(*sys.argv[1:])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import train
-from cli import plan, report
+from cli import report
 from cli.flags import parse
 from cli.inputs import prepare
 from hf import templates
@@ -392,7 +392,8 @@ def test_bad_input_under_torchrun_prints_its_lines_and_no_traceback_of_ours():
 
 
 def test_plan_from_a_config_alone(capsys, tmp_path):
-    Path("config.json").write_text(json.dumps(plan.MODELS["Yi-34B"]))
+    models = json.loads((ROOT / "tests/models.json").read_text())
+    Path("config.json").write_text(json.dumps(models["Yi-34B"]))
     args = "--plan --model config.json --gpus 8 --max-length 1024 --micro-batch-size 1".split()
     assert train.main([*args, "--gpu-memory", "48"]) == 0
     text = capsys.readouterr().out

@@ -1,21 +1,24 @@
-"""The pictures of runs: what the bars say, that nothing written overlaps, and refusals."""
+"""The pictures of runs: what the bars say, that nothing written overlaps, and refusals; and how a
+run that ends early says why."""
 
 import itertools
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 import evaluate
-from cli import plots
+from cli import report
 
 LONG = [
     "GPTeacher-General-Instruct", "orca-math-word-problems-200k", "code_contests_$python$_filtered",
     "a-very-long-name-of-a-source-which-nobody-would-type-twice-in-a-row",
-    *(f"Magicoder-Evol-Instruct-{i}K-filtered" for i in range(14)),
+    *(f"Magicoder-Evol-Instruct-{i}K-filtered" for i in range(8)),
 ]  # fmt: skip
 
 
@@ -50,8 +53,8 @@ def written(figure, monkeypatch) -> list:
     from matplotlib.text import Text
 
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    figure.set_layout_engine("none")  # which draws to measure
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")  # it draws to measure
     drawn, draw = [], Text.draw
     monkeypatch.setattr(Text, "draw", lambda text, *rest: drawn.append(text) or draw(text, *rest))
     canvas.draw()
@@ -63,36 +66,36 @@ def written(figure, monkeypatch) -> list:
     return boxes
 
 
-@pytest.mark.parametrize("case", ["eighteen", "several", "one source, one step"])
+@pytest.mark.parametrize("case", ["twelve", "several", "one source, one step"])
 def test_no_two_texts_overlap(tmp_path, monkeypatch, case):
     long_path = tmp_path / "/".join(["directory"] * 30)
     paths = {
-        "eighteen": [write_run(long_path, LONG, absent=0.5)],
+        "twelve": [write_run(long_path, LONG, absent=0.5)],
         "several": [write_run(tmp_path / str(s), LONG[:3], seed=s) for s in range(3)]
         + [write_run(tmp_path / "tuned", LONG[:5], learns=False)],
         "one source, one step": [write_run(tmp_path / "one", ["only"], steps=1)],
     }[case]
-    boxes = written(plots.figure_of([plots.read_run(path) for path in paths]), monkeypatch)
+    boxes = written(report.figure_of([report.read_run(path) for path in paths]), monkeypatch)
     assert len(boxes) > 8 * len({path.name.isdigit() for path in paths})
     for (a, box_a), (b, box_b) in itertools.combinations(boxes, 2):
         assert not box_a.shrunk(0.98, 0.8).overlaps(box_b), (a, b)
 
 
 def test_what_a_bar_says(tmp_path):
-    runs = [plots.read_run(write_run(tmp_path / str(s), ["a", "b"], 100, s)) for s in range(3)]
+    runs = [report.read_run(write_run(tmp_path / str(s), ["a", "b"], 100, s)) for s in range(3)]
     series = [[row["weights"]["a"] for row in run.rows] for run in runs]
-    value, se, final = plots.bar(runs[:1], "a")
+    value, se, final = report.bar(runs[:1], "a")
     parts = np.array(series[0][-20:]).reshape(10, 2).mean(1)  # batch means
     assert value == pytest.approx(np.mean(series[0][-20:]))
     assert se == pytest.approx(parts.std(ddof=1) / math.sqrt(10))
     assert final == [series[0][-1]]
-    value, se, final = plots.bar(runs, "a")
+    value, se, final = report.bar(runs, "a")
     means = np.array([np.mean(s[-20:]) for s in series])
     assert value == pytest.approx(means.mean())
     assert se == pytest.approx(means.std(ddof=1) / math.sqrt(3))
     assert final == [s[-1] for s in series]
-    tuned = plots.read_run(write_run(tmp_path / "tuned", ["a", "b", "c"], learns=False))
-    assert plots.bar([tuned], "c") == (0.5, None, [])
+    tuned = report.read_run(write_run(tmp_path / "tuned", ["a", "b", "c"], learns=False))
+    assert report.bar([tuned], "c") == (0.5, None, [])
 
 
 def test_plot_writes_a_picture(tmp_path, capsys, monkeypatch):
@@ -114,7 +117,7 @@ def test_what_cannot_be_drawn_is_one_line_each(tmp_path, capsys, monkeypatch):
     (tmp_path / "broken/config.json").write_text('{"flags": {"se')
     with open(tmp_path / "x/metrics.jsonl", "a") as file:
         file.write('{"step": 60, "wei')  # killed at this point: the rest is drawn
-    assert len(plots.read_run(tmp_path / "x").rows) == 60
+    assert len(report.read_run(tmp_path / "x").rows) == 60
     for args, expected in (
         (["nowhere", "new", "broken"],
          ["nowhere: not the directory of a run", "new: the run has not done a step yet",
@@ -127,4 +130,23 @@ def test_what_cannot_be_drawn_is_one_line_each(tmp_path, capsys, monkeypatch):
     assert len(capsys.readouterr().err.splitlines()) == 1
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert evaluate.main(["plot", "x"]) == 2
-    assert capsys.readouterr().err.splitlines() == [plots.NEEDS]
+    assert capsys.readouterr().err.splitlines() == [report.NEEDS]
+
+
+@pytest.mark.parametrize("error, said", [
+    (MemoryError(), "out of memory: planned, measured peak; most likely to help: --flag"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: planned"),
+    (OSError(28, "No space left on device", "out/x"), "out/x: No space left on device"),
+    (RuntimeError("[enforce fail at inline_container.cc:664]"), "is the disk full?"),
+    (torch.distributed.DistNetworkError("closed"), "goes on from the last checkpoint"),
+    (RuntimeError("a bug\nof two lines"), "a bug"),
+])  # fmt: skip
+def test_why_a_rank_ends_is_one_line(tmp_path, monkeypatch, capsys, error, said):
+    monkeypatch.setattr(report.shard, "whole_checkpoints", lambda _: ["step-2"])
+    monkeypatch.setattr(report.plan, "most_helpful", lambda *_, **__: ["--flag"])
+    memory = SimpleNamespace(planned="planned", measured=lambda: "peak", config=None,
+                             device_type="cpu", settings={})  # fmt: skip
+    line = report.why(error, tmp_path, 30.0, memory, 1)
+    assert said in line and "\n" not in line
+    assert ("a bug" in capsys.readouterr().err) == (said == "a bug")
+    assert (tmp_path / "error-rank1.log").exists() == ("out of memory" in line)
