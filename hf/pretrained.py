@@ -3,7 +3,8 @@
 A checkpoint is a directory of config.json, safetensors and a tokenizer's files, local or the hub's.
 Its tensors are streams of (name, full CPU tensor) in both directions, so that a sharded model is
 filled and saved by the same functions, one tensor at a time. Names and layout are ours on this
-side, the family's in the files; KEYS maps one to the other.
+side, the family's in the files; KEYS maps one to the other, and is where a new family enters the
+names of its tensors. (What its config.json says is read in families.py.)
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf.families import READERS, ModelConfig
+from hf.families import READERS, ModelConfig, read_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
-    "tokenizer*", "vocab.*", "encoder.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "generation_config.json",
+    "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template*",
+    "generation_config.json",
 )
 # Buffers that old checkpoints carry along.
 EXTRA_KEYS = re.compile(r"\b(attn|attention)\.(masked_)?bias$|\brotary_emb\.inv_freq$")
@@ -134,16 +135,11 @@ def full_key(key: str, config: ModelConfig) -> str:
 def load_config(directory: str | Path, name: str = CONFIG) -> ModelConfig:
     """Read config.json. Raises ValueError where it is missing, broken or not supported."""
     file = Path(directory) / name
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: not a JSON object")
+    config = read_json(file)
     try:
         return ModelConfig.from_hf(config)
     except ValueError as error:
-        lines = (line.removeprefix(f"{CONFIG}: ") for line in str(error).splitlines())
+        lines = str(error).splitlines()
         raise ValueError("\n".join(f"{file}: {line}" for line in lines)) from None
 
 
@@ -189,7 +185,7 @@ def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, Stored], list[
         files = [directory / WEIGHTS]
     elif (directory / INDEX).exists():
         try:
-            index = json.loads((directory / INDEX).read_text())["weight_map"]
+            index = read_json(directory / INDEX)["weight_map"]
             files = sorted({directory / name for name in index.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return {}, [f"{directory / INDEX}: not an index of safetensors files ({error!r})"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import data
 from data import Batches, Dataset, eval_batches, load_dataset, overlap
-from hf.templates import encode_conversation
+from hf.templates import encode_conversations
 from hf.tokenizer import byte_tokenizer
 from sources.records import ROLES, Problems, iter_records, read_records
 from sources.tasks import NOISE, TASKS, task
@@ -247,7 +247,7 @@ def test_examples_are_the_encoded_conversations(write, tmp_path):
                                      "alpaca", 200)
     for each in (dataset, in_memory):
         for i, (_, turns) in enumerate(read_records(path)[: len(each)]):
-            ids, has_loss = encode_conversation(TOKENIZER, "alpaca", turns, 200)
+            [(ids, has_loss)] = encode_conversations(TOKENIZER, "alpaca", [turns], 200)
             tokens, labels = each.example(i)
             assert tokens.tolist() == ids and tokens.dtype == labels.dtype == np.int64
             assert labels.tolist() == [t if x else -100 for t, x in zip(ids, has_loss, strict=True)]

@@ -274,7 +274,8 @@ class Hub(BaseHTTPRequestHandler):
 
 
 ASK = """
-import sys, pretrained
+import sys
+from hf import pretrained
 for name in sys.argv[1:]:
     try:
         print(pretrained.find_checkpoint(name))
