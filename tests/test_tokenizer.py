@@ -1,6 +1,7 @@
 """Ids against `tokenizers`, templates against transformers, masks against the text."""
 
 import functools
+import itertools
 import json
 import random
 import shutil
@@ -86,12 +87,25 @@ VOCABULARIES = {
 
 @pytest.fixture(scope="module")
 def vocabulary(asset, tmp_path_factory):
-    """vocabulary(name): a published tokenizer, from its tokenizer.json alone."""
+    """vocabulary(name): a published tokenizer, from its tokenizer.json alone; or "stories" with the
+    Metaspace of newer files, by its scheme, of which "first" puts a space before the start of the
+    input only; or "chat", a small one with the control tokens of all templates, opened by <s>."""
 
     @functools.cache
     def load(name):
         directory = tmp_path_factory.mktemp(name)
-        shutil.copyfile(asset(VOCABULARIES[name][0]), directory / "tokenizer.json")
+        if name in VOCABULARIES:
+            shutil.copyfile(asset(VOCABULARIES[name][0]), directory / "tokenizer.json")
+        elif name == "chat":
+            train_bpe(directory, LLAMA3_PATTERN, special=["<s>", "</s>", *CONTROL])
+            config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+            (directory / "tokenizer_config.json").write_text(json.dumps(config))
+        else:
+            spec = json.loads(asset(VOCABULARIES["stories"][0]).read_text())
+            spec["normalizer"] = None
+            spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁",
+                                     "prepend_scheme": name, "split": False}  # fmt: skip
+            (directory / "tokenizer.json").write_text(json.dumps(spec))
         return load_tokenizer(directory)
 
     return load
@@ -229,14 +243,9 @@ TURNS = [
 CONTROL = sorted({name for style in TEMPLATES.values() for name in style.control})
 
 
-@pytest.fixture(scope="module")
-def chat_tokenizer(tmp_path_factory):
-    """A small vocabulary with the control tokens of all templates, opened by <s>."""
-    directory = tmp_path_factory.mktemp("chat")
-    train_bpe(directory, LLAMA3_PATTERN, special=["<s>", "</s>", *CONTROL])
-    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    return load_tokenizer(directory)
+@pytest.fixture
+def chat_tokenizer(vocabulary):
+    return vocabulary("chat")
 
 
 def encode_conversation(tokenizer, template, turns, max_length=10_000):
@@ -263,49 +272,30 @@ def conversations(template):
         yield [("user", "Translate."), ("input", "Guten Tag"), ("assistant", "Good day")]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_templates_match_transformers_chat_template(template, chat_tokenizer, tmp_path):
-    reference = transformers_tokenizer(chat_tokenizer, tmp_path, template)
-    assert load_tokenizer(tmp_path).fingerprint == chat_tokenizer.fingerprint
+@pytest.mark.parametrize("template, name", [
+    *((template, "chat") for template in TEMPLATES),
+    *itertools.product(("alpaca", "plain"), ("llama2", "stories", "first")),
+])  # fmt: skip
+def test_templates_match_transformers_chat_template(template, name, vocabulary, tmp_path):
+    tokenizer = vocabulary(name)
+    reference = transformers_tokenizer(tokenizer, tmp_path, template)
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
     saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert saved["chat_template"] == chat_template(template, add_bos=True)
     for turns in conversations(template):
         messages = as_messages(turns)
-        ids, _ = encode_conversation(chat_tokenizer, template, turns)
+        ids, _ = encode_conversation(tokenizer, template, turns)
         assert ids == reference.apply_chat_template(messages, return_dict=False)
-        prompt = render_prompt(chat_tokenizer, template, turns[:-1])
+        prompt = render_prompt(tokenizer, template, turns[:-1])
         assert prompt == reference.apply_chat_template(
             messages[:-1], add_generation_prompt=True, return_dict=False
         )
         assert ids[: len(prompt)] == prompt  # generation continues what training showed
 
 
-def with_metaspace(tokenizer, scheme, directory):
-    """A SentencePiece vocabulary as newer files have it: "first" puts a space before the start of
-    the input only."""
-    spec = json.loads((tokenizer.path / "tokenizer.json").read_text())
-    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
-    spec |= {"normalizer": None, "pre_tokenizer": metaspace}
-    (directory / "tokenizer.json").write_text(json.dumps(spec))
-    return load_tokenizer(directory)
-
-
-@pytest.mark.parametrize("name", ["llama2", "stories", "first"])
-@pytest.mark.parametrize("template", ["alpaca", "plain"])
-def test_sentencepiece_templates_match_transformers(template, name, vocabulary, tmp_path):
-    tokenizer = vocabulary("stories" if name == "first" else name)
-    if name == "first":
-        tokenizer = with_metaspace(tokenizer, "first", tmp_path)
-    reference = transformers_tokenizer(tokenizer, tmp_path / "saved", template)
-    for turns in conversations(template):
-        ids, _ = encode_conversation(tokenizer, template, turns)
-        assert ids == reference.apply_chat_template(as_messages(turns), return_dict=False)
-
-
 @pytest.mark.parametrize("scheme", ["always", "first", "never"])
-def test_empty_texts_are_no_tokens(scheme, vocabulary, tmp_path):
-    tokenizer = with_metaspace(vocabulary("stories"), scheme, tmp_path)
-    assert encode_conversation(tokenizer, "plain", [("text", "")])[0] == [1, 2]
+def test_empty_texts_are_no_tokens(scheme, vocabulary):
+    assert encode_conversation(vocabulary(scheme), "plain", [("text", "")])[0] == [1, 2]
 
 
 def test_alpaca_prompts_are_stanfords():
