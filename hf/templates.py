@@ -191,7 +191,7 @@ def chat_template(template: str, add_bos: bool = False) -> str:
 def trained_with(directory: Path) -> str:
     """The template of a model: by name where `save_tokenizer` has seen it, else the one whose
     control tokens its chat template has, else "alpaca"."""
-    config = read_settings(directory)
+    config = read_settings(directory, "tokenizer_config.json")
     if config.get("scalebio_template") in TEMPLATES:
         return config["scalebio_template"]
     jinja, file = str(config.get("chat_template")), directory / "chat_template.jinja"
@@ -212,7 +212,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike, template:
     if tokenizer.path is None:
         (directory / "tokenizer.json").write_text(json.dumps(byte_spec()), encoding="utf-8")
     else:
-        config = read_settings(tokenizer.path)
+        config = read_settings(tokenizer.path, "special_tokens_map.json", "tokenizer_config.json")
         for name in ("tokenizer.json", "special_tokens_map.json"):
             if (tokenizer.path / name).is_file():
                 shutil.copyfile(tokenizer.path / name, directory / name)

@@ -39,8 +39,8 @@ TEMPLATE_TOKENS = (  # control tokens of the templates, whether or not the files
     "<start_of_turn>", "<end_of_turn>",
 )
 # The configuration files that speak of tokens by name, and by id.
-BY_NAME = "special_tokens_map.json", "tokenizer_config.json"
-BY_ID = "config.json", "generation_config.json"
+TOKEN_NAMES = "special_tokens_map.json", "tokenizer_config.json"
+TOKEN_IDS = "config.json", "generation_config.json"
 
 EOS = "eos_token"  # a template's word for the vocabulary's own end of text, whatever its name
 Turns = list[tuple[str, str]]  # (role, text); roles: system, user, input, assistant, or one "text"
@@ -215,7 +215,7 @@ class Tokenizer:
 
 def byte_tokenizer() -> Tokenizer:
     """The built-in model's tokenizer: 256 bytes, <bos>, <eos>."""
-    return _from_spec(byte_spec(), {}, {}, path=None, fingerprint="bytes")
+    return _from_spec(byte_spec(), {}, path=None, fingerprint="bytes")
 
 
 def byte_spec() -> dict:
@@ -257,16 +257,16 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     spec = read_json(file)
     if not isinstance(spec.get("model"), dict) or not spec["model"].get("vocab"):
         raise ValueError(f"{file}: not a tokenizer.json: it has no model with a vocabulary")
-    names, ids = read_settings(file.parent), read_settings(file.parent, BY_ID)
+    settings = read_settings(file.parent, *TOKEN_NAMES, *TOKEN_IDS)
     fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
     try:
-        return _from_spec(spec, names, ids, file.parent, fingerprint)
+        return _from_spec(spec, settings, file.parent, fingerprint)
     except (KeyError, TypeError, AttributeError, IndexError, UnicodeError) as error:
         raise ValueError(f"{file}: not understood: {error!r}") from None
 
 
-def read_settings(path: Path, files: tuple[str, ...] = BY_NAME) -> dict:
-    """What those of these files that there are say, a later one over an earlier one, but nulls."""
+def read_settings(path: Path, *files: str) -> dict:
+    """What those of the files that exist say, nulls aside; a later file goes before an earlier."""
     found = [read_json(path / name) for name in files if (path / name).is_file()]
     return {k: v for content in found for k, v in content.items() if v is not None}
 
@@ -275,12 +275,10 @@ def read_settings(path: Path, files: tuple[str, ...] = BY_NAME) -> dict:
 # From tokenizer.json
 
 
-def _from_spec(
-    spec: dict, names: dict, ids: dict, path: Path | None, fingerprint: str
-) -> Tokenizer:
-    """The tokenizer of a tokenizer.json's content, and of BY_NAME's and BY_ID's."""
-    vocab, added = _vocabulary(spec, names)
-    named = {key: names.get(f"{key}_token") for key in ("bos", "eos", "unk", "pad")}
+def _from_spec(spec: dict, settings: dict, path: Path | None, fingerprint: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's content and of what the configuration files say."""
+    vocab, added = _vocabulary(spec, settings)
+    named = {key: settings.get(f"{key}_token") for key in ("bos", "eos", "unk", "pad")}
     named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
     control = {name for name, token in added.items() if token.get("special")}
     control |= {*named.values(), *KNOWN_BOS, *KNOWN_EOS, *TEMPLATE_TOKENS} - {None}
@@ -294,38 +292,36 @@ def _from_spec(
     else:
         codec = SentencePieceCodec(spec, special, path / "tokenizer.json")
 
-    def end(key: str, known: tuple[str, ...]) -> int | None:
-        """The id of "bos" or "eos": of the token named, else configured, else of a known name."""
+    def configured(key: str) -> list[int]:
+        """Ids given for "bos" or "eos" in config.json, which often holds its class's default, an id
+        of this vocabulary's ordinary text."""
+        value = settings.get(f"{key}_token_id", [])
+        return [i for i in (value if isinstance(value, list) else [value]) if i in special.values()]
+
+    def find(key: str, known: tuple[str, ...]) -> int | None:
+        """The id of the token that is named, else of one configured, else of a known name."""
         if named[key] is not None:
             return vocab.get(named[key])
-        # config.json often holds its class's default, an id of this vocabulary's ordinary text
-        configured = [i for i in _all_ids(ids, key) if i in special.values()]
-        return next(iter([*configured, *(special[n] for n in known if n in special)]), None)
+        return next(iter([*configured(key), *(special[n] for n in known if n in special)]), None)
 
-    bos_id, eos_id = end("bos", KNOWN_BOS), end("eos", KNOWN_EOS)
+    bos_id, eos_id = find("bos", KNOWN_BOS), find("eos", KNOWN_EOS)
     opens = {vocab.get(name) for name in _openers(spec)}
-    add_bos = bool(names.get("add_bos_token", bos_id in opens) and bos_id is not None)
-    stops = [i for i in (eos_id, *_all_ids(ids, "eos")) if i in special.values()]
+    add_bos = bool(settings.get("add_bos_token", bos_id in opens) and bos_id is not None)
+    stops = [eos_id] * (eos_id in special.values()) + configured("eos")
     identity = json.dumps([fingerprint, bos_id, eos_id, add_bos, special])
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return Tokenizer(codec, special, bos_id, eos_id, add_bos, tuple(dict.fromkeys(stops)),
                      max(vocab.values()) + 1, fingerprint, path)
 
 
-def _vocabulary(spec: dict, names: dict) -> tuple[dict[str, int], dict[str, dict]]:
+def _vocabulary(spec: dict, settings: dict) -> tuple[dict[str, int], dict[str, dict]]:
     """All tokens by name with their ids, and what is said of those added to the model's own."""
-    added = [{**t, "id": int(i)} for i, t in names.get("added_tokens_decoder", {}).items()]
+    added = [{**t, "id": int(i)} for i, t in settings.get("added_tokens_decoder", {}).items()]
     added = {t["content"]: t for t in [*added, *(spec.get("added_tokens") or [])]}
     vocab = spec["model"]["vocab"]
     if isinstance(vocab, list):  # Unigram: [piece, score]
         vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
     return {**vocab, **{name: token["id"] for name, token in added.items()}}, added
-
-
-def _all_ids(ids: dict, key: str) -> list[int]:
-    """What a checkpoint's configuration says of "bos" or "eos": an id, several, or nothing."""
-    value = ids.get(f"{key}_token_id", [])
-    return value if isinstance(value, list) else [value]
 
 
 def _openers(spec: dict) -> set[str]:
