@@ -283,11 +283,8 @@ def _from_spec(spec: dict, settings: dict, path: Path | None, fingerprint: str) 
     control = {name for name, token in added.items() if token.get("special")}
     control |= {*named.values(), *KNOWN_BOS, *KNOWN_EOS, *TEMPLATE_TOKENS} - {None}
     special = {name: vocab[name] for name in sorted(control) if name in vocab}
-    ordinary = {name: token for name, token in added.items() if name not in special}
-    recipe = _byte_pair_recipe(spec, added, ordinary.values())
-    if recipe:
-        codec = BytePairCodec(*recipe, {name: token["id"] for name, token in ordinary.items()})
-        # "</s>" may be an ordinary token of code
+    codec = _byte_pair_codec(spec, added, special)
+    if codec:  # "</s>" may be an ordinary token of code
         special = {name: i for name, i in special.items() if i not in codec.bytes}
     else:
         codec = SentencePieceCodec(spec, special, path / "tokenizer.json")
@@ -331,23 +328,25 @@ def _openers(spec: dict) -> set[str]:
     return {p["SpecialToken"]["id"] for p in pieces if "SpecialToken" in p}
 
 
-def _byte_pair_recipe(spec: dict, added: dict, ordinary) -> tuple | None:
-    """(ranks, pattern, nfc) for tiktoken, or None if it cannot express this tokenizer.json."""
+def _byte_pair_codec(spec: dict, added: dict, special: dict) -> BytePairCodec | None:
+    """The tokenizer.json in tiktoken, or None if that cannot express it."""
     model = spec["model"]
+    ordinary = {name: token for name, token in added.items() if name not in special}
     pattern = _split_pattern(spec.get("pre_tokenizer") or {})
     normalizer = spec.get("normalizer")
     plain = not any(model.get(key) for key in (
         "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"
     ))
-    strips = any(t.get(key) for t in ordinary for key in ("lstrip", "rstrip", "single_word"))
+    strips = ("lstrip", "rstrip", "single_word")
+    plain &= not any(token.get(key) for token in ordinary.values() for key in strips)
+    plain &= normalizer in (None, {"type": "NFC"})
     # files of early library versions have no type
-    if model.get("type", "BPE") != "BPE" or not plain or not pattern or strips:
-        return None
-    if normalizer not in (None, {"type": "NFC"}):
+    if model.get("type", "BPE") != "BPE" or not plain or not pattern:
         return None
     vocab = {token: i for token, i in model["vocab"].items() if token not in added}
     ranks = _ranks(vocab, _merges(model), model.get("ignore_merges", False))
-    return ranks and (ranks, pattern, normalizer is not None)
+    ids = {name: token["id"] for name, token in ordinary.items()}
+    return BytePairCodec(ranks, pattern, normalizer is not None, ids) if ranks else None
 
 
 def _merges(model: dict) -> list[list[str]]:
