@@ -122,12 +122,6 @@ def fuse(parts: list[Tensor], config: ModelConfig) -> Tensor:
     return torch.stack([p.view(groups, -1, *p.shape[1:]) for p in parts], 1).flatten(0, 2)
 
 
-def full_key(key: str, config: ModelConfig) -> str:
-    """GPT-2's own files leave out the prefix of all keys but the head's."""
-    bare = config.family == "gpt2" and not key.startswith(("transformer.", "lm_head."))
-    return f"transformer.{key}" if bare else key
-
-
 # --------------------------------------------------------------------------------------------------
 # Finding and reading
 
@@ -181,6 +175,8 @@ class Stored(NamedTuple):
 def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, Stored], list[str]]:
     """The tensors of a directory by key, read from the headers alone, and the files' problems."""
     stored, problems, index = {}, [], {}
+    # GPT-2's own files leave out the prefix of all keys but the head's.
+    prefix = "transformer." if config.family == "gpt2" else ""
     if (directory / WEIGHTS).exists():
         files = [directory / WEIGHTS]
     elif (directory / INDEX).exists():
@@ -200,8 +196,8 @@ def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, Stored], list[
                 for key in handle.keys():  # noqa: SIM118 (not a dict)
                     part = handle.get_slice(key)
                     if index.get(key, file.name) == file.name:
-                        entry = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
-                        stored[full_key(key, config)] = entry
+                        full = key if key.startswith((prefix, "lm_head.")) else prefix + key
+                        stored[full] = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
         except FileNotFoundError:
             problems.append(f"{file}: missing, but {INDEX} names it")
         except (SafetensorError, OSError) as error:

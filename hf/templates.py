@@ -20,14 +20,12 @@ from hf.tokenizer import EOS, Encoded, Segment, Tokenizer, Turns, byte_spec, rea
 
 CONTROL = re.compile(r"(<\|?\w+\|?>)")  # a control token within a template's own strings
 
-PREAMBLE = (
-    "Below is an instruction that describes a task. "
+ROLES = "system", "user", "assistant"
+PREAMBLES = [  # Stanford Alpaca's, without and with an input
+    f"Below is an instruction that describes a task{context}. "
     "Write a response that appropriately completes the request."
-)
-PREAMBLE_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request."
-)
+    for context in ("", ", paired with an input that provides further context")
+]
 
 
 @dataclass(frozen=True)
@@ -52,14 +50,11 @@ TEMPLATES = {
         {"system": "", "user": "### Instruction:\n", "input": "### Input:\n",
          "assistant": "### Response:\n"}, "\n\n", EOS, preamble=True,
     ),
-    "plain": Template({"system": "", "user": "", "assistant": ""}, "\n", EOS),
-    "chatml": Template(
-        {role: f"<|im_start|>{role}\n" for role in ("system", "user", "assistant")},
-        "\n", "<|im_end|>",
-    ),
+    "plain": Template(dict.fromkeys(ROLES, ""), "\n", EOS),
+    "chatml": Template({role: f"<|im_start|>{role}\n" for role in ROLES}, "\n", "<|im_end|>"),
     "llama3": Template(
-        {role: f"<|start_header_id|>{role}<|end_header_id|>\n\n"
-         for role in ("system", "user", "assistant")}, "", "<|eot_id|>",
+        {role: f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ROLES},
+        "", "<|eot_id|>",
     ),
     "gemma": Template(
         {"system": "<start_of_turn>user\n", "user": "<start_of_turn>user\n",
@@ -100,7 +95,7 @@ def _fit(style: Template, turns: Turns) -> Turns:
     """The same conversation in roles that the template has."""
     if style.preamble and turns[0][0] != "system":
         with_input = any(role == "input" for role, _ in turns)
-        turns = [("system", PREAMBLE_WITH_INPUT if with_input else PREAMBLE), *turns]
+        turns = [("system", PREAMBLES[with_input]), *turns]
     out = []
     for role, text in turns:
         if role == "input" and "input" not in style.before:
@@ -117,11 +112,8 @@ def _is_text(segment: Segment) -> bool:
 
 
 def encode_conversations(
-    tokenizer: Tokenizer,
-    template: str,
-    conversations: list[Turns],
-    max_length: int | None = None,
-    prompt: bool = False,
+    tokenizer: Tokenizer, template: str, conversations: list[Turns],
+    max_length: int | None = None, prompt: bool = False,
 ) -> list[Encoded]:
     """(ids, has_loss) of each, cut to `max_length`, so that a truncated answer has no end token.
 
@@ -164,11 +156,10 @@ def chat_template(template: str, add_bos: bool = False) -> str:
     between, before = json.dumps(style.between), json.dumps(style.before)
     source = "{{ bos_token }}" if add_bos else ""
     if style.preamble:
-        preambles = json.dumps([PREAMBLE, PREAMBLE_WITH_INPUT])
         source += (
             "{% if messages[0].role != 'system' %}"
             "{% set inputs = messages | selectattr('role', 'equalto', 'input') | list %}"
-            f"{{% set preamble = {preambles}[1 if inputs else 0] %}}"
+            f"{{% set preamble = {json.dumps(PREAMBLES)}[1 if inputs else 0] %}}"
             "{% set messages = [{'role': 'system', 'content': preamble}] + messages %}{% endif %}"
         )
     if style.merge_system:
