@@ -24,6 +24,8 @@ from torch import Tensor
 
 from hf.families import READERS, ModelConfig, read_json
 
+Named = Iterable[tuple[str, Tensor]]  # a stream of (name, full CPU tensor)
+
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -234,10 +236,8 @@ def check_weights(
     return problems
 
 
-def read_tensors(
-    directory: Path, config: ModelConfig, names: Iterable[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, full CPU tensor) of each parameter asked for, in the files' dtype.
+def read_tensors(directory: Path, config: ModelConfig, names: Iterable[str]) -> Named:
+    """Each parameter asked for, in the files' dtype.
 
     The tensors lie in memory-mapped files: copy what is to be kept. Call check_weights first.
     """
@@ -257,10 +257,8 @@ def read_tensors(
 # Writing
 
 
-def to_hf(
-    config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) under our names -> under Hugging Face's, fused and transposed as they are."""
+def to_hf(config: ModelConfig, tensors: Named) -> Named:
+    """Tensors under our names -> under Hugging Face's, fused and transposed as they are."""
     waiting: dict[str, list[Tensor]] = {}
     for name, tensor in tensors:
         key = hf_key(config, name)
@@ -275,13 +273,10 @@ def to_hf(
 
 
 def write_tensors(
-    directory: str | Path | None,
-    config: ModelConfig,
-    tensors: Iterable[tuple[str, Tensor]],
-    max_bytes: float = 5e9,
+    directory: str | Path | None, config: ModelConfig, tensors: Named, max_bytes: float = 5e9
 ) -> None:
-    """Write (name, full CPU tensor) pairs, in the model's order, as safetensors files of at most
-    `max_bytes` (or one tensor), with index and config.json. Holds one file's tensors at a time.
+    """Write tensors, which come in the model's order, as safetensors files of at most `max_bytes`
+    (or one tensor), with index and config.json. Holds one file's tensors at a time.
 
     directory   None: take all pairs and write none, on a rank that gathers along with the others
     """
@@ -309,9 +304,7 @@ def write_tensors(
     (directory / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
 
 
-def batches(
-    tensors: Iterable[tuple[str, Tensor]], max_bytes: float
-) -> Iterator[dict[str, Tensor]]:
+def batches(tensors: Named, max_bytes: float) -> Iterator[dict[str, Tensor]]:
     """Cut a stream of tensors into dicts of at most `max_bytes`, or of one tensor."""
     batch: dict[str, Tensor] = {}
     for key, tensor in tensors:
