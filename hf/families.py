@@ -2,12 +2,17 @@
 
 GPT-2, Llama (2, 3, 3.1, Yi), Mistral, Qwen2, Qwen3, Gemma-2 and GPT-NeoX differ in fields of one
 `ModelConfig`. A field that would change the result and is not supported is refused by name.
+
+To add a family: write a reader of its config.json here and enter it in READERS, at the end of this
+file; enter the names of its tensors in KEYS of pretrained.py; add a small model to tests/cases.py.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,13 @@ class ModelConfig:
         try:
             values = READERS[family](f)
         except (TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"config.json: a field is of the wrong type ({error})") from None
+            raise ValueError(f"a field is of the wrong type ({error})") from None
         f.refuse_unread()
         eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         if not all(type(i) is int for i in eos):
             f.problems.append(f"eos_token_id = {config['eos_token_id']!r}: must be an id or ids")
         if problems := f.problems or f.clashes:
-            raise ValueError("\n".join(f"config.json: {problem}" for problem in problems))
+            raise ValueError("\n".join(problems))
         return cls(
             family=family,
             bos_id=bos,
@@ -74,6 +79,17 @@ class ModelConfig:
             hf=dict(config),
             **values,
         )
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. Raises ValueError, in one line, where there is none to read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return content
 
 
 DROPOUT = re.compile("dropout|pdrop")
@@ -112,22 +128,17 @@ class Fields:
     def size(self, key: str, default: int | None = None) -> int:
         """A positive integer; `default` where it is missing or null."""
         value = self.get(key)
-        return self.positive(key, default if value is None else value, (int,))
+        return self.positive(key, default if value is None else value, "integer")
 
-    def number(self, key: str, default: float) -> float:
-        """A positive number; `default` where it is missing."""
-        return self.positive(key, self.get(key, default))
-
-    def optional(self, key: str, default: float) -> float | None:
-        """A positive number or null; `default` where it is missing."""
+    def number(self, key: str, default: float, null: bool = False) -> float | None:
+        """A positive number, or None where `null` permits it; `default` where it is missing."""
         value = self.get(key, default)
-        return None if value is None else self.positive(key, value)
+        return None if null and value is None else self.positive(key, value)
 
-    def positive(self, key: str, value, kinds: tuple = (int, float)) -> float:
-        """The value; or 1, and a problem, if it is not a positive number of these kinds."""
-        if type(value) in kinds and value > 0:
+    def positive(self, key: str, value, kind: str = "number") -> float:
+        """The value; or 1, and a problem, if it is not a positive number or integer."""
+        if type(value) in {"number": (int, float), "integer": (int,)}[kind] and value > 0:
             return value
-        kind = "number" if float in kinds else "integer"
         self.problems.append(f"{key} = {value!r}: must be a positive {kind}")
         return 1
 
@@ -138,6 +149,11 @@ class Fields:
             return value
         self.problems.append(f"{key} = {value!r}: only {' or '.join(map(repr, allowed))}")
         return allowed[0]
+
+    def bias(self, default: bool) -> dict:
+        """Whether attention's projections have biases, where one field says so of all four."""
+        bias = self.only("attention_bias", default, not default)
+        return {"qkv_bias": bias, "out_bias": bias}
 
     def sizes(self, width: str, layers: str, heads: str, positions: str) -> dict:
         """The sizes under the names that a family gives them, with GPT-2's shape of attention."""
@@ -231,16 +247,13 @@ def read_gpt_neox(f: Fields) -> dict:
     # Some versions of transformers 4 wrote these beside the family's own names.
     f.only("rope_theta", rope["rope_theta"])
     f.only("partial_rotary_factor", rope["rotary"] / H)
-    bias = f.only("attention_bias", True, False)
-    return values | rope | {
+    return values | rope | f.bias(True) | {
         "hidden": f.size("intermediate_size"),
         "tied": f.only("tie_word_embeddings", False, True),
         "norm": "layer",
         "norm_eps": f.number("layer_norm_eps", 1e-5),
         "activation": f.only("hidden_act", "gelu", *ACTIVATIONS),
         "gated": False,
-        "qkv_bias": bias,
-        "out_bias": bias,
         "mlp_bias": True,
         "parallel": f.only("use_parallel_residual", True, False),
     }
@@ -268,22 +281,18 @@ def read_llama_like(f: Fields, act="hidden_act", default="silu", tied=False) -> 
 
 
 def read_llama(f: Fields) -> dict:
-    values = read_llama_like(f)
-    bias = f.only("attention_bias", False, True)
-    return values | {
-        "qkv_bias": bias, "out_bias": bias, "mlp_bias": f.only("mlp_bias", False, True)
-    }
+    return read_llama_like(f) | f.bias(False) | {"mlp_bias": f.only("mlp_bias", False, True)}
 
 
 def read_mistral(f: Fields) -> dict:
     values = read_llama_like(f)
-    window = f.optional("sliding_window", 4096)
+    window = f.number("sliding_window", 4096, null=True)
     return values | {"windows": (window,) * values["n_layers"]}
 
 
 def read_qwen2(f: Fields) -> dict:
     values = read_llama_like(f)
-    window, first = f.optional("sliding_window", 4096), f.get("max_window_layers", 28)
+    window, first = f.number("sliding_window", 4096, null=True), f.get("max_window_layers", 28)
     window = window if f.get("use_sliding_window") else None
     sliding = [window is not None and i >= first for i in range(values["n_layers"])]
     return values | {"windows": f.windows(window, sliding), "qkv_bias": True}
@@ -291,26 +300,22 @@ def read_qwen2(f: Fields) -> dict:
 
 def read_qwen3(f: Fields) -> dict:
     f.size("head_dim")  # has a default of its own in transformers: better said than guessed
-    bias = f.only("attention_bias", False, True)
-    return read_qwen2(f) | {"qkv_bias": bias, "out_bias": bias, "qk_norm": True}
+    return read_qwen2(f) | f.bias(False) | {"qk_norm": True}
 
 
 def read_gemma2(f: Fields) -> dict:
     f.size("head_dim")
     f.get("hidden_act")  # which transformers does not look at either
     values = read_llama_like(f, "hidden_activation", "gelu_pytorch_tanh", tied=True)
-    window = f.optional("sliding_window", 4096)
+    window = f.number("sliding_window", 4096, null=True)
     f.only("sliding_window_size", window)
-    bias = f.only("attention_bias", False, True)
-    return values | {
+    return values | f.bias(False) | {
         "windows": f.windows(window, [i % 2 == 0 for i in range(values["n_layers"])]),
         "norm": "rms+1",
         "post_norms": True,
-        "qkv_bias": bias,
-        "out_bias": bias,
         "score_scale": f.size("query_pre_attn_scalar", 256) ** -0.5,
-        "score_cap": f.optional("attn_logit_softcapping", 50.0),
-        "logit_cap": f.optional("final_logit_softcapping", 30.0),
+        "score_cap": f.number("attn_logit_softcapping", 50.0, null=True),
+        "logit_cap": f.number("final_logit_softcapping", 30.0, null=True),
         "embed_scale": values["width"] ** 0.5,
     }
 

@@ -3,7 +3,8 @@
 A checkpoint is a directory of config.json, safetensors and a tokenizer's files, local or the hub's.
 Its tensors are streams of (name, full CPU tensor) in both directions, so that a sharded model is
 filled and saved by the same functions, one tensor at a time. Names and layout are ours on this
-side, the family's in the files; KEYS maps one to the other.
+side, the family's in the files; KEYS maps one to the other, and is where a new family enters the
+names of its tensors. (What its config.json says is read in families.py.)
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf.families import READERS, ModelConfig
+from hf.families import READERS, ModelConfig, read_json
+
+Named = Iterable[tuple[str, Tensor]]  # a stream of (name, full CPU tensor)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
-    "tokenizer*", "vocab.*", "encoder.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "generation_config.json",
+    "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template*",
+    "generation_config.json",
 )
 # Buffers that old checkpoints carry along.
 EXTRA_KEYS = re.compile(r"\b(attn|attention)\.(masked_)?bias$|\brotary_emb\.inv_freq$")
@@ -121,12 +124,6 @@ def fuse(parts: list[Tensor], config: ModelConfig) -> Tensor:
     return torch.stack([p.view(groups, -1, *p.shape[1:]) for p in parts], 1).flatten(0, 2)
 
 
-def full_key(key: str, config: ModelConfig) -> str:
-    """GPT-2's own files leave out the prefix of all keys but the head's."""
-    bare = config.family == "gpt2" and not key.startswith(("transformer.", "lm_head."))
-    return f"transformer.{key}" if bare else key
-
-
 # --------------------------------------------------------------------------------------------------
 # Finding and reading
 
@@ -134,16 +131,11 @@ def full_key(key: str, config: ModelConfig) -> str:
 def load_config(directory: str | Path, name: str = CONFIG) -> ModelConfig:
     """Read config.json. Raises ValueError where it is missing, broken or not supported."""
     file = Path(directory) / name
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: not a JSON object")
+    config = read_json(file)
     try:
         return ModelConfig.from_hf(config)
     except ValueError as error:
-        lines = (line.removeprefix(f"{CONFIG}: ") for line in str(error).splitlines())
+        lines = str(error).splitlines()
         raise ValueError("\n".join(f"{file}: {line}" for line in lines)) from None
 
 
@@ -185,11 +177,13 @@ class Stored(NamedTuple):
 def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, Stored], list[str]]:
     """The tensors of a directory by key, read from the headers alone, and the files' problems."""
     stored, problems, index = {}, [], {}
+    # GPT-2's own files leave out the prefix of all keys but the head's.
+    prefix = "transformer." if config.family == "gpt2" else ""
     if (directory / WEIGHTS).exists():
         files = [directory / WEIGHTS]
     elif (directory / INDEX).exists():
         try:
-            index = json.loads((directory / INDEX).read_text())["weight_map"]
+            index = read_json(directory / INDEX)["weight_map"]
             files = sorted({directory / name for name in index.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return {}, [f"{directory / INDEX}: not an index of safetensors files ({error!r})"]
@@ -204,8 +198,8 @@ def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, Stored], list[
                 for key in handle.keys():  # noqa: SIM118 (not a dict)
                     part = handle.get_slice(key)
                     if index.get(key, file.name) == file.name:
-                        entry = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
-                        stored[full_key(key, config)] = entry
+                        full = key if key.startswith((prefix, "lm_head.")) else prefix + key
+                        stored[full] = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
         except FileNotFoundError:
             problems.append(f"{file}: missing, but {INDEX} names it")
         except (SafetensorError, OSError) as error:
@@ -242,10 +236,8 @@ def check_weights(
     return problems
 
 
-def read_tensors(
-    directory: Path, config: ModelConfig, names: Iterable[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, full CPU tensor) of each parameter asked for, in the files' dtype.
+def read_tensors(directory: Path, config: ModelConfig, names: Iterable[str]) -> Named:
+    """Each parameter asked for, in the files' dtype.
 
     The tensors lie in memory-mapped files: copy what is to be kept. Call check_weights first.
     """
@@ -265,10 +257,8 @@ def read_tensors(
 # Writing
 
 
-def to_hf(
-    config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) under our names -> under Hugging Face's, fused and transposed as they are."""
+def to_hf(config: ModelConfig, tensors: Named) -> Named:
+    """Tensors under our names -> under Hugging Face's, fused and transposed as they are."""
     waiting: dict[str, list[Tensor]] = {}
     for name, tensor in tensors:
         key = hf_key(config, name)
@@ -283,13 +273,10 @@ def to_hf(
 
 
 def write_tensors(
-    directory: str | Path | None,
-    config: ModelConfig,
-    tensors: Iterable[tuple[str, Tensor]],
-    max_bytes: float = 5e9,
+    directory: str | Path | None, config: ModelConfig, tensors: Named, max_bytes: float = 5e9
 ) -> None:
-    """Write (name, full CPU tensor) pairs, in the model's order, as safetensors files of at most
-    `max_bytes` (or one tensor), with index and config.json. Holds one file's tensors at a time.
+    """Write tensors, which come in the model's order, as safetensors files of at most `max_bytes`
+    (or one tensor), with index and config.json. Holds one file's tensors at a time.
 
     directory   None: take all pairs and write none, on a rank that gathers along with the others
     """
@@ -317,9 +304,7 @@ def write_tensors(
     (directory / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
 
 
-def batches(
-    tensors: Iterable[tuple[str, Tensor]], max_bytes: float
-) -> Iterator[dict[str, Tensor]]:
+def batches(tensors: Named, max_bytes: float) -> Iterator[dict[str, Tensor]]:
     """Cut a stream of tensors into dicts of at most `max_bytes`, or of one tensor."""
     batch: dict[str, Tensor] = {}
     for key, tensor in tensors:

@@ -1,7 +1,7 @@
 """Conversations to token ids and loss masks, by a template that the saved model takes along.
 
     turns = [("user", "Name a colour."), ("assistant", "Green.")]
-    ids, has_loss = encode_conversation(tokenizer, "alpaca", turns, max_length=512)
+    [(ids, has_loss)] = encode_conversations(tokenizer, "alpaca", [turns], max_length=512)
 
 Only answers and the token that ends them carry loss. Control tokens are put in by id.
 """
@@ -16,18 +16,16 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from hf.tokenizer import EOS, Segment, Settings, Tokenizer, Turns
+from hf.tokenizer import EOS, Encoded, Segment, Tokenizer, Turns, byte_spec, read_settings
 
 CONTROL = re.compile(r"(<\|?\w+\|?>)")  # a control token within a template's own strings
 
-PREAMBLE = (
-    "Below is an instruction that describes a task. "
+ROLES = "system", "user", "assistant"
+PREAMBLES = [  # Stanford Alpaca's, without and with an input
+    f"Below is an instruction that describes a task{context}. "
     "Write a response that appropriately completes the request."
-)
-PREAMBLE_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request."
-)
+    for context in ("", ", paired with an input that provides further context")
+]
 
 
 @dataclass(frozen=True)
@@ -52,14 +50,11 @@ TEMPLATES = {
         {"system": "", "user": "### Instruction:\n", "input": "### Input:\n",
          "assistant": "### Response:\n"}, "\n\n", EOS, preamble=True,
     ),
-    "plain": Template({"system": "", "user": "", "assistant": ""}, "\n", EOS),
-    "chatml": Template(
-        {role: f"<|im_start|>{role}\n" for role in ("system", "user", "assistant")},
-        "\n", "<|im_end|>",
-    ),
+    "plain": Template(dict.fromkeys(ROLES, ""), "\n", EOS),
+    "chatml": Template({role: f"<|im_start|>{role}\n" for role in ROLES}, "\n", "<|im_end|>"),
     "llama3": Template(
-        {role: f"<|start_header_id|>{role}<|end_header_id|>\n\n"
-         for role in ("system", "user", "assistant")}, "", "<|eot_id|>",
+        {role: f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ROLES},
+        "", "<|eot_id|>",
     ),
     "gemma": Template(
         {"system": "<start_of_turn>user\n", "user": "<start_of_turn>user\n",
@@ -100,7 +95,7 @@ def _fit(style: Template, turns: Turns) -> Turns:
     """The same conversation in roles that the template has."""
     if style.preamble and turns[0][0] != "system":
         with_input = any(role == "input" for role, _ in turns)
-        turns = [("system", PREAMBLE_WITH_INPUT if with_input else PREAMBLE), *turns]
+        turns = [("system", PREAMBLES[with_input]), *turns]
     out = []
     for role, text in turns:
         if role == "input" and "input" not in style.before:
@@ -112,38 +107,24 @@ def _fit(style: Template, turns: Turns) -> Turns:
     return out
 
 
+def _is_text(segment: Segment) -> bool:
+    return isinstance(segment[0], str)
+
+
 def encode_conversations(
-    tokenizer: Tokenizer, template: str, conversations: list[Turns], max_length: int
-) -> list[tuple[list[int], list[bool]]]:
-    """`encode_conversation` of each, in parallel threads."""
-    return _encode([render(tokenizer, template, t) for t in conversations], tokenizer, max_length)
+    tokenizer: Tokenizer, template: str, conversations: list[Turns],
+    max_length: int | None = None, prompt: bool = False,
+) -> list[Encoded]:
+    """(ids, has_loss) of each, cut to `max_length`, so that a truncated answer has no end token.
 
-
-def encode_conversation(
-    tokenizer: Tokenizer, template: str, turns: Turns, max_length: int
-) -> tuple[list[int], list[bool]]:
-    """(ids, has_loss), cut to `max_length`, so that a truncated answer has no end token.
-
-    The first id has no loss: nothing precedes it to predict it from.
+    The first id has no loss: nothing precedes it to predict it from. All texts between control
+    tokens, of all conversations, are encoded in one batch. `prompt`: see `render`.
     """
-    return encode_conversations(tokenizer, template, [turns], max_length)[0]
-
-
-def render_prompt(tokenizer: Tokenizer, template: str, turns: Turns) -> list[int]:
-    """Ids that end where the model is to answer."""
-    segments = render(tokenizer, template, turns, prompt=True)
-    return _encode([segments], tokenizer, max_length=None)[0][0]
-
-
-def _encode(samples: list[list[Segment]], tokenizer: Tokenizer, max_length: int | None) -> list:
-    """(ids, has_loss) of rendered conversations, all of their texts encoded in one batch."""
     samples = [
-        [(is_text, list(run)) for is_text, run in groupby(sample, lambda s: isinstance(s[0], str))]
-        for sample in samples
+        [(is_text, list(run)) for is_text, run in groupby(segments, key=_is_text)]
+        for segments in (render(tokenizer, template, turns, prompt) for turns in conversations)
     ]
-    runs = [
-        (run, n == 0) for sample in samples for n, (is_text, run) in enumerate(sample) if is_text
-    ]
+    runs = [(run, n == 0) for s in samples for n, (is_text, run) in enumerate(s) if is_text]
     encoded = iter(tokenizer.codec.encode_runs(runs))
     out = []
     for sample in samples:
@@ -154,6 +135,11 @@ def _encode(samples: list[list[Segment]], tokenizer: Tokenizer, max_length: int 
             has_loss += more_loss
         out.append((ids[:max_length], [False, *has_loss[1:max_length]]))
     return out
+
+
+def render_prompt(tokenizer: Tokenizer, template: str, turns: Turns) -> list[int]:
+    """Ids that end where the model is to answer."""
+    return encode_conversations(tokenizer, template, [turns], prompt=True)[0][0]
 
 
 def stop_ids(tokenizer: Tokenizer, template: str) -> list[int]:
@@ -170,11 +156,10 @@ def chat_template(template: str, add_bos: bool = False) -> str:
     between, before = json.dumps(style.between), json.dumps(style.before)
     source = "{{ bos_token }}" if add_bos else ""
     if style.preamble:
-        preambles = json.dumps([PREAMBLE, PREAMBLE_WITH_INPUT])
         source += (
             "{% if messages[0].role != 'system' %}"
             "{% set inputs = messages | selectattr('role', 'equalto', 'input') | list %}"
-            f"{{% set preamble = {preambles}[1 if inputs else 0] %}}"
+            f"{{% set preamble = {json.dumps(PREAMBLES)}[1 if inputs else 0] %}}"
             "{% set messages = [{'role': 'system', 'content': preamble}] + messages %}{% endif %}"
         )
     if style.merge_system:
@@ -197,10 +182,7 @@ def chat_template(template: str, add_bos: bool = False) -> str:
 def trained_with(directory: Path) -> str:
     """The template of a model: by name where `save_tokenizer` has seen it, else the one whose
     control tokens its chat template has, else "alpaca"."""
-    try:
-        config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "alpaca"
+    config = read_settings(directory, "tokenizer_config.json")
     if config.get("scalebio_template") in TEMPLATES:
         return config["scalebio_template"]
     jinja, file = str(config.get("chat_template")), directory / "chat_template.jinja"
@@ -219,20 +201,17 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike, template:
     directory.mkdir(parents=True, exist_ok=True)
     config = {}
     if tokenizer.path is None:
-        (directory / "tokenizer.json").write_text(json.dumps(tokenizer.spec), encoding="utf-8")
+        (directory / "tokenizer.json").write_text(json.dumps(byte_spec()), encoding="utf-8")
     else:
-        config = Settings.read(tokenizer.path).names
-        renamed = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}  # for transformers
-        for name in ("tokenizer.json", "vocab.json", "merges.txt", *renamed, "tokenizer.model",
-                     "special_tokens_map.json"):
+        config = read_settings(tokenizer.path, "special_tokens_map.json", "tokenizer_config.json")
+        for name in ("tokenizer.json", "special_tokens_map.json"):
             if (tokenizer.path / name).is_file():
-                shutil.copyfile(tokenizer.path / name, directory / renamed.get(name, name))
+                shutil.copyfile(tokenizer.path / name, directory / name)
     names = {i: name for name, i in tokenizer.special.items()}
     for key, i in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
         if i in names:
             config.setdefault(key, names[i])
-    has_json = (directory / "tokenizer.json").is_file()
-    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast" if has_json else "GPT2Tokenizer")
+    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     config["chat_template"] = chat_template(template, tokenizer.add_bos)
     config["scalebio_template"] = template  # what evaluate.py takes where it is told nothing else
     text = json.dumps(config, indent=2, ensure_ascii=False)

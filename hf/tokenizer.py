@@ -1,4 +1,4 @@
-"""Text to token ids and back, from a checkpoint's own files.
+"""Text to token ids and back, from a checkpoint's own tokenizer.json.
 
     tokenizer = load_tokenizer("path/to/checkpoint")
     ids = tokenizer.encode("Name a colour.")
@@ -14,7 +14,6 @@ tokens enter through templates only (templates.py), by id. Nothing is ever downl
 
 from __future__ import annotations
 
-import base64
 import functools
 import hashlib
 import json
@@ -22,31 +21,32 @@ import os
 import re
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
 import tiktoken
 
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+from hf.families import read_json
 
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Names to fall back on where no configuration file names the token.
 KNOWN_BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>")
+KNOWN_EOS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>")
 TEMPLATE_TOKENS = (  # control tokens of the templates, whether or not the files call them special
     "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<start_of_turn>", "<end_of_turn>",
 )
-KNOWN_EOS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>")
+# The configuration files that speak of tokens by name, and by id.
+TOKEN_NAMES = "special_tokens_map.json", "tokenizer_config.json"
+TOKEN_IDS = "config.json", "generation_config.json"
 
 EOS = "eos_token"  # a template's word for the vocabulary's own end of text, whatever its name
 Turns = list[tuple[str, str]]  # (role, text); roles: system, user, input, assistant, or one "text"
 Segment = tuple[str | int, bool]  # (text or id, has_loss)
+Run = tuple[list[Segment], bool]  # (texts between control tokens, is it the start of the input)
+Encoded = tuple[list[int], list[bool]]  # (ids, has_loss)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -55,8 +55,6 @@ Segment = tuple[str | int, bool]  # (text or id, has_loss)
 
 class BytePairCodec:
     """Byte-level BPE in tiktoken. `added` are ordinary tokens matched in the text before BPE."""
-
-    kind = "tiktoken"
 
     def __init__(self, ranks: dict[bytes, int], pattern: str, nfc: bool, added: dict[str, int]):
         # The look-ahead keeps a state for each character of the run, of which there is room for a
@@ -83,14 +81,9 @@ class BytePairCodec:
         with ThreadPoolExecutor(threads) as pool:
             return sum(pool.map(lambda part: [*map(self.encode, part)], parts), [])
 
-    def encode_runs(
-        self, runs: list[tuple[list[Segment], bool]]
-    ) -> list[tuple[list[int], list[bool]]]:
-        """(ids, has_loss) of each run of texts between control tokens.
-
-        A run is ([(text, has_loss), …], is it the start of the input). Texts that differ in loss
-        are encoded apart, as in generation, where the prompt alone is what there is to encode.
-        """
+    def encode_runs(self, runs: list[Run]) -> list[Encoded]:
+        """The ids of each run. Texts that differ in loss are encoded apart, as in generation, where
+        the prompt alone is what there is to encode."""
         by_loss = [groupby(run, itemgetter(1)) for run, _ in runs]
         runs = [[("".join(t for t, _ in same), loss) for loss, same in run] for run in by_loss]
         encoded = iter(self.encode_batch([text for run in runs for text, _ in run]))
@@ -124,8 +117,6 @@ class SentencePieceCodec:
     Without its special tokens, so that they are not found in text; see `_without_special`.
     """
 
-    kind = "tokenizers"
-
     def __init__(self, spec: dict, special: dict[str, int], path: Path):
         try:
             import tokenizers
@@ -149,9 +140,7 @@ class SentencePieceCodec:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
-    def encode_runs(
-        self, runs: list[tuple[list[Segment], bool]]
-    ) -> list[tuple[list[int], list[bool]]]:
+    def encode_runs(self, runs: list[Run]) -> list[Encoded]:
         """As BytePairCodec's; but a prompt and its answer are one text, and the mask is by offsets.
 
         Apart, the answer would get a space of its own before it. A token has loss if its last
@@ -181,8 +170,7 @@ def _without_special(spec: dict, special: dict[str, int]) -> dict:
         # The library numbers added tokens anew unless the vocabulary holds them.
         model["vocab"] = {**model["vocab"], **{t["content"]: t["id"] for t in ordinary}}
     if "merges" in model:
-        pairs = (m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"])
-        model["merges"] = [[a, b] for a, b in pairs if a + b not in special]
+        model["merges"] = [[a, b] for a, b in _merges(model) if a + b not in special]
     return {**spec, "model": model, "added_tokens": ordinary, "post_processor": None,
             "truncation": None, "padding": None}
 
@@ -193,7 +181,8 @@ def _without_special(spec: dict, special: dict[str, int]) -> dict:
 
 @dataclass
 class Tokenizer:
-    """A codec and the control tokens beside it. Made by `load_tokenizer` or `byte_tokenizer`."""
+    """A codec and the control tokens beside it. Made by `load_tokenizer` or `byte_tokenizer`; many
+    texts at once are encoded by the codec's `encode_batch`, in parallel."""
 
     codec: BytePairCodec | SentencePieceCodec
     special: dict[str, int]  # control tokens by name: never made from text
@@ -203,21 +192,11 @@ class Tokenizer:
     eos_ids: tuple[int, ...]  # all ids that end generation
     n_vocab: int  # highest id + 1
     fingerprint: str  # hash of everything that determines ids
-    path: Path | None  # directory of the source files; None if made in memory
-    spec: dict | None = field(default=None, repr=False)  # tokenizer.json if made in memory
-
-    @property
-    def kind(self) -> str:
-        """The library that does the work: "tiktoken" or "tokenizers"."""
-        return self.codec.kind
+    path: Path | None  # directory of the source files; None for the byte tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, all of it as text, nothing added."""
         return self.codec.encode_batch([text])[0]
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each text, in parallel threads."""
-        return self.codec.encode_batch(texts)
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`; control tokens and ids without a text are left out."""
@@ -235,12 +214,17 @@ class Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """The built-in model's vocabulary: 256 bytes, <bos>, <eos>. Saved, it is a tokenizer.json."""
+    """The built-in model's tokenizer: 256 bytes, <bos>, <eos>."""
+    return _from_spec(byte_spec(), {}, path=None, fingerprint="bytes")
+
+
+def byte_spec() -> dict:
+    """The tokenizer.json of `byte_tokenizer`."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     names = {"<bos>": 256, "<eos>": 257}
     bos = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
     text = [{"Sequence": {"id": letter, "type_id": 0}} for letter in "AB"]
-    spec = {
+    return {
         "version": "1.0",
         "added_tokens": [
             {"id": i, "content": name, "special": True, "single_word": False, "lstrip": False,
@@ -255,152 +239,139 @@ def byte_tokenizer() -> Tokenizer:
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": _byte_of_char(), "merges": []},
     }
-    return _from_spec(spec, Settings({}), path=None, fingerprint="bytes")
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer of a checkpoint directory; ValueError in one line if there is none to read.
 
-    Reads tokenizer.json, or vocab.json + merges.txt (encoder.json + vocab.bpe), or Llama-3's
-    tokenizer.model; which tokens open and end a text comes from the configuration files.
+    Which tokens open and end a text comes from the configuration files beside tokenizer.json.
     """
-    path = Path(path)
-    settings = Settings.read(path)
-    for names, load in (
-        (("tokenizer.json",), _from_json),
-        (("vocab.json", "merges.txt"), _from_vocab_and_merges),
-        (("encoder.json", "vocab.bpe"), _from_vocab_and_merges),
-        (("tokenizer.model",), _from_tiktoken_model),
-    ):
-        files = [path / name for name in names]
-        if all(file.is_file() for file in files):
-            contents = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
-            try:
-                return load(*files, settings, contents.hex())
-            except (KeyError, TypeError, AttributeError, IndexError, UnicodeError) as error:
-                raise ValueError(f"{files[0]}: not understood: {error!r}") from None
-    raise ValueError(
-        f"{path}: no tokenizer: expected tokenizer.json, vocab.json + merges.txt or tokenizer.model"
-    )
-
-
-@dataclass
-class Settings:
-    """What a checkpoint's configuration files say about its tokens."""
-
-    names: dict  # tokenizer_config.json over special_tokens_map.json
-    ids: dict = field(default_factory=dict)  # generation_config.json over config.json
-
-    @classmethod
-    def read(cls, path: Path) -> Settings:
-        def read(name: str) -> dict:
-            content = _read_json(path / name) if (path / name).is_file() else {}
-            return {k: v for k, v in content.items() if v is not None}
-
-        return cls(
-            {**read("special_tokens_map.json"), **read("tokenizer_config.json")},
-            {**read("config.json"), **read("generation_config.json")},
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        others = ("vocab.json", "tokenizer.model")
+        found = ", ".join(name for name in others if (file.parent / name).is_file())
+        raise ValueError(
+            f"{file}: missing{found and f' (not read: {found})'}; write it with transformers: "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
+    spec = read_json(file)
+    if not isinstance(spec.get("model"), dict) or not spec["model"].get("vocab"):
+        raise ValueError(f"{file}: not a tokenizer.json: it has no model with a vocabulary")
+    settings = read_settings(file.parent, *TOKEN_NAMES, *TOKEN_IDS)
+    fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
+    try:
+        return _from_spec(spec, settings, file.parent, fingerprint)
+    except (KeyError, TypeError, AttributeError, IndexError, UnicodeError) as error:
+        raise ValueError(f"{file}: not understood: {error!r}") from None
 
-    @property
-    def added_tokens(self) -> list[dict]:
-        decoder = self.names.get("added_tokens_decoder", {})
-        return [{**token, "id": int(i)} for i, token in decoder.items()]
 
-    def name(self, key: str) -> str | None:
-        value = self.names.get(key)
-        return value["content"] if isinstance(value, dict) else value
-
-    def all_ids(self, key: str) -> list[int]:
-        value = self.ids.get(key, [])
-        return value if isinstance(value, list) else [value]
-
-    def find(self, key: str, known: tuple[str, ...], vocab: dict, special: dict) -> int | None:
-        """The id of `key` ("bos_token"): named, else configured by id, else of a known name."""
-        name = self.name(key)
-        if name is not None:
-            return vocab.get(name)
-        for i in self.all_ids(f"{key}_id"):
-            # config.json often holds its class's default, an id of this vocabulary's ordinary text
-            if i in special.values():
-                return i
-        return next((special[name] for name in known if name in special), None)
+def read_settings(path: Path, *files: str) -> dict:
+    """What those of the files that exist say, nulls aside; a later file goes before an earlier."""
+    found = [read_json(path / name) for name in files if (path / name).is_file()]
+    return {k: v for content in found for k, v in content.items() if v is not None}
 
 
 # ---------------------------------------------------------------------------------------------
-# The formats
+# From tokenizer.json
 
 
-def _from_json(file: Path, settings: Settings, fingerprint: str) -> Tokenizer:
-    spec = _read_json(file)
-    if not isinstance(spec.get("model"), dict) or not spec["model"].get("vocab"):
-        raise ValueError(f"{file}: not a tokenizer.json: it has no model with a vocabulary")
-    return _from_spec(spec, settings, file.parent, fingerprint)
+def _from_spec(spec: dict, settings: dict, path: Path | None, fingerprint: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's content and of what the configuration files say."""
+    vocab, added = _vocabulary(spec, settings)
+    named = {key: settings.get(f"{key}_token") for key in ("bos", "eos", "unk", "pad")}
+    named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
+    control = {name for name, token in added.items() if token.get("special")}
+    control |= {*named.values(), *KNOWN_BOS, *KNOWN_EOS, *TEMPLATE_TOKENS} - {None}
+    special = {name: vocab[name] for name in sorted(control) if name in vocab}
+    codec = _byte_pair_codec(spec, added, special)
+    if codec:  # "</s>" may be an ordinary token of code
+        special = {name: i for name, i in special.items() if i not in codec.bytes}
+    else:
+        codec = SentencePieceCodec(spec, special, path / "tokenizer.json")
+
+    def configured(key: str) -> list[int]:
+        """Ids given for "bos" or "eos" in config.json, which often holds its class's default, an id
+        of this vocabulary's ordinary text."""
+        value = settings.get(f"{key}_token_id", [])
+        return [i for i in (value if isinstance(value, list) else [value]) if i in special.values()]
+
+    def find(key: str, known: tuple[str, ...]) -> int | None:
+        """The id of the token that is named, else of one configured, else of a known name."""
+        if named[key] is not None:
+            return vocab.get(named[key])
+        return next(iter([*configured(key), *(special[n] for n in known if n in special)]), None)
+
+    bos_id, eos_id = find("bos", KNOWN_BOS), find("eos", KNOWN_EOS)
+    opens = {vocab.get(name) for name in _openers(spec)}
+    add_bos = bool(settings.get("add_bos_token", bos_id in opens) and bos_id is not None)
+    stops = [eos_id] * (eos_id in special.values()) + configured("eos")
+    identity = json.dumps([fingerprint, bos_id, eos_id, add_bos, special])
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    return Tokenizer(codec, special, bos_id, eos_id, add_bos, tuple(dict.fromkeys(stops)),
+                     max(vocab.values()) + 1, fingerprint, path)
 
 
-def _from_spec(spec: dict, settings: Settings, path: Path | None, fingerprint: str) -> Tokenizer:
-    """Tokenizer of the content of a tokenizer.json."""
-    added = {t["content"]: t for t in [*settings.added_tokens, *(spec.get("added_tokens") or [])]}
+def _vocabulary(spec: dict, settings: dict) -> tuple[dict[str, int], dict[str, dict]]:
+    """All tokens by name with their ids, and what is said of those added to the model's own."""
+    added = [{**t, "id": int(i)} for i, t in settings.get("added_tokens_decoder", {}).items()]
+    added = {t["content"]: t for t in [*added, *(spec.get("added_tokens") or [])]}
     vocab = spec["model"]["vocab"]
     if isinstance(vocab, list):  # Unigram: [piece, score]
         vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
-    vocab = {**vocab, **{name: token["id"] for name, token in added.items()}}
-    special = _special_tokens(added.values(), vocab, settings)
-    ordinary = {name: token for name, token in added.items() if name not in special}
-    recipe = _byte_pair_recipe(spec, added, ordinary.values())
-    if recipe:
-        codec = BytePairCodec(*recipe, {name: token["id"] for name, token in ordinary.items()})
-    else:
-        codec = SentencePieceCodec(spec, special, path / "tokenizer.json")
-    single = (spec.get("post_processor") or {}).get("processors", [spec.get("post_processor")])
-    opens = {
-        item["SpecialToken"]["id"]
-        for processor in single if processor
-        for item in processor.get("single", []) if "SpecialToken" in item
-    }
-    return _assemble(codec, vocab, special, settings, opens, path, fingerprint,
-                     spec if path is None else None)
+    return {**vocab, **{name: token["id"] for name, token in added.items()}}, added
 
 
-def _byte_pair_recipe(spec: dict, added: dict, ordinary) -> tuple | None:
-    """(ranks, pattern, nfc) for tiktoken, or None if it cannot express this tokenizer.json."""
+def _openers(spec: dict) -> set[str]:
+    """Names of the tokens that the post-processor puts before a text."""
+    last = spec.get("post_processor") or {}
+    pieces = [p for step in last.get("processors", [last]) for p in step.get("single", [])]
+    return {p["SpecialToken"]["id"] for p in pieces if "SpecialToken" in p}
+
+
+def _byte_pair_codec(spec: dict, added: dict, special: dict) -> BytePairCodec | None:
+    """The tokenizer.json in tiktoken, or None if that cannot express it."""
     model = spec["model"]
+    ordinary = {name: token for name, token in added.items() if name not in special}
     pattern = _split_pattern(spec.get("pre_tokenizer") or {})
     normalizer = spec.get("normalizer")
     plain = not any(model.get(key) for key in (
         "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"
     ))
-    strips = any(t.get(key) for t in ordinary for key in ("lstrip", "rstrip", "single_word"))
+    strips = ("lstrip", "rstrip", "single_word")
+    plain &= not any(token.get(key) for token in ordinary.values() for key in strips)
+    plain &= normalizer in (None, {"type": "NFC"})
     # files of early library versions have no type
-    if model.get("type", "BPE") != "BPE" or not plain or not pattern or strips:
+    if model.get("type", "BPE") != "BPE" or not plain or not pattern:
         return None
-    if normalizer not in (None, {"type": "NFC"}):
-        return None
-    merges = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
     vocab = {token: i for token, i in model["vocab"].items() if token not in added}
-    ranks = _ranks(vocab, merges, keep_all=model.get("ignore_merges", False))
-    return ranks and (ranks, pattern, normalizer is not None)
+    ranks = _ranks(vocab, _merges(model), model.get("ignore_merges", False))
+    ids = {name: token["id"] for name, token in ordinary.items()}
+    return BytePairCodec(ranks, pattern, normalizer is not None, ids) if ranks else None
+
+
+def _merges(model: dict) -> list[list[str]]:
+    """The pairs to merge, which early versions of the library wrote as "a b"."""
+    return [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
 
 
 def _split_pattern(pre_tokenizer: dict) -> str | None:
     """The regular expression that cuts text before BPE, where ByteLevel comes after it."""
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    byte_level = steps[-1]
+    *before, byte_level = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
     if byte_level.get("type") != "ByteLevel" or byte_level.get("add_prefix_space"):
         return None
-    if len(steps) == 1:
+    if not before:
         return GPT2_PATTERN if byte_level.get("use_regex", True) else None
-    split = steps[0]
+    split = before[0]
     pattern = split.get("pattern", {}).get("Regex", "")
     isolated = split.get("behavior") == "Isolated" and not split.get("invert")
     # `tokenizers` keeps what the pattern does not match, tiktoken loses it. The patterns that end
     # like this one, those of GPT-2's line, match every character.
     whole = pattern.endswith(r"|\s+(?!\S)|\s+")
-    only = len(steps) == 2 and not byte_level.get("use_regex", True)
+    only = len(before) == 1 and not byte_level.get("use_regex", True)
     return pattern if only and isolated and whole else None
 
 
-def _ranks(vocab: dict[str, int], merges: list, keep_all: bool = False) -> dict[bytes, int] | None:
+def _ranks(vocab: dict[str, int], merges: list, keep_all: bool) -> dict[bytes, int] | None:
     """Token bytes -> id, or None where ids do not grow in the order of the merges.
 
     tiktoken merges the pair whose union has the lowest id; `tokenizers` the pair listed first.
@@ -419,96 +390,9 @@ def _ranks(vocab: dict[str, int], merges: list, keep_all: bool = False) -> dict[
     return ranks
 
 
-def _from_vocab_and_merges(
-    vocab_file: Path, merges_file: Path, settings: Settings, fingerprint: str
-) -> Tokenizer:
-    """GPT-2's own format. It has no pattern: the class in tokenizer_config.json tells which."""
-    kind = settings.names.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
-    patterns = {"GPT2Tokenizer": GPT2_PATTERN, "Qwen2Tokenizer": QWEN2_PATTERN}
-    if kind not in patterns:
-        raise ValueError(
-            f"{vocab_file}: cannot tell how {kind} splits text: save a tokenizer.json beside it"
-        )
-    vocab = _read_json(vocab_file)
-    lines = merges_file.read_text(encoding="utf-8").splitlines()
-    merges = [line.split() for line in lines if line and not line.startswith("#version")]
-    if not all(len(pair) == 2 for pair in merges):
-        raise ValueError(f"{merges_file}: a line is not a pair of tokens")
-    ranks = _ranks(vocab, merges)
-    if ranks is None:
-        raise ValueError(f"{vocab_file}: ids are not in the order of {merges_file.name}")
-    added = settings.added_tokens
-    vocab = {**vocab, **{token["content"]: token["id"] for token in added}}
-    special = _special_tokens(added, vocab, settings)
-    ordinary = {t["content"]: t["id"] for t in added if t["content"] not in special}
-    codec = BytePairCodec(ranks, patterns[kind], kind == "Qwen2Tokenizer", ordinary)
-    return _assemble(codec, vocab, special, settings, set(), vocab_file.parent, fingerprint)
-
-
-def _from_tiktoken_model(file: Path, settings: Settings, fingerprint: str) -> Tokenizer:
-    """Llama-3's tokenizer.model: a line per token, base64 and rank; control tokens come after."""
-    try:
-        lines = [line.split() for line in file.read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except ValueError:
-        raise ValueError(
-            f"{file}: a binary SentencePiece model cannot be read: save a tokenizer.json beside it "
-            "(transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))"
-        ) from None
-    if len(ranks) != 128_000:
-        raise ValueError(
-            f"{file}: {len(ranks)} tokens; of this format only Llama-3's (128000) is known: "
-            "save a tokenizer.json beside it"
-        )
-    named = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id",
-             9: "eot_id"}
-    reserved = (f"reserved_special_token_{n}" for n in range(256))
-    special = {f"<|{named.get(n) or next(reserved)}|>": 128_000 + n for n in range(256)}
-    codec = BytePairCodec(ranks, LLAMA3_PATTERN, nfc=False, added={})
-    return _assemble(codec, special, special, settings, {"<|begin_of_text|>"}, file.parent,
-                     fingerprint)
-
-
-def _special_tokens(added, vocab: dict[str, int], settings: Settings) -> dict[str, int]:
-    """Control tokens: those the files call special, and those that a template uses."""
-    names = {token["content"] for token in added if token.get("special")}
-    names |= {settings.name(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    names |= {*KNOWN_BOS, *KNOWN_EOS, *TEMPLATE_TOKENS}
-    return {name: vocab[name] for name in sorted(names - {None}) if name in vocab}
-
-
-def _assemble(codec, vocab, special, settings, opens, path, fingerprint, spec=None) -> Tokenizer:
-    """`opens`: the names of tokens that the tokenizer's post-processor puts before a text."""
-    if isinstance(codec, BytePairCodec):  # "</s>" may be an ordinary token of code
-        special = {name: i for name, i in special.items() if i not in codec.bytes}
-    bos_id = settings.find("bos_token", KNOWN_BOS, vocab, special)
-    eos_id = settings.find("eos_token", KNOWN_EOS, vocab, special)
-    add_bos = settings.names.get("add_bos_token", bos_id in {vocab.get(name) for name in opens})
-    add_bos = bool(add_bos and bos_id is not None)
-    stops = [eos_id, *settings.all_ids("eos_token_id")]
-    eos_ids = tuple(dict.fromkeys(i for i in stops if i in special.values()))
-    identity = json.dumps([fingerprint, bos_id, eos_id, add_bos, special])
-    if isinstance(codec, BytePairCodec):
-        n_vocab = max([*codec.bytes, *special.values()]) + 1
-    else:
-        n_vocab = max(vocab.values()) + 1
-    return Tokenizer(codec, special, bos_id, eos_id, add_bos, eos_ids, n_vocab,
-                     hashlib.sha256(identity.encode()).hexdigest(), path, spec)
-
-
 @functools.cache
 def _byte_of_char() -> dict[str, int]:
     """GPT-2's spelling of bytes: printable ones as themselves, the others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: not a JSON object")
-    return content

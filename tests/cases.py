@@ -4,99 +4,50 @@ norm, bias, soft cap, window and frequency changes the result."""
 import torch
 
 SIZES = {
-    "vocab_size": 67,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
+    "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "max_position_embeddings": 64,
+}  # fmt: skip
 GPT2_SIZES = {"vocab_size": 67, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 100.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+    "rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
 # name: class in transformers, its fields
 CASES = {
     "gpt2": ("GPT2", GPT2_SIZES),
-    "gpt2-untied": (
-        "GPT2",
-        GPT2_SIZES
-        | {
-            "tie_word_embeddings": False,
-            "n_inner": 40,
-            "activation_function": "gelu",
-            "scale_attn_weights": False,
-        },
-    ),
+    "gpt2-untied": ("GPT2", GPT2_SIZES | {
+        "tie_word_embeddings": False, "n_inner": 40, "activation_function": "gelu",
+        "scale_attn_weights": False,
+    }),
     "llama": ("Llama", SIZES | {"attention_bias": True, "mlp_bias": True}),
-    "llama-3.1": (
-        "Llama",
-        SIZES
-        | {
-            "num_key_value_heads": 2,
-            "head_dim": 12,
-            "rope_parameters": LLAMA3,
-            "tie_word_embeddings": True,
-        },
-    ),
+    "llama-3.1": ("Llama", SIZES | {
+        "num_key_value_heads": 2, "head_dim": 12, "rope_parameters": LLAMA3,
+        "tie_word_embeddings": True,
+    }),
     "mistral": ("Mistral", SIZES | {"num_key_value_heads": 1, "sliding_window": 6}),
-    "qwen2": (
-        "Qwen2",
-        SIZES
-        | {
-            "num_key_value_heads": 2,
-            "use_sliding_window": True,
-            "sliding_window": 5,
-            "max_window_layers": 1,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "qwen3": (
-        "Qwen3",
-        SIZES | {"num_key_value_heads": 2, "head_dim": 16, "attention_bias": True},
-    ),
-    "gemma2": (
-        "Gemma2",
-        SIZES
-        | {
-            "num_key_value_heads": 2,
-            "head_dim": 12,
-            "sliding_window": 5,
-            "query_pre_attn_scalar": 7,
-            "attn_logit_softcapping": 3.0,
-            "final_logit_softcapping": 4.0,
-        },
-    ),
-    "gemma2-untied": (
-        "Gemma2",
-        SIZES
-        | {
-            "num_key_value_heads": 4,
-            "head_dim": 8,
-            "attention_bias": True,
-            "tie_word_embeddings": False,
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": None,
-        },
-    ),
+    "qwen2": ("Qwen2", SIZES | {
+        "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5,
+        "max_window_layers": 1, "tie_word_embeddings": True,
+    }),
+    "qwen3": ("Qwen3", SIZES | {
+        "num_key_value_heads": 2, "head_dim": 16, "attention_bias": True,
+    }),
+    "gemma2": ("Gemma2", SIZES | {
+        "num_key_value_heads": 2, "head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 7,
+        "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0,
+    }),
+    "gemma2-untied": ("Gemma2", SIZES | {
+        "num_key_value_heads": 4, "head_dim": 8, "attention_bias": True,
+        "tie_word_embeddings": False, "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    }),
     "gpt_neox": ("GPTNeoX", SIZES | {"rope_parameters": {"rope_theta": 100.0}}),
-    "gpt_neox-sequential": (
-        "GPTNeoX",
-        SIZES
-        | {
-            "use_parallel_residual": False,
-            "attention_bias": False,
-            "hidden_act": "gelu_fast",
-            "tie_word_embeddings": True,
-            "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.5},
-        },
-    ),
-}
+    "gpt_neox-sequential": ("GPTNeoX", SIZES | {
+        "use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_fast",
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    }),
+}  # fmt: skip
 
 
 def make(case, directory):

@@ -20,7 +20,7 @@ BESIDE = Path(__file__).resolve().parents[2] / "shared" / "assets"
 ASSETS = Path(os.environ.get("SCALEBIO_ASSETS", BESIDE))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def asset():
     """asset("path") is the path of a real data file, or skips the test where it is missing."""
 

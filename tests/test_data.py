@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import data
 from data import Batches, Dataset, eval_batches, load_dataset, overlap
-from hf.templates import encode_conversation
+from hf.templates import encode_conversations
 from hf.tokenizer import byte_tokenizer
 from sources.records import FORMATS, ROLES, Fields, Messages, Problems, iter_records, read_records
 from sources.tasks import NOISE, TASKS, task
@@ -219,7 +219,7 @@ def test_examples_are_the_encoded_conversations(write, tmp_path):
     for each in (dataset, in_memory):
         assert each.numbers.tolist() == list(range(1, len(each) + 1))
         for i, turns in enumerate(conversations[: len(each)]):
-            ids, has_loss = encode_conversation(TOKENIZER, "alpaca", turns, 200)
+            [(ids, has_loss)] = encode_conversations(TOKENIZER, "alpaca", [turns], 200)
             tokens, labels = each.example(i)
             assert tokens.tolist() == ids and tokens.dtype == labels.dtype == np.int64
             assert labels.tolist() == [t if x else -100 for t, x in zip(ids, has_loss, strict=True)]

@@ -60,23 +60,15 @@ def test_config_reads_token_ids_and_dropout():
         ({"model_type": "qwen2", "sliding_window": "8"}, ["sliding_window"]),
         ({"eos_token_id": "</s>"}, ["eos_token_id"]),
         ({"model_type": "gpt2"} | GPT2_SIZES, list(SIZES)[1:]),
-        (
-            {"model_type": "gemma2", "head_dim": 8, "use_bidirectional_attention": True},
-            ["use_bidirectional_attention"],
-        ),
+        ({"model_type": "gemma2", "head_dim": 8, "use_bidirectional_attention": True},
+         ["use_bidirectional_attention"]),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, ["layer_types"]),
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3}, ["sliding_window"]),
         ({"model_type": "gpt_neox", "rope_theta": 5.0}, ["rope_theta"]),
         ({"model_type": "gpt_neox", "rotary_pct": 0.15}, ["rotated"]),
-        (
-            {
-                "model_type": "gpt_neox",
-                "rotary_pct": 0.5,
-                "rope_parameters": {"partial_rotary_factor": 0.25},
-            },
-            ["rotary_pct"],
-        ),
-    ],
+        ({"model_type": "gpt_neox", "rotary_pct": 0.5,
+          "rope_parameters": {"partial_rotary_factor": 0.25}}, ["rotary_pct"]),
+    ],  # fmt: skip
 )
 def test_config_names_every_field_it_does_not_support(fields, named):
     with pytest.raises(ValueError) as error:
@@ -86,131 +78,81 @@ def test_config_names_every_field_it_does_not_support(fields, named):
     assert all(any(name in line for line in lines) for name in named)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"scale_attn_by_inverse_layer_idx": True},
-        {"add_cross_attention": True},
-        {"activation_function": "relu"},
-    ],
-)
+@pytest.mark.parametrize("fields", [
+    {"scale_attn_by_inverse_layer_idx": True},
+    {"add_cross_attention": True},
+    {"activation_function": "relu"},
+])  # fmt: skip
 def test_gpt2_config_refuses(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         ModelConfig.from_hf({"model_type": "gpt2"} | GPT2_SIZES | fields)
 
 
-# config.json on the hub, but for bookkeeping, and how many parameters the model has.
+def sizes(family, hidden, inner, layers, heads, positions, vocab):
+    """The fields that all families but GPT-2 name alike."""
+    return {"model_type": family, "hidden_size": hidden, "intermediate_size": inner,
+            "num_hidden_layers": layers, "num_attention_heads": heads,
+            "max_position_embeddings": positions, "vocab_size": vocab}  # fmt: skip
+
+
+# How many parameters a model has, and its config.json on the hub, but for bookkeeping.
 HUB = {
-    "gpt2": (
-        {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
-         "n_ctx": 1024, "vocab_size": 50257, "activation_function": "gelu_new", "attn_pdrop": 0.1,
-         "embd_pdrop": 0.1, "layer_norm_epsilon": 1e-05, "resid_pdrop": 0.1,
-         "summary_activation": None, "summary_first_dropout": 0.1, "summary_use_proj": True},
-        124_439_808,
-    ),
-    "Llama-2-7b-hf": (
-        {"model_type": "llama", "hidden_act": "silu", "hidden_size": 4096,
-         "intermediate_size": 11008, "max_position_embeddings": 4096, "num_attention_heads": 32,
-         "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1,
-         "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False,
-         "vocab_size": 32000},
-        6_738_415_616,
-    ),
-    "Llama-3.1-8B": (
-        {"model_type": "llama", "attention_bias": False, "attention_dropout": 0.0,
-         "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
-         "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32,
-         "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
-         "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                          "original_max_position_embeddings": 8192, "rope_type": "llama3"},
-         "rope_theta": 500000.0, "vocab_size": 128256},
-        8_030_261_248,
-    ),
-    "Yi-34B": (
-        {"model_type": "llama", "hidden_size": 7168, "intermediate_size": 20480,
-         "max_position_embeddings": 4096, "num_attention_heads": 56, "num_hidden_layers": 60,
-         "num_key_value_heads": 8, "pad_token_id": 0, "rope_theta": 5000000.0,
-         "rms_norm_eps": 1e-05, "vocab_size": 64000},
-        34_388_917_248,
-    ),
-    "Mistral-7B-v0.1": (
-        {"model_type": "mistral", "hidden_act": "silu", "hidden_size": 4096,
-         "intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32,
-         "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
-         "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 32000},
-        7_241_732_096,
-    ),
-    "Qwen2-7B": (
-        {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944,
-         "max_position_embeddings": 131072, "max_window_layers": 28, "num_attention_heads": 28,
-         "num_hidden_layers": 28, "num_key_value_heads": 4, "rope_theta": 1000000.0,
-         "sliding_window": 131072, "use_sliding_window": False, "vocab_size": 152064},
-        7_615_616_512,
-    ),
-    "Qwen2.5-0.5B": (
-        {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864,
-         "max_position_embeddings": 32768, "max_window_layers": 24, "num_attention_heads": 14,
-         "num_hidden_layers": 24, "num_key_value_heads": 2, "rope_theta": 1000000.0,
-         "sliding_window": 32768, "tie_word_embeddings": True, "use_mrope": False,
-         "use_sliding_window": False, "vocab_size": 151936},
-        494_032_768,
-    ),
-    "Qwen3-0.6B": (
-        {"model_type": "qwen3", "attention_bias": False, "head_dim": 128, "hidden_size": 1024,
-         "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
-         "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
-         "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
-         "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936},
-        596_049_920,
-    ),
-    "gemma-2-9b": (
-        {"model_type": "gemma2", "attention_bias": False, "attn_logit_softcapping": 50.0,
-         "cache_implementation": "hybrid", "final_logit_softcapping": 30.0, "head_dim": 256,
-         "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
-         "hidden_size": 3584, "intermediate_size": 14336, "max_position_embeddings": 8192,
-         "num_attention_heads": 16, "num_hidden_layers": 42, "num_key_value_heads": 8,
-         "query_pre_attn_scalar": 256, "rope_theta": 10000.0, "sliding_window": 4096,
-         "sliding_window_size": 4096, "vocab_size": 256000},
-        9_241_705_984,
-    ),
-    "gpt-neox-20b": (
-        {"model_type": "gpt_neox", "attention_probs_dropout_prob": 0, "hidden_act": "gelu_fast",
-         "hidden_dropout_prob": 0, "hidden_size": 6144, "intermediate_size": 24576,
-         "layer_norm_eps": 1e-05, "max_position_embeddings": 2048, "num_attention_heads": 64,
-         "num_hidden_layers": 44, "rotary_emb_base": 10000, "rotary_pct": 0.25,
-         "vocab_size": 50432},
-        20_554_567_680,
-    ),
-    "pythia-160m": (
-        {"model_type": "gpt_neox", "hidden_act": "gelu", "hidden_size": 768,
-         "intermediate_size": 3072, "layer_norm_eps": 1e-05, "max_position_embeddings": 2048,
-         "num_attention_heads": 12, "num_hidden_layers": 12, "rotary_emb_base": 10000,
-         "rotary_pct": 0.25, "tie_word_embeddings": False, "use_parallel_residual": True,
-         "vocab_size": 50304},
-        162_322_944,
-    ),
+    "gpt2": (124_439_808, {
+        "model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
+        "vocab_size": 50257, "activation_function": "gelu_new", "attn_pdrop": 0.1,
+        "embd_pdrop": 0.1, "layer_norm_epsilon": 1e-05, "resid_pdrop": 0.1,
+        "summary_activation": None, "summary_first_dropout": 0.1, "summary_use_proj": True}),
+    "Llama-2-7b-hf": (6_738_415_616, sizes("llama", 4096, 11008, 32, 32, 4096, 32000) | {
+        "hidden_act": "silu", "num_key_value_heads": 32, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "tie_word_embeddings": False}),
+    "Llama-3.1-8B": (8_030_261_248, sizes("llama", 4096, 14336, 32, 32, 131072, 128256) | {
+        "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
+        "mlp_bias": False, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 500000.0}),
+    "Yi-34B": (34_388_917_248, sizes("llama", 7168, 20480, 60, 56, 4096, 64000) | {
+        "num_key_value_heads": 8, "pad_token_id": 0, "rms_norm_eps": 1e-05,
+        "rope_theta": 5000000.0}),
+    "Mistral-7B-v0.1": (7_241_732_096, sizes("mistral", 4096, 14336, 32, 32, 32768, 32000) | {
+        "hidden_act": "silu", "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0, "sliding_window": 4096}),
+    "Qwen2-7B": (7_615_616_512, sizes("qwen2", 3584, 18944, 28, 28, 131072, 152064) | {
+        "max_window_layers": 28, "num_key_value_heads": 4, "rope_theta": 1000000.0,
+        "sliding_window": 131072, "use_sliding_window": False}),
+    "Qwen2.5-0.5B": (494_032_768, sizes("qwen2", 896, 4864, 24, 14, 32768, 151936) | {
+        "max_window_layers": 24, "num_key_value_heads": 2, "rope_theta": 1000000.0,
+        "sliding_window": 32768, "tie_word_embeddings": True, "use_mrope": False,
+        "use_sliding_window": False}),
+    "Qwen3-0.6B": (596_049_920, sizes("qwen3", 1024, 3072, 28, 16, 40960, 151936) | {
+        "attention_bias": False, "head_dim": 128, "max_window_layers": 28,
+        "num_key_value_heads": 8, "rope_scaling": None, "rope_theta": 1000000,
+        "sliding_window": None, "tie_word_embeddings": True, "use_sliding_window": False}),
+    "gemma-2-9b": (9_241_705_984, sizes("gemma2", 3584, 14336, 42, 16, 8192, 256000) | {
+        "attention_bias": False, "attn_logit_softcapping": 50.0, "cache_implementation": "hybrid",
+        "final_logit_softcapping": 30.0, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh", "num_key_value_heads": 8,
+        "query_pre_attn_scalar": 256, "rope_theta": 10000.0, "sliding_window": 4096,
+        "sliding_window_size": 4096}),
+    "gpt-neox-20b": (20_554_567_680, sizes("gpt_neox", 6144, 24576, 44, 64, 2048, 50432) | {
+        "attention_probs_dropout_prob": 0, "hidden_act": "gelu_fast", "hidden_dropout_prob": 0,
+        "layer_norm_eps": 1e-05, "rotary_emb_base": 10000, "rotary_pct": 0.25}),
+    "pythia-160m": (162_322_944, sizes("gpt_neox", 768, 3072, 12, 12, 2048, 50304) | {
+        "hidden_act": "gelu", "layer_norm_eps": 1e-05, "rotary_emb_base": 10000,
+        "rotary_pct": 0.25, "tie_word_embeddings": False, "use_parallel_residual": True}),
 }  # fmt: skip
-
-
 BOOKKEEPING = {
-    "architectures": ["SomethingForCausalLM"],
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.02,
-    "n_ctx": 1024,
-    "predict_special_tokens": True,
-    "pretraining_tp": 1,
-    "summary_type": "cls_index",
+    "architectures": ["SomethingForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+    "initializer_range": 0.02, "n_ctx": 1024, "predict_special_tokens": True, "pretraining_tp": 1,
+    "summary_type": "cls_index", "torch_dtype": "float16", "transformers_version": "4.19.0.dev0",
     "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
-    "torch_dtype": "float16",
-    "transformers_version": "4.19.0.dev0",
     "use_cache": True,
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HUB)
 def test_published_models_have_their_published_number_of_parameters(name):
-    fields, n_parameters = HUB[name]
+    n_parameters, fields = HUB[name]
     config = ModelConfig.from_hf(BOOKKEEPING | fields)
     shapes = parameter_shapes(config).values()
     assert sum(torch.Size(shape).numel() for shape in shapes) == n_parameters
