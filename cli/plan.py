@@ -303,8 +303,9 @@ class Pass:
     while one is at work the next is in its buffer. One rank has the whole, and adds what a
     parameter gets to its gradient at once.
 
-    n_active blocks train, and the ends if `ends`. Which blocks is up to the draw, so any block that
-    is at work is planned to train, and those above it to have been reduced first.
+    n_active blocks train, and the ends if `ends`. Which blocks those are is up to the draw; the
+    plan is for the worst. The last block trains, as all others' activations are there while it is
+    at work, and so does any block that is at work after it.
     """
 
     def __init__(
@@ -356,8 +357,8 @@ class Pass:
         grads = 0 if self.alone or not self.n_active else self.block * self.size
         for i, kept in enumerate(self.kept):
             saved -= kept
-            if i == self.config.n_layers - 1 and not tied:
-                ahead = buffered * self.embed
+            if i == self.config.n_layers - 1 and not tied:  # the next group is the embedding's
+                ahead = buffered * max(self.block, self.embed)
             at_work = (self.below_last if i else self.last).backward - grads
             gathered = self.block + ahead + still
             yield self.at(gathered, saved + at_work, 0, grads + waiting, self.input)
