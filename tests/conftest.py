@@ -32,6 +32,25 @@ def asset():
     return find
 
 
+@pytest.fixture
+def refusal(capsys, monkeypatch):
+    """refusal(argv): the problems that train.py prints. It must leave with 2 and write nothing."""
+    import train
+
+    def refuse(argv, world=1):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        before = sorted(Path().rglob("*"))
+        assert train.main(argv) == 2
+        monkeypatch.delenv("WORLD_SIZE")
+        out, err = capsys.readouterr()
+        assert out == "" and "Traceback" not in err
+        made = [path for path in Path().rglob("*") if path not in before]
+        assert all(path.parts[0] == "cache" for path in made), made
+        return err.splitlines()
+
+    return refuse
+
+
 @pytest.fixture(scope="session")
 def gpu():
     """The environment of a process that sees the GPUs; skips the test where there is none."""

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import shard
-from cli.flags import LOCK, first_free_name, lock_directory
 from tests import forked, kill_trial
 from tests.forked import at, done, rows, run, saved, send, state
 
@@ -36,12 +35,15 @@ def whole(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("ranks, dtype", [(1, "fp32"), (2, "bf16")])
-def test_killed_anywhere_it_resumes_to_the_same_bits(ranks, dtype):
-    """A few of the kills of tests/kill_trial.py. In bf16, masters and the noise of stochastic
-    rounding matter too."""
-    fallen = kill_trial.trial(kills=4, ranks=ranks, dtype=dtype, seed=1)
-    assert sum(fallen.values()) == 4
+@pytest.mark.parametrize("ranks, dtype, kills", [
+    (1, "fp32", [("cache", 200, 2, [0]), ("backward", 200, 5, [0]), ("model", 200, 1, [0])]),
+    (2, "bf16", [("save", 200, 2, [0]), ("forward", 200, 9, [0, 1])]),
+])  # fmt: skip
+def test_killed_anywhere_it_resumes_to_the_same_bits(ranks, dtype, kills):
+    """As tests/kill_trial.py, at one call in each phase. In bf16, masters and the noise of
+    stochastic rounding matter too."""
+    ended = kill_trial.trial(kills, ranks, dtype)
+    assert ended == [len(victims) for *_, victims in kills]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -142,7 +144,7 @@ def test_a_finished_run_says_so_and_resume_never_leaves_it_alone(whole):
 
 def wait_for(path: str) -> None:
     while not Path(path).exists():
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 def test_a_rank_that_starts_late_takes_the_same_fresh_out():
@@ -152,14 +154,17 @@ def test_a_rank_that_starts_late_takes_the_same_fresh_out():
     assert saved("out") == ["step-1"] and not Path("out-2").exists()
 
 
-def test_after_a_restart_the_fresh_out_is_the_one_that_this_run_made():
+def test_after_a_restart_the_fresh_out_is_the_one_that_this_run_made(monkeypatch):
+    """Runs know the one before them by their launcher, which here is the server of them all."""
+    fresh = ["--out", "out", "--resume", "never", "--steps", "2", "--save-every", "1"]
     Path("out").mkdir()
-    (Path("out") / LOCK).write_text("1")  # of another launcher
-    fresh = partial(first_free_name, Path("out"))
-    assert fresh(restarted=True) == Path("out-2")  # the first attempt ended before it made one
-    lock_directory(Path("out-2"))
-    assert fresh(restarted=True) == Path("out-2")
-    assert fresh(restarted=False) == Path("out-3")
+    Path("out/.lock").write_text("1")  # of another launcher
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run(*fresh, fault=partial(at, "model", 20, partial(send, signal.SIGKILL)))
+    assert "goes on from out-2/checkpoints/step-1" in done(*fresh)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    done(*fresh)
+    assert saved("out-3") == saved("out-2") == ["step-1"] and not Path("out/model").exists()
 
 
 def test_a_run_branches_off_from_a_checkpoint_of_another(whole):
