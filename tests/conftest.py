@@ -19,6 +19,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "assets"
 ASSETS = Path(os.environ.get("SCALEBIO_ASSETS", BESIDE))
 
+# The files that take longest go first, so that no process is left with one at the end.
+LONG = ("test_shard", "test_resume", "test_plan", "test_fidelity", "test_train", "test_faults")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 
 @pytest.fixture
 def asset():

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch._dynamo  # here, for a run's first step would load it
+import torch._dynamo  # else each run would load it in its first step
 import torch.distributed.checkpoint as dcp
 
 import data
@@ -56,14 +56,10 @@ PHASES = {
 
 
 def enter(folder: Path, patch) -> None:
-    """Work in a folder, with what FLAGS name in it and a cache of its own. patch: a MonkeyPatch."""
+    """Work in a folder with a cache of its own, and in it what FLAGS name: three small sources and
+    held-out records. patch: a MonkeyPatch."""
     patch.chdir(folder)
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    write_data()
-
-
-def write_data() -> None:
-    """What FLAGS name, three small sources and held-out records, in this folder."""
     rng = random.Random(0)
     for name in ("train_a", "train_b", "train_c", "val", "test"):
         words = [name, "one", "two", "three", "four"]
@@ -128,8 +124,8 @@ def finish(
     """(exit code of rank 0, what all ranks printed). All must end by themselves, but one that a
     fault froze."""
     end = time.time() + seconds
-    for process in processes:
-        if process is not processes[frozen or 0] or frozen is None:
+    for n, process in enumerate(processes):
+        if n != frozen:
             process.join(end - time.time())
     hanging = [n for n, process in enumerate(processes) if process.exitcode is None]
     for process in processes:

@@ -228,7 +228,7 @@ def test_toy_problem_reaches_its_optimum():
         w, u, *opts, SourceWeights(2, lr=0.02), alpha=10,
         losses=lambda m, b: (m.x - b.target) ** 2,
     )  # fmt: skip
-    for _ in range(800):
+    for _ in range(300):
         step.step([batch([0.0, 1.0], [0, 1])], [batch([0.8], [2])], torch.tensor([1, 1, 1]))
     torch.testing.assert_close(
         step.sources.probs().detach(), torch.tensor([0.2, 0.8]), rtol=0, atol=0.01
