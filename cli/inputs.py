@@ -326,10 +326,11 @@ def runs_to_continue(flags: Flags) -> dict[str, dict]:
 
 def changes(flags: Flags, record: dict) -> list[str]:
     """A line for each thing that differs from a run that this one would go on with. Only what
-    `record` speaks of is compared."""
-    new, problems = identity(json.loads(json.dumps(record))), []
+    both records speak of is compared."""
+    record, problems = json.loads(json.dumps(record)), []
     for where, held in runs_to_continue(flags).items():
-        old = identity({key: held[key] for key in record if key in held})
+        both = [key for key in record if held.get(key) is not None]
+        old, new = (identity({key: r[key] for key in both}) for r in (held, record))
         for thing in sorted(old.keys() | new.keys()):
             was, now = old.get(thing), new.get(thing)
             if was != now:

@@ -19,6 +19,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "assets"
 ASSETS = Path(os.environ.get("SCALEBIO_ASSETS", BESIDE))
 
+# The files that take longest go first, so that no process is left with one at the end.
+LONG = ("test_shard", "test_resume", "test_plan", "test_fidelity", "test_train", "test_faults")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 
 @pytest.fixture(scope="session")
 def asset():
@@ -30,6 +37,25 @@ def asset():
         return ASSETS / path
 
     return find
+
+
+@pytest.fixture
+def refusal(capsys, monkeypatch):
+    """refusal(argv): the problems that train.py prints. It must leave with 2 and write nothing."""
+    import train
+
+    def refuse(argv, world=1):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        before = sorted(Path().rglob("*"))
+        assert train.main(argv) == 2
+        monkeypatch.delenv("WORLD_SIZE")
+        out, err = capsys.readouterr()
+        assert out == "" and "Traceback" not in err
+        made = [path for path in Path().rglob("*") if path not in before]
+        assert all(path.parts[0] == "cache" for path in made), made
+        return err.splitlines()
+
+    return refuse
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,11 @@ and faults that happen to them at a chosen point.
 
     runs = start(["--out", "out"], ranks=2, faults={1: functools.partial(at, "backward", 100, act)})
     code, printed = finish(runs)
+
+They draw no picture, unless `draw` is among the faults.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -19,12 +22,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._dynamo  # else each run would load it in its first step
 import torch.distributed.checkpoint as dcp
 
 import data
 import shard
 import train
-from model import Transformer
+from hf import templates
+from model import ModelConfig, Transformer, build, random_weights, save_pretrained
+from tests.worker import FAMILIES
 
 # The server does not take over sys.path, and without its modules each child would load torch anew.
 paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -46,23 +52,27 @@ PHASES = {
 
 
 # ---------------------------------------------------------------------------------------------
-# Processes
+# Runs
 
 
 def enter(folder: Path, patch) -> None:
-    """Work in a folder, with what FLAGS name in it and a cache of its own. patch: a MonkeyPatch."""
+    """Work in a folder with a cache of its own, and in it what FLAGS name: three small sources and
+    held-out records. patch: a MonkeyPatch."""
     patch.chdir(folder)
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    write_data()
-
-
-def write_data() -> None:
-    """What FLAGS name, three small sources and held-out records, in this folder."""
     rng = random.Random(0)
     for name in ("train_a", "train_b", "train_c", "val", "test"):
         words = [name, "one", "two", "three", "four"]
         lines = [json.dumps({"text": " ".join(rng.choices(words, k=8))}) for _ in range(40)]
         Path(f"{name}.jsonl").write_text("\n".join(lines))
+
+
+def write_model(folder: Path, family: str = "llama", **changes) -> Path:
+    """A small random checkpoint with the byte tokenizer."""
+    config = ModelConfig.from_hf(FAMILIES[family] | changes)
+    save_pretrained(build(config, random_weights(config, 0)), folder)
+    templates.save_tokenizer(data.byte_tokenizer(), folder, "alpaca")
+    return folder
 
 
 def start(
@@ -71,10 +81,7 @@ def start(
     faults: dict[int, Callable[[], None]] | None = None,
     flags: list[str] = FLAGS,
 ) -> list[multiprocessing.Process]:
-    """One process a rank, without a launcher. faults: rank -> what to call before the run; a
-    --train in `argv` takes the place of the one in `flags`."""
-    if "--train" in argv and "--train" in flags:
-        flags = flags[: flags.index("--train")] + flags[flags.index("--train") + 2 :]
+    """One process a rank, without a launcher. faults: rank -> what to call before the run."""
     world = {}
     if ranks > 1:
         with socket.socket() as s:
@@ -94,6 +101,8 @@ def start(
 
 
 def _run(argv: list[str], env: dict, folder: str, log: str, fault: Callable | None) -> None:
+    gc.freeze()  # else every collection looks through all that was loaded, and copies its pages
+    sys.modules["matplotlib"] = None
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
@@ -115,8 +124,8 @@ def finish(
     """(exit code of rank 0, what all ranks printed). All must end by themselves, but one that a
     fault froze."""
     end = time.time() + seconds
-    for process in processes:
-        if process is not processes[frozen or 0] or frozen is None:
+    for n, process in enumerate(processes):
+        if n != frozen:
             process.join(end - time.time())
     hanging = [n for n, process in enumerate(processes) if process.exitcode is None]
     for process in processes:
@@ -127,14 +136,19 @@ def finish(
     return processes[0].exitcode, printed
 
 
-def run(*argv: str, ranks: int = 1, fault: Callable[[], None] | None = None) -> tuple[int, str]:
+def run(
+    *argv: str,
+    ranks: int = 1,
+    fault: Callable[[], None] | None = None,
+    flags: list[str] = FLAGS,
+) -> tuple[int, str]:
     """Start and wait for the end; the fault happens to the last rank."""
-    return finish(start(list(argv), ranks, {ranks - 1: fault}))
+    return finish(start(list(argv), ranks, {ranks - 1: fault}, flags))
 
 
-def done(*argv: str, ranks: int = 1, flags: list[str] = FLAGS) -> str:
+def done(*argv: str, **kwargs) -> str:
     """A run that must succeed; returns what it printed."""
-    code, printed = finish(start(list(argv), ranks, flags=flags))
+    code, printed = run(*argv, **kwargs)
     assert code == 0, printed
     return printed
 
@@ -145,59 +159,36 @@ def done(*argv: str, ranks: int = 1, flags: list[str] = FLAGS) -> str:
 
 def at(phase: str, n: int, act: Callable[[], None], entry: int = 1) -> None:
     """Have this process `act` at the nth call that Python makes within a phase, counted from the
-    time that the phase is entered for the `entry`th time."""
-    calls = 0
+    time that the phase is entered for the `entry`th time. at("save", 4, act, entry=2):
 
-    def count(entries: int) -> None:
+        the run   ─── steps ──┬─ save ──┬── steps ──┬─ save ──┬── steps ──┬─ save ──┬──▶
+        entries               1                     2                     3
+        calls                   · · · ·               · · · ·
+        counted                                       1 2 3 4
+                                                            ▲ act
+
+    Calls of a phase that ends before the nth are followed by those of its next entry.
+    """
+    owner, name = PHASES[phase]
+    inner, entries, calls = getattr(owner, name), 0, 0
+
+    def count(frame, event, _):
         nonlocal calls
-        calls += entries >= entry
+        calls += event in ("call", "c_call") and entries >= entry
         if calls == n:
             calls += 1
             act()
 
-    within(phase, count)
-
-
-def within(phase: str, on_call: Callable[[int], None]) -> None:
-    """While a phase lasts, call on_call(times entered) at each call in Python."""
-    owner, name = PHASES[phase]
-    inner, entries = getattr(owner, name), 0
-
-    def profile(frame, event, _):
-        if event in ("call", "c_call"):
-            on_call(entries)
-
-    def wrapped(*args, **kwargs):
+    def counted(*args, **kwargs):
         nonlocal entries
         entries += 1
-        sys.setprofile(profile)
+        sys.setprofile(count)
         try:
             return inner(*args, **kwargs)
         finally:
             sys.setprofile(None)
 
-    setattr(owner, name, wrapped)
-
-
-def count_calls(file: str) -> None:
-    """Leave the number of calls that Python makes within each phase in a JSON file."""
-    calls = dict.fromkeys(PHASES, 0)
-
-    def counter(phase: str) -> Callable:
-        def count(_: int) -> None:
-            calls[phase] += 1
-
-        return count
-
-    for phase in PHASES:
-        within(phase, counter(phase))
-    leave = shard.exit_now
-
-    def write_and_leave(code: int) -> None:
-        Path(file).write_text(json.dumps(calls))
-        leave(code)
-
-    shard.exit_now = write_and_leave
+    setattr(owner, name, counted)
 
 
 def send(number: int) -> None:
@@ -207,6 +198,11 @@ def send(number: int) -> None:
 
 def run_out_of_memory() -> None:
     raise torch.OutOfMemoryError("out of memory: tried to allocate 34 GB")
+
+
+def draw() -> None:
+    """No fault, but a wish: to have the picture, which takes longer than all steps."""
+    del sys.modules["matplotlib"]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,12 +8,12 @@ or of all. The other ranks must end by themselves.
 """
 
 import argparse
-import json
 import random
 import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,38 +23,40 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests import forked
 
+Kill = tuple[str, int, int, list[int]]  # phase, call, entry (see forked.at), ranks
 
-def trial(kills: int, ranks: int, dtype: str, seed: int) -> dict[str, int]:
-    """Returns how many kills fell into each phase. Works in the folder entered."""
-    rng, fallen = random.Random(seed), dict.fromkeys(forked.PHASES, 0)
+
+def trial(kills: Iterable[Kill], ranks: int, dtype: str) -> list[int]:
+    """Returns how many processes each kill ended. Works in the folder entered."""
     argv = ["--dtype", dtype, "--lisa-ends", "sampled", "--save-every", "2"]
-    count = {rank: partial(forked.count_calls, f"calls.{rank}") for rank in range(ranks)}
-    code, printed = forked.finish(forked.start([*argv, "--out", "whole"], ranks, count))
-    assert code == 0, printed
-    while sum(fallen.values()) < kills:
-        phase, victim = rng.choice(list(fallen)), rng.randrange(ranks)
+    forked.done(*argv, "--out", "whole", ranks=ranks)
+    ended = []
+    for phase, call, entry, victims in kills:
         if phase == "cache":
             shutil.rmtree("cache")
-        # One rank builds the cache, whichever comes first.
-        counts = [json.loads(Path(f"calls.{rank}").read_text())[phase] for rank in range(ranks)]
-        calls = max(counts) if phase == "cache" else counts[victim]
-        # Within a few steps, so that a run is killed several times before it is through.
-        n = rng.randint(1, calls if phase in ("cache", "model") else calls // 3)
-        everyone = phase == "cache" or rng.random() < 0.5
-        victims = range(ranks) if everyone else [victim]
-        fault = partial(forked.at, phase, n, partial(forked.send, signal.SIGKILL))
+        fault = partial(forked.at, phase, call, partial(forked.send, signal.SIGKILL), entry)
         started = forked.start([*argv, "--out", "killed"], ranks, dict.fromkeys(victims, fault))
         code, printed = forked.finish(started)
-        died = [process.exitcode for process in started].count(-9)
-        fallen[phase] += died > 0
-        print(f"{phase}, call {n}: {died} of {ranks} killed", flush=True)
-        if died == 0:  # it was nearly through, and got there
+        ended.append([process.exitcode for process in started].count(-signal.SIGKILL))
+        print(f"{phase}, call {call} from entry {entry}: {ended[-1]} of {ranks} killed", flush=True)
+        if not ended[-1]:  # it was nearly through, and got there
             assert code == 0, printed
             forked.assert_same("killed", "whole")
             shutil.rmtree("killed")
     forked.done(*argv, "--out", "killed", ranks=ranks)
     forked.assert_same("killed", "whole")
-    return fallen
+    return ended
+
+
+def at_random(n: int, ranks: int, seed: int) -> Iterator[Kill]:
+    """Kills within a few steps, so that a run is killed several times before it is through."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        phase = rng.choice(list(forked.PHASES))
+        one = phase != "cache" and rng.random() < 0.5
+        victims = [rng.randrange(ranks)] if one else list(range(ranks))
+        entry = 1 if phase == "model" else rng.randint(1, 4)
+        yield phase, int(10 ** rng.uniform(0, 4)), entry, victims
 
 
 if __name__ == "__main__":
@@ -66,5 +68,5 @@ if __name__ == "__main__":
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         forked.enter(Path(folder), patch)
-        fallen = trial(args.kills, args.ranks, args.dtype, args.seed)
-        print(fallen, "killed; equal to the last bit")
+        ended = trial(at_random(args.kills, args.ranks, args.seed), args.ranks, args.dtype)
+        print(f"{sum(map(bool, ended))} of {args.kills} runs killed; equal to the last bit")

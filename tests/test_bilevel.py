@@ -10,18 +10,9 @@ from torch import nn
 
 from bilevel import PenaltyStep, SourceWeights
 from model import ModelConfig, build, random_weights
+from tests.worker import FAMILIES, VOCAB
 
 S, ALPHA = 3, 7.0
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 31,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 24,
-    "max_position_embeddings": 32,
-}
 
 
 class Recorder:
@@ -47,7 +38,7 @@ class RecordedWeights(SourceWeights):
 def micro_batch(n, group, seed, length=12):
     """n random samples; the prompt is a third of each, and some end in padding."""
     g = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, 31, (n, length), generator=g)
+    tokens = torch.randint(0, VOCAB, (n, length), generator=g)
     labels = tokens.clone()
     labels[:, : length // 3] = -100
     for i in range(n):
@@ -57,7 +48,7 @@ def micro_batch(n, group, seed, length=12):
 
 def two_models(dtype=torch.float64):
     """w and u that differ, as they do in the middle of a run."""
-    config = ModelConfig.from_hf(LLAMA)
+    config = ModelConfig.from_hf(FAMILIES["llama"])
     return [build(config, random_weights(config, seed), dtype) for seed in range(2)]
 
 
@@ -237,7 +228,7 @@ def test_toy_problem_reaches_its_optimum():
         w, u, *opts, SourceWeights(2, lr=0.02), alpha=10,
         losses=lambda m, b: (m.x - b.target) ** 2,
     )  # fmt: skip
-    for _ in range(800):
+    for _ in range(300):
         step.step([batch([0.0, 1.0], [0, 1])], [batch([0.8], [2])], torch.tensor([1, 1, 1]))
     torch.testing.assert_close(
         step.sources.probs().detach(), torch.tensor([0.2, 0.8]), rtol=0, atol=0.01

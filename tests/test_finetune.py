@@ -1,31 +1,24 @@
 """train.py --mode finetune: the pipeline from learned weights to a model, and its refusals."""
 
+import contextlib
 import json
-import time
+import signal
 from collections import Counter
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import data
 import train
 from cli.flags import parse
 from cli.inputs import prepare
-from hf import templates
-from model import ModelConfig, build, from_pretrained, generate, random_weights, save_pretrained
+from model import from_pretrained, generate
 from sources import mixture
 from tests import forked
-from tests.forked import done, rows
-from tests.worker import FAMILIES
-
-
-def checkpoint(folder: Path, family: str) -> None:
-    config = ModelConfig.from_hf(FAMILIES[family])
-    save_pretrained(build(config, random_weights(config, 0)), folder)
-    templates.save_tokenizer(data.byte_tokenizer(), folder, "alpaca")
+from tests.forked import at, done, rows, run, send, write_model
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +28,19 @@ def pipeline(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        checkpoint(folder / "small", "llama")
-        checkpoint(folder / "other", "gpt2")
+        write_model(folder / "small")
+        write_model(folder / "other", "gpt2")
         for name, n in (("a", 30), ("b", 30), ("val", 6), ("test", 30)):
             records = [{"text": f"{name} {'and on ' * (i % 5)}{i}"} for i in range(n)]
-            Path(f"{name}.json").write_text(json.dumps(records))
-        sources = "--train a=a.json b=b.json --template plain --max-length 64"
-        done(flags=(f"{sources} --model small --val val.json --out learned --steps 3 "
+            Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+        sources = "--train a=a.jsonl b=b.jsonl --template plain --max-length 64"
+        done(flags=(f"{sources} --model small --val val.jsonl --out learned --steps 3 "
                     "--batch-size 8 --val-batch-size 8").split())  # fmt: skip
         tune = (f"{sources} --mode finetune --model other --lr-w 1e-2 "
                 "--weights learned/weights.json").split()  # fmt: skip
         usual = [*tune, *("--samples 40 --batch-size 8 --micro-batch-size 3 --epochs 2 "
-                          "--lisa-interval 2 --val val.json --test test.json").split()]
-        said = done("--out", "tuned", flags=usual)
+                          "--lisa-interval 2 --val val.jsonl --test test.jsonl").split()]
+        said = done("--out", "tuned", flags=usual, fault=forked.draw)
         yield tune, usual, said
 
 
@@ -115,18 +108,12 @@ def test_it_matches_a_loop_with_adamw_on_one_process(pipeline):
 def test_killed_it_resumes_to_the_same_bits(pipeline):
     _, usual, _ = pipeline
     killed = ["--out", "killed", "--save-every", "2"]
-    (process,) = forked.start(killed, flags=usual)
-    end, file = time.time() + 120, Path("killed/metrics.jsonl")
-    while not (file.exists() and file.read_text().count("\n") >= 5):
-        assert process.is_alive() and time.time() < end
-        time.sleep(0.002)
-    process.kill()
-    process.join()
-    assert "goes on from killed/checkpoints/step-" in done(*killed, flags=usual)
+    run(*killed, flags=usual, fault=partial(at, "save", 20, partial(send, signal.SIGKILL), entry=3))
+    assert "goes on from killed/checkpoints/step-4" in done(*killed, flags=usual)
     assert rows("killed") == rows("tuned")
     assert Path("killed/mixture.jsonl").read_text() == Path("tuned/mixture.jsonl").read_text()
-    old, new = (load_file(f"{out}/model/model.safetensors") for out in ("tuned", "killed"))
-    assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
+    old, new = (Path(out, "model/model.safetensors").read_bytes() for out in ("tuned", "killed"))
+    assert old == new
 
 
 def test_the_tuned_model_opens_in_transformers(pipeline):
@@ -142,77 +129,64 @@ def test_the_tuned_model_opens_in_transformers(pipeline):
         assert out[0, len(prompt):].tolist()[: len(new)] == new
 
 
-def refusal(args: list[str], capsys) -> list[str]:
-    assert train.main(args) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and "Traceback" not in err
-    return err.splitlines()
+@contextlib.contextmanager
+def changed(file: str, change):
+    """A file of the pipeline's is as change(its text) says, for a while."""
+    before = Path(file).read_text()
+    Path(file).write_text(change(before))
+    try:
+        yield
+    finally:
+        Path(file).write_text(before)
 
 
-def test_other_weights_or_another_tokenizer_are_another_run(pipeline, capsys):
+def test_other_weights_or_another_tokenizer_are_another_run(pipeline, refusal):
     _, usual, _ = pipeline
-    args = [*usual, "--out", "tuned"]
-    lines = refusal([*args[: args.index("--weights") + 1], "a=1,b=3",
-                     *args[args.index("--weights") + 2 :]], capsys)  # fmt: skip
+    other = ["a=1,b=3" if arg == "learned/weights.json" else arg for arg in usual]
+    lines = refusal([*other, "--out", "tuned"])
     assert [line.split(" was ")[0] for line in lines] == [
         f"--out tuned holds another run: the weight of {name}" for name in "ab"
     ]
-    tokenizer = Path("other/tokenizer.json")
-    before = tokenizer.read_text()
-    try:
-        tokenizer.write_text(before + "\n")
-        lines = refusal(args, capsys)
-    finally:
-        tokenizer.write_text(before)
+    with changed("other/tokenizer.json", lambda text: text + "\n"):
+        lines = refusal([*usual, "--out", "tuned"])
     assert lines == ["--out tuned holds another run: the tokenizer of other has changed"]
 
 
 def test_a_run_that_did_not_record_its_tokenizer_is_gone_on_with(pipeline):
     _, usual, _ = pipeline
-    file = Path("tuned/config.json")
-    before = file.read_text()
-    try:
-        file.write_text(json.dumps({**json.loads(before), "tokenizer": None}))
-        assert "finished run" in done("--out", "tuned", flags=usual)
-    finally:
-        file.write_text(before)
+    with changed("tuned/config.json", lambda t: json.dumps({**json.loads(t), "tokenizer": None})):
+        assert train.main([*usual, "--out", "tuned"]) == 0
 
 
-def test_all_problems_are_printed_together(pipeline, capsys):
+def test_all_problems_are_printed_together(pipeline, refusal):
     tune, _, _ = pipeline
-    spoilt = [*tune, *("--samples 0 --batch-size 0 --alpha 10 --val-batch-size 8 "
-                       "--weights c=0.5,b=-1 --out new").split()]  # fmt: skip
-    assert refusal(spoilt, capsys) == [
-        "--val-batch-size makes no sense with --mode finetune",
-        "--alpha makes no sense with --mode finetune",
-        "--batch-size 0: permitted is a whole number above 0 and below 1e9",
-        "--samples 0: permitted is a whole number above 0 and below 1e9",
-        "--weights c=0.5,b=-1: it is about the sources b, c, but those to train on are a, b",
-        "--weights c=0.5,b=-1: the weight of b is -1.0: permitted is a number of at least 0",
-    ]
-    assert refusal(["--mode", "finetune", "--out", "new"], capsys) == [
+    spoilt = "--samples 0 --batch-size 0 --alpha 10 --val-batch-size 8 --weights c=0.5,b=-1"
+    lines = refusal([*tune, *spoilt.split(), "--out", "new"])
+    for expected in ("--val-batch-size goes with --mode bilevel alone",
+                     "--alpha goes with --mode bilevel alone", "--batch-size 0: permitted",
+                     "--samples 0: permitted", "it is about the sources b, c", "the weight of b is -1.0"):
+        assert sum(expected in line for line in lines) == 1, (expected, lines)
+    assert len(lines) == 6
+    assert refusal(["--mode", "finetune", "--out", "new"]) == [
         f"--weights is missing: --mode finetune needs {mixture.PERMITTED}"
     ]
-    assert refusal(["--weights", "uniform", "--repeat", "--out", "new"], capsys) == [
-        "--weights makes no sense with --mode bilevel",
-        "--repeat makes no sense with --mode bilevel",
+    assert refusal(["--weights", "uniform", "--repeat", "--out", "new"]) == [
+        "--weights goes with --mode finetune alone",
+        "--repeat goes with --mode finetune alone",
     ]
-    lines = refusal(["--mode", "finetune", "--weights", "learned/weights.json", "--out", "new",
-                     "--train", "a=a.json", "c=b.json"], capsys)  # fmt: skip
+    lines = refusal("--mode finetune --weights learned/weights.json --out new "
+                    "--train a=a.jsonl c=b.jsonl".split())  # fmt: skip
     assert lines == ["--weights learned/weights.json: it is about the sources a, b, but those to "
                      "train on are a, c"]  # fmt: skip
-    assert not Path("new").exists()
 
 
-def test_a_built_in_task_and_its_notes(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args = parse(["--mode", "finetune", "--weights", "clean=1", "--samples", "90000"])
-    found = prepare(args, 1)
-    n = len(found.sources["clean"])
-    assert args.out == Path("runs/denoising-finetune-seed0")
-    assert {name: len(part) for name, part in found.mixture.items()} == {"clean": n}
+def test_the_name_of_out_and_the_note_on_a_short_source(pipeline):
+    tune, _, _ = pipeline
+    assert parse(["--mode", "finetune"]).out == Path("runs/denoising-finetune-seed0")
+    found = prepare(parse([*tune, "--weights", "a=1,b=0", "--samples", "90000"]), 1)
+    assert {name: len(part) for name, part in found.mixture.items()} == {"a": 30}
     assert len(found.notes) == 1
-    assert f"clean is short: 90000 samples by its weight, but it has {n}" in found.notes[0]
+    assert "a is short: 90000 samples by its weight, but it has 30" in found.notes[0]
 
 
 def test_the_plan_counts_one_copy(capsys):

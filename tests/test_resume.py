@@ -14,8 +14,6 @@ import pytest
 import torch
 
 import shard
-from cli.flags import LOCK, first_free_name
-from cli.inputs import lock_directory
 from tests import forked, kill_trial
 from tests.forked import at, done, rows, run, saved, send, state
 
@@ -37,12 +35,15 @@ def whole(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("ranks, dtype", [(1, "fp32"), (2, "bf16")])
-def test_killed_anywhere_it_resumes_to_the_same_bits(ranks, dtype):
-    """A few of the kills of tests/kill_trial.py. In bf16, masters and the noise of stochastic
-    rounding matter too."""
-    fallen = kill_trial.trial(kills=4, ranks=ranks, dtype=dtype, seed=1)
-    assert sum(fallen.values()) == 4
+@pytest.mark.parametrize("ranks, dtype, kills", [
+    (1, "fp32", [("cache", 200, 2, [0]), ("backward", 200, 5, [0]), ("model", 200, 1, [0])]),
+    (2, "bf16", [("save", 200, 2, [0]), ("forward", 200, 9, [0, 1])]),
+])  # fmt: skip
+def test_killed_anywhere_it_resumes_to_the_same_bits(ranks, dtype, kills):
+    """As tests/kill_trial.py, at one call in each phase. In bf16, masters and the noise of
+    stochastic rounding matter too."""
+    ended = kill_trial.trial(kills, ranks, dtype)
+    assert ended == [len(victims) for *_, victims in kills]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -68,16 +69,14 @@ def test_one_rank_asked_to_stop_is_enough():
 
 
 def test_torchrun_restarts_after_a_rank_dies():
-    def torchrun(out: str, restarts: int) -> subprocess.Popen:
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                   f"--max-restarts={restarts}", str(ROOT / "train.py")]  # fmt: skip
-        return subprocess.Popen(
-            [sys.executable, *command, *forked.FLAGS, "--out", out, "--save-every", "2"],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-
     done("--out", "whole", "--save-every", "2", ranks=2)
-    process, end = torchrun("out", restarts=2), time.time() + 200
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                "--max-restarts=2", str(ROOT / "train.py")]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *forked.FLAGS, "--out", "out", "--save-every", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    end = time.time() + 200
     metrics = Path("out/metrics.jsonl")
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
         assert process.poll() is None and time.time() < end
@@ -97,12 +96,12 @@ def test_torchrun_restarts_after_a_rank_dies():
 def test_it_resumes_on_another_number_of_ranks(dtype, tolerance, ranks, others):
     """‖Δ‖ / ‖·‖ over all of w and u, and over λ, 5 steps after a resume at step 4."""
     flags = ["--dtype", dtype, "--steps", "10"]
-    done(*flags, "--out", "same", "--save-every", "4", "--keep", "9", ranks=ranks)
-    shutil.rmtree("same/checkpoints/step-8")
-    shutil.rmtree("same/model")
+    cut_short = partial(at, "forward", 1, partial(send, signal.SIGKILL), entry=18)  # in step 5
+    run(*flags, "--out", "same", "--save-every", "4", ranks=ranks, fault=cut_short)
+    assert saved("same") == ["step-4"]
     shutil.copytree("same", "other")
     for out, n in (("same", ranks), ("other", others)):
-        said = done(*flags, "--out", out, "--save-every", "9", "--keep", "9", ranks=n)
+        said = done(*flags, "--out", out, "--save-every", "9", ranks=n)
         assert f"goes on from {out}/checkpoints/step-4" in said
     same, other = (state(f"{out}/checkpoints/step-9") for out in ("same", "other"))
     assert same.keys() == other.keys()
@@ -143,7 +142,7 @@ def test_a_finished_run_says_so_and_resume_never_leaves_it_alone(whole):
 
 def wait_for(path: str) -> None:
     while not Path(path).exists():
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 def test_a_rank_that_starts_late_takes_the_same_fresh_out():
@@ -153,14 +152,17 @@ def test_a_rank_that_starts_late_takes_the_same_fresh_out():
     assert saved("out") == ["step-1"] and not Path("out-2").exists()
 
 
-def test_after_a_restart_the_fresh_out_is_the_one_that_this_run_made():
+def test_after_a_restart_the_fresh_out_is_the_one_that_this_run_made(monkeypatch):
+    """Runs know the one before them by their launcher, which here is the server of them all."""
+    fresh = ["--out", "out", "--resume", "never", "--steps", "2", "--save-every", "1"]
     Path("out").mkdir()
-    (Path("out") / LOCK).write_text("1")  # of another launcher
-    fresh = partial(first_free_name, Path("out"))
-    assert fresh(restarted=True) == Path("out-2")  # the first attempt ended before it made one
-    lock_directory(Path("out-2"))
-    assert fresh(restarted=True) == Path("out-2")
-    assert fresh(restarted=False) == Path("out-3")
+    Path("out/.lock").write_text("1")  # of another launcher
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run(*fresh, fault=partial(at, "model", 20, partial(send, signal.SIGKILL)))
+    assert "goes on from out-2/checkpoints/step-1" in done(*fresh)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    done(*fresh)
+    assert saved("out-3") == saved("out-2") == ["step-1"] and not Path("out/model").exists()
 
 
 def test_a_run_branches_off_from_a_checkpoint_of_another(whole):
