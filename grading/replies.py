@@ -2,16 +2,22 @@
 and the files in which the replies are kept as they come.
 
     c = open_model("runs/x/model")
-    for i, reply in respond(load(c, "auto", device), c, chats, max_new_tokens=512, batch_size=16):
-        …
+    model = load(c, "auto", device)
+    with Journal(path, total=len(chats)) as journal:
+        for i, reply in respond(model, c, chats, max_new_tokens=512, batch_size=16):
+            journal.append({"id": i, "output": reply.text})
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Iterator
+import threading
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +26,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import shard
-from grading.journal import Journal, read
 from hf import templates, tokenizer
 from hf.tokenizer import Turns
 from model import ModelConfig, Transformer, dtype_of, generate, open_checkpoint, read_tensors
+from sources.records import Problems, located_values
 
 
 class Checkpoint(NamedTuple):
@@ -117,34 +123,90 @@ def turn_mark(template: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Files of replies
+# Files of rows
 
 
-class Writer:
-    """Rank 0's journal and progress bar; nothing on the others."""
+def convert_rows(path: str | os.PathLike, convert: Callable[[dict], object], lacks: str) -> list:
+    """`convert` of each row of a JSON array or JSON Lines. Where it raises because of what the row
+    is, one ValueError has a line "path:line: lacks …" for each."""
+    problems, found = Problems(), []
+    try:
+        for _, where, row in located_values(path, problems):
+            try:
+                found.append(convert(row))
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+                problems.add(f"{where}: lacks {lacks}")
+    except (OSError, EOFError, zlib.error) as error:
+        problems.add(f"{path}: {getattr(error, 'strerror', None) or error}")
+    if not found and not problems.count:
+        problems.add(f"{path}: no rows")
+    problems.raise_if_any()
+    return found
 
-    def __init__(self, path: Path, total: int):
-        first = dist.get_rank() == 0
-        self.journal = Journal(path) if first else None
-        self.bar = progress_bar(total, disable=not first or not total)
+
+def read(path: Path) -> list[dict]:
+    """The rows of a journal, [] if there is none; a last line without its end is left out.
+
+    Raises ValueError with path:line for any other line that is not a JSON object, and for a file
+    that cannot be read.
+    """
+    rows = []
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    for n, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{n}: not a JSON object")
+        rows.append(row)
+    return rows
+
+
+class Journal:
+    """JSON Lines that grow row by row and survive being cut off: the rows so far, and the only
+    writer of more. Threads may append at once. On other ranks than the first it does nothing."""
+
+    def __init__(self, path: Path, total: int = 0):
+        """total: of rows to come, for a progress bar. Raises ValueError if the file cannot be
+        written to, or another process does; see `read` for what else."""
+        self.lock, self.file, self.rows = threading.Lock(), None, []
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        interval = 0.5 if sys.stderr.isatty() else 20  # seconds
+        self.bar = tqdm(total=total, disable=not (first and total), mininterval=interval,
+                        maxinterval=interval)  # fmt: skip
+        if not first:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "ab")  # noqa: SIM115 (see __exit__)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file closes
+        except BlockingIOError:
+            raise ValueError(f"{path}: another process is writing to it") from None
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from None
+        self.rows = read(path)
+        self.file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
     def append(self, row: dict) -> None:
-        if self.journal:
-            self.journal.append(row)
-        self.bar.update()
+        """Add a row; once this returns, killing the process does not lose it."""
+        with self.lock:
+            if self.file:
+                self.file.write(json.dumps(row).encode() + b"\n")
+                self.file.flush()
+            self.rows.append(row)
+            self.bar.update()
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_) -> None:
         self.bar.close()
-        if self.journal:
-            self.journal.__exit__()
-
-
-def progress_bar(total: int, disable: bool = False) -> tqdm:
-    interval = 0.5 if sys.stderr.isatty() else 20
-    return tqdm(total=total, disable=disable, mininterval=interval, maxinterval=interval)
+        if self.file:
+            self.file.close()
 
 
 def settings_of(c: Checkpoint, max_new_tokens: int, dtype: str) -> dict:
@@ -159,15 +221,15 @@ def fingerprint(thing: object) -> str:
     return hashlib.sha256(json.dumps(thing).encode()).hexdigest()[:16]
 
 
-def other_settings(path: Path, settings: dict) -> list[str]:
-    """A line for each setting by which the generations in a file differ from what is asked for."""
+def rows_so_far(path: Path, settings: dict) -> list[dict]:
+    """The generations in a file. ValueError with a line for each setting that was another."""
     rows = read(path)
     if any("settings" not in row for row in rows):
-        return [f"{path}: not a file of generations: take another --out"]
+        raise ValueError(f"{path}: not a file of generations: take another --out")
     old = rows[-1]["settings"] if rows else settings
-    return [
+    Problems(
         f"{path} holds generations of other settings: {key} was {old.get(key)!r}, now "
         f"{settings.get(key)!r}: take another --out"
-        for key in sorted(old.keys() | settings.keys())
-        if old.get(key) != settings.get(key)
-    ]
+        for key in sorted(old.keys() | settings.keys()) if old.get(key) != settings.get(key)
+    ).raise_if_any()  # fmt: skip
+    return rows

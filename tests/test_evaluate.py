@@ -20,7 +20,7 @@ import data
 import evaluate
 import shard
 from grading import answers, replies
-from grading.journal import Journal, read
+from grading.replies import Journal, read
 from hf import templates
 from model import ModelConfig, build, from_pretrained, generate, random_weights, save_pretrained
 from sources import mixture, tasks

@@ -17,8 +17,8 @@ import pytest
 
 import evaluate
 from grading import mtbench
-from grading.journal import Journal, read
 from grading.mtbench import Judge, Question
+from grading.replies import Journal, read
 from tests.test_evaluate import make_checkpoint, run
 
 QUESTIONS = [
