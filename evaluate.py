@@ -304,12 +304,12 @@ def problems_command(args: argparse.Namespace) -> Work:
     def work(device: torch.device) -> int:
         rows = shard.broadcast_from_rank0(lambda: replies.read(out))
         todo = sorted({*range(len(asked))} - {row["index"] for row in rows})
-        chats = [
-            answers.as_conversation(asked[i].question, exemplars, args.instruction) for i in todo
-        ]
+        users = [(f"{asked[i].question}\n{args.instruction}",) for i in todo]
+        before = answers.as_turns(exemplars, args.instruction)
+        sizes = args.max_new_tokens, args.batch_size
         with replies.Journal(out, len(todo)) as journal:
             model = replies.load(c, args.dtype, device) if todo else None
-            for n, said in replies.respond(model, c, chats, args.max_new_tokens, args.batch_size):
+            for n, (said,) in replies.respond(model, c, users, before, *sizes):
                 p = asked[todo[n]]
                 journal.append({"index": todo[n], "question": p.question, "answer": p.answer,
                                 "output": said.text, "tokens": said.tokens, "end": said.end,
@@ -412,26 +412,20 @@ def answer_questions(
     given = {row["question_id"]: tuple(row["choices"][0]["turns"]) for row in rows
              if asked.get(row["question_id"]) == row["questions"]}  # fmt: skip
     todo = [q for q in questions if q.id not in given]
-    size = args.batch_size * dist.get_world_size()
     with replies.Journal(file, len(todo)) as journal:
         model = replies.load(c, args.dtype, device) if todo else None
         for temperature in dict.fromkeys(q.temperature for q in todo):
             group = [q for q in todo if q.temperature == temperature]
-            for part in (group[n : n + size] for n in range(0, len(group), size)):
-                options = args.max_new_tokens, args.batch_size, temperature, args.seed
-                chats = [[("user", q.turns[0])] for q in part]
-                first = dict(replies.respond(model, c, chats, *options))
-                for i, chat in enumerate(chats):
-                    chat += [("assistant", first[i].text), ("user", part[i].turns[1])]
-                for i, second in replies.respond(model, c, chats, *options):
-                    q, turns = part[i], (first[i].text, second.text)
-                    given[q.id] = turns
-                    journal.append({
-                        "question_id": q.id, "model_id": c.name, "tstamp": time.time(),
-                        "choices": [{"index": 0, "turns": turns}], "questions": q.turns,
-                        "ends": [first[i].end, second.end], "temperature": temperature,
-                        "settings": settings,
-                    })  # fmt: skip
+            options = args.max_new_tokens, args.batch_size, temperature, args.seed
+            for i, said in replies.respond(model, c, [q.turns for q in group], [], *options):
+                q, turns = group[i], tuple(reply.text for reply in said)
+                given[q.id] = turns
+                journal.append({
+                    "question_id": q.id, "model_id": c.name, "tstamp": time.time(),
+                    "choices": [{"index": 0, "turns": turns}], "questions": q.turns,
+                    "ends": [reply.end for reply in said], "temperature": temperature,
+                    "settings": settings,
+                })  # fmt: skip
     return given
 
 

@@ -2,7 +2,7 @@
 reply is right. Needs the package math-verify.
 
     problem = read_problems("test.jsonl")[0]
-    chat = as_conversation(problem.question, EXEMPLARS["gsm8k"], "Put your answer in a box.")
+    before = as_turns(EXEMPLARS["gsm8k"], "Put your answer in a box.")
     equal(problem.answer, extract(reply, problem.answer))
 
 The answer of a reply is what it boxes last; else the line after its last "####"; and of that line,
@@ -90,12 +90,10 @@ def read_problems(path: str | os.PathLike) -> list[Problem]:
     return convert_rows(path, problem, keys)
 
 
-def as_conversation(question: str, exemplars: list[tuple[str, str]], instruction: str) -> Turns:
-    """The conversation that ends in the question, after exemplars as turns of their own."""
-    turns = []
-    for asked, solution in exemplars:
-        turns += [("user", f"{asked}\n{instruction}"), ("assistant", solution)]
-    return [*turns, ("user", f"{question}\n{instruction}")]
+def as_turns(exemplars: list[tuple[str, str]], instruction: str) -> Turns:
+    """Questions and solutions as turns of a conversation."""
+    return [turn for question, solution in exemplars
+            for turn in (("user", f"{question}\n{instruction}"), ("assistant", solution))]
 
 
 # ---------------------------------------------------------------------------------------------

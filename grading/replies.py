@@ -3,9 +3,9 @@ and the files in which the replies are kept as they come.
 
     c = open_model("runs/x/model")
     model = load(c, "auto", device)
-    with Journal(path, total=len(chats)) as journal:
-        for i, reply in respond(model, c, chats, max_new_tokens=512, batch_size=16):
-            journal.append({"id": i, "output": reply.text})
+    with Journal(path, total=1) as journal:
+        for i, (first, second) in respond(model, c, [("Hi!", "Why?")], [], 512, batch_size=16):
+            journal.append({"id": i, "outputs": [first.text, second.text]})
 """
 
 from __future__ import annotations
@@ -71,42 +71,59 @@ class Reply(NamedTuple):
 
 
 def respond(
-    model: Transformer,
-    c: Checkpoint,
-    chats: list[Turns],
-    max_new_tokens: int,
-    batch_size: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> Iterator[tuple[int, Reply]]:
-    """(index, reply) of each chat as it is done, `batch_size` on each rank at a time, the longest
-    first. Collective: every rank calls it, takes all of it, and gets all replies."""
-    if not chats:
-        return
+    model: Transformer, c: Checkpoint, asked: list[tuple[str, ...]], before: Turns,
+    max_new_tokens: int, batch_size: int, temperature: float = 0.0, seed: int = 0,
+) -> Iterator[tuple[int, list[Reply]]]:  # fmt: skip
+    """(index, a reply to each turn) of each user as they are done, `batch_size` on each rank at a
+    time, the longest first. asked: what each user says turn by turn, after the turns `before`.
+    Collective: every rank calls it, takes all of it, and gets all replies."""
+
+    def prompt(i: int, said: list[Reply]) -> list[int]:
+        turns = list(before)
+        for text, reply in zip(asked[i], [*said, None], strict=False):
+            turns += [("user", text)] + ([("assistant", reply.text)] if reply else [])
+        return templates.render_prompt(c.tokenizer, c.template, turns)
+
+    order = sorted(range(len(asked)), key=lambda i: -len(prompt(i, [])))
+    size = batch_size * dist.get_world_size()
+    for n in range(0, len(order), size):
+        said = {i: [] for i in order[n : n + size]}
+        for _ in asked[0]:
+            prompts = [prompt(i, replies) for i, replies in said.items()]
+            new = answer_batch(model, c, prompts, max_new_tokens, temperature, seed + n)
+            for replies, reply in zip(said.values(), new, strict=True):
+                replies.append(reply)
+        yield from said.items()
+
+
+def answer_batch(
+    model: Transformer, c: Checkpoint, prompts: list[list[int]], max_new_tokens: int,
+    temperature: float, seed: int,
+) -> list[Reply]:  # fmt: skip
+    """The reply to each prompt, of which each rank generates its share. Collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    device = next(model.parameters()).device
-    prompts = [templates.render_prompt(c.tokenizer, c.template, chat) for chat in chats]
-    order = sorted(range(len(chats)), key=lambda i: -len(prompts[i]))
     room = c.config.max_positions
-    fit = [i for i in order if len(prompts[i]) < room]
-    yield from ((i, Reply("", 0, "no room")) for i in order if len(prompts[i]) >= room)
-    for n in range(0, len(fit), batch_size * world):
-        part = fit[n : n + batch_size * world]
-        # Every rank has the same number of rows: the last chat fills up.
-        rows = -(-len(part) // world)
-        own = [part[min(k, len(part) - 1)] for k in range(rank, rows * world, world)]
-        new = generate(
-            model, [prompts[i] for i in own], max_new_tokens, temperature, eos_id=c.stops,
-            seed=seed + own[0], stop_when=all_finished if world > 1 else bool, device=device,
-        )  # fmt: skip
-        every = [None] * world
-        dist.all_gather_object(every, dict(zip(own, new, strict=True)))
-        for i, ids in {i: ids for replies in every for i, ids in replies.items()}.items():
-            text = c.tokenizer.decode(ids)
-            if mark := turn_mark(c.template):  # a model may go on with a question of its own
-                text = text.split(mark)[0]
-            limit = min(max_new_tokens, room - len(prompts[i]))
-            yield i, Reply(text.strip(), len(ids), "stop" if len(ids) < limit else "length")
+    replies = [Reply("", 0, "no room")] * len(prompts)
+    fit = [i for i, prompt in enumerate(prompts) if len(prompt) < room]
+    if not fit:
+        return replies
+    # Every rank has the same number of rows: the last prompt fills up.
+    own = [fit[min(k, len(fit) - 1)] for k in range(rank, -(-len(fit) // world) * world, world)]
+    new = generate(
+        model, [prompts[i] for i in own], max_new_tokens, temperature, eos_id=c.stops,
+        seed=seed + own[0], stop_when=all_finished if world > 1 else bool,
+        device=next(model.parameters()).device,
+    )  # fmt: skip
+    every = [None] * world
+    dist.all_gather_object(every, dict(zip(own, new, strict=True)))
+    before = templates.TEMPLATES[c.template].before["user"]
+    mark = None if templates.CONTROL.search(before) else before.strip() or None
+    for i, ids in {i: ids for part in every for i, ids in part.items()}.items():
+        # Where no control token opens a user's turn, a model may go on with one of its own.
+        text = c.tokenizer.decode(ids).split(mark)[0] if mark else c.tokenizer.decode(ids)
+        limit = min(max_new_tokens, room - len(prompts[i]))
+        replies[i] = Reply(text.strip(), len(ids), "stop" if len(ids) < limit else "length")
+    return replies
 
 
 def all_finished(finished: bool) -> bool:
@@ -114,12 +131,6 @@ def all_finished(finished: bool) -> bool:
     flag = torch.tensor(int(finished))  # on the CPU, where gloo carries it
     dist.all_reduce(flag, dist.ReduceOp.MIN)
     return bool(flag)
-
-
-def turn_mark(template: str) -> str:
-    """The text that opens a user's turn, where no control token does."""
-    before = templates.TEMPLATES[template].before["user"]
-    return "" if templates.CONTROL.search(before) else before.strip()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -146,23 +157,14 @@ def convert_rows(path: str | os.PathLike, convert: Callable[[dict], object], lac
 
 def read(path: Path) -> list[dict]:
     """The rows of a journal, [] if there is none; a last line without its end is left out.
-
-    Raises ValueError with path:line for any other line that is not a JSON object, and for a file
-    that cannot be read.
-    """
+    ValueError with path:line for any other line that is not a JSON object."""
     rows = []
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     for n, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{n}: not a JSON object")
-        rows.append(row)
+            rows.append({**json.loads(line)})
+        except (ValueError, TypeError):
+            raise ValueError(f"{path}:{n}: not a JSON object") from None
     return rows
 
 

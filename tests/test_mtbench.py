@@ -18,7 +18,7 @@ import pytest
 import evaluate
 from grading import mtbench
 from grading.mtbench import Judge, Question
-from grading.replies import Journal, read
+from grading.replies import read
 from tests.test_evaluate import make_checkpoint, run
 
 QUESTIONS = [
@@ -113,10 +113,9 @@ def ask(server, tmp_path, monkeypatch):
 
     def grade(**options):
         options = {"timeout": 2, "first_wait": 0.01, "tries": 4, "concurrency": 3} | options
-        judge = Judge(server.url, "the-judge", **options)
-        with Journal(tmp_path / "scores.jsonl") as journal:
-            why = mtbench.grade(QUESTIONS, ANSWERS, judge, journal)
-            return why, list(journal.rows)
+        file = tmp_path / "scores.jsonl"
+        _, why = mtbench.grade(QUESTIONS, ANSWERS, Judge(server.url, "the-judge", **options), file)
+        return why, read(file)
 
     return grade
 
@@ -242,12 +241,12 @@ def test_retry_after_in_both_forms():
 
 def test_table_has_means_and_standard_errors_by_category_and_turn():
     values = {(81, 0): 8, (81, 1): 4, (82, 0): 6, (82, 1): 5, (101, 0): 3}
-    rows = {line.split()[0]: line for line in mtbench.table(QUESTIONS, values)[1:]}
+    rows = {line.split()[0]: line for line in evaluate.score_table(QUESTIONS, values)[1:]}
     assert rows["writing"].split() == "writing 7.00 ± 1.00 4.50 ± 0.50 5.75 ± 0.25 4 of 4".split()
     assert rows["reasoning"].split() == "reasoning 3.00 - 3.00 1 of 2".split()
     assert rows["coding"].split() == "coding - - - 0 of 2".split()
     se = statistics.stdev([8, 6, 3]) / 3**0.5
-    assert rows["all"].startswith(f"all           5.67 ± {se:.2f}") and "5 of 12" in rows["all"]
+    assert rows["all"].split()[1:4] == ["5.67", "±", f"{se:.2f}"] and "5 of 12" in rows["all"]
 
 
 def test_fastchats_files(asset):
