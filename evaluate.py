@@ -26,6 +26,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -159,14 +160,9 @@ def open_records(path: Path, c: replies.Checkpoint, max_length: int) -> data.Dat
 
 def source_of_record(path: Path) -> dict[int, str]:
     """{number: source} of a file whose records all have a key "source"; {} of any other."""
-    sources = {}
-    if not path.is_file():
-        return sources
-    for number, (_, record) in enumerate(json_values(path, Problems()), start=1):
-        if not isinstance(record.get("source"), str):
-            return {}
-        sources[number] = record["source"]
-    return sources
+    records = json_values(path, Problems()) if path.is_file() else []
+    sources = [record.get("source") for _, record in records]
+    return dict(enumerate(sources, start=1)) if all(isinstance(s, str) for s in sources) else {}
 
 
 def loss_command(args: argparse.Namespace) -> Work:
@@ -200,10 +196,7 @@ def loss_command(args: argparse.Namespace) -> Work:
                     mine = torch.from_numpy(names == source)
                     results[label, source, c.name] = summarise(x[mine], tokens[mine])
             del model  # before the next one is loaded
-        models = [c.name for c in checkpoints]
-        rows = [(label, source, name) for label in paths
-                for source in ["", *sorted({*sources[label].values()})] for name in models]
-        say(*loss_table(rows, results))
+        say(*loss_table(results))
         say(*(f"note: {name}, {label}: {count} records left out: {reason}"
               for (name, label), dataset in datasets.items()
               for reason, count in dataset.dropped.items() if count))  # fmt: skip
@@ -215,16 +208,16 @@ def loss_command(args: argparse.Namespace) -> Work:
     return work
 
 
-def loss_table(rows: list[tuple[str, str, str]], results: dict) -> list[str]:
+def loss_table(results: dict[tuple[str, str, str], Loss]) -> list[str]:
     """A line for each (file, source, model); the models of a file stand below each other."""
     lines = [["data", "model", "samples", "mean sample loss", "perplexity"]]
-    for label, source, name in rows:
-        cells = ["0", "-", "-"]  # a model's tokenizer may leave no sample of a source
-        if r := results.get((label, source, name)):
-            perplexity = math.exp(r.token_mean) if r.token_mean < 700 else math.inf
-            cells = [str(r.n), plus_minus(r.mean, r.mean_se),
-                     plus_minus(perplexity, perplexity * r.token_mean_se, 3)]
-        lines.append([f"  {source}" if source else label, name, *cells])
+    files = list(dict.fromkeys(label for label, _, _ in results))
+    for label, source, name in sorted(results, key=lambda key: (files.index(key[0]), key[1])):
+        r = results[label, source, name]
+        perplexity = math.exp(r.token_mean) if r.token_mean < 700 else math.inf
+        lines.append([f"  {source}" if source else label, name, str(r.n),
+                      plus_minus(r.mean, r.mean_se),
+                      plus_minus(perplexity, perplexity * r.token_mean_se, 3)])  # fmt: skip
     return aligned(lines)
 
 
@@ -270,8 +263,8 @@ def problems_command(args: argparse.Namespace) -> Work:
     """Accuracy on word problems; every generation is kept, so that it can be scored again."""
     try:
         from grading import answers, replies
-    except ImportError:
-        raise ValueError("GSM8K and MATH need a package: pip install math-verify") from None
+    except ImportError as error:
+        raise ValueError(f"{args.command}: {error}: pip install math-verify") from None
     if args.rescore:
         rows = replies.read(args.rescore)
         if not rows or any({"index", "answer", "output", "settings"} - row.keys() for row in rows):
@@ -306,10 +299,11 @@ def problems_command(args: argparse.Namespace) -> Work:
         todo = sorted({*range(len(asked))} - {row["index"] for row in rows})
         users = [(f"{asked[i].question}\n{args.instruction}",) for i in todo]
         before = answers.as_turns(exemplars, args.instruction)
-        sizes = args.max_new_tokens, args.batch_size
         with replies.Journal(out, len(todo)) as journal:
             model = replies.load(c, args.dtype, device) if todo else None
-            for n, (said,) in replies.respond(model, c, users, before, *sizes):
+            for n, (said,) in replies.respond(
+                model, c, users, before, args.max_new_tokens, args.batch_size
+            ):
                 p = asked[todo[n]]
                 journal.append({"index": todo[n], "question": p.question, "answer": p.answer,
                                 "output": said.text, "tokens": said.tokens, "end": said.end,
@@ -333,7 +327,8 @@ def accuracy(rows: list[dict], task: str) -> list[str]:
     right = torch.tensor(right, dtype=torch.float64)
     cut, tight = (sum(row.get("end") == end for row in rows) for end in ("length", "no room"))
     lines = [f"{task}: accuracy {plus_minus(*mean_se(right, torch.ones_like(right)))} "
-             f"({int(right.sum())} of {len(rows)})   {rows[0]['settings']['model']}"]  # fmt: skip
+             f"({int(right.sum())} of {len(rows)})   {rows[0]['settings']['model']}",
+             f"compared by math-verify {version('math-verify')}"]  # fmt: skip
     if found.count(None) or cut or tight:
         lines.append(f"{found.count(None)} replies without an answer; {cut} replies cut by length; "
                      f"{tight} questions too long for the model")  # fmt: skip
