@@ -117,10 +117,11 @@ def answer_batch(
     every = [None] * world
     dist.all_gather_object(every, dict(zip(own, new, strict=True)))
     before = templates.TEMPLATES[c.template].before["user"]
-    mark = None if templates.CONTROL.search(before) else before.strip() or None
+    mark = "" if templates.CONTROL.search(before) else before.strip()
     for i, ids in {i: ids for part in every for i, ids in part.items()}.items():
-        # Where no control token opens a user's turn, a model may go on with one of its own.
-        text = c.tokenizer.decode(ids).split(mark)[0] if mark else c.tokenizer.decode(ids)
+        text = c.tokenizer.decode(ids)
+        if mark:  # no control token opens a user's turn: a model may go on with one of its own
+            text = text.split(mark)[0]
         limit = min(max_new_tokens, room - len(prompts[i]))
         replies[i] = Reply(text.strip(), len(ids), "stop" if len(ids) < limit else "length")
     return replies
