@@ -99,7 +99,7 @@ def as_turns(exemplars: list[tuple[str, str]], instruction: str) -> Turns:
 # ---------------------------------------------------------------------------------------------
 # Final answers
 
-SECONDS = 2  # for one parse or comparison; math-verify keeps it by SIGALRM, in the main thread
+SECONDS = 5  # for one parse or comparison; math-verify keeps it by SIGALRM, in the main thread
 LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
 NUMBER = re.compile(r"(?:(?<!\d)-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e\d\d?)?"
                     r"|(?:(?<!\d)-)?\$?\.\d+")  # fmt: skip
