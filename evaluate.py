@@ -11,6 +11,9 @@ Runs on one process, or under torchrun with the model sharded by FSDP2 over the 
 generated is appended to a file as it comes: the same command goes on from there, and a file can be
 scored again without a model.
 
+A command first checks all its input, and then returns its work, which starts once the ranks are
+connected. Commands import what they alone need, for train.py imports this module for its losses.
+
 n samples, b of one micro-batch.
 """
 
@@ -23,9 +26,9 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
-from urllib.parse import urlparse
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -34,27 +37,44 @@ from torch import Tensor
 
 import data
 import shard
-from cli import report
 from cli.flags import Parser
-from data import cache_dir
-from grading import answers, journal, mtbench
-from grading.replies import (
-    Checkpoint,
-    Writer,
-    fingerprint,
-    load,
-    open_model,
-    other_settings,
-    progress_bar,
-    respond,
-    settings_of,
-)
 from hf import templates
 from model import DTYPES, Transformer, generate
 from sources import tasks
 from sources.records import Problems, located_values, source_paths
 
+if TYPE_CHECKING:
+    from grading import mtbench, replies
+
 Work = Callable[[torch.device], int]  # what a command does once all is checked: its exit code
+
+# What ScaleBiO's evaluation puts after a question of GSM8K or MATH.
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+
+# --------------------------------------------------------------------------------------------------
+# Means
+
+
+def mean_se(sums: Tensor, counts: Tensor) -> tuple[float, float]:
+    """A mean over all that n independent samples hold, of which each has a sum and a count, (n,);
+    and its standard error, of a ratio of sums to first order: nan for one sample."""
+    n, count = len(sums), counts.sum()
+    mean = sums.sum() / count
+    spread = (sums - counts * mean).norm() / count
+    return mean.item(), spread.item() * math.sqrt(n / (n - 1)) if n > 1 else math.nan
+
+
+def plus_minus(mean: float, se: float, digits: int = 4) -> str:
+    return f"{mean:.{digits}f}" + (f" ± {se:.{digits}f}" if not math.isnan(se) else "")
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Rows of a table as lines, with the numbers of a column below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([f"{row[0]:{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+
 
 # --------------------------------------------------------------------------------------------------
 # Losses
@@ -100,11 +120,7 @@ def sample_losses(
 
 def summarise(x: Tensor, tokens: Tensor) -> Loss:
     """Of samples with losses x (n,) over so many tokens (n,)."""
-    n, token_mean = len(x), (tokens @ x / tokens.sum()).item()
-    spread = (tokens * (x - token_mean)).norm() / tokens.sum()  # of a ratio of sums over samples
-    se = x.std().item() / math.sqrt(n) if n > 1 else math.nan
-    token_se = spread.item() * math.sqrt(n / (n - 1)) if n > 1 else math.nan
-    return Loss(n, x.mean().item(), se, token_mean, token_se)
+    return Loss(len(x), *mean_se(x, torch.ones_like(x)), *mean_se(tokens * x, tokens))
 
 
 def loss(model: Transformer, dataset: data.Dataset, micro_batch_size: int = 8) -> Loss:
@@ -117,19 +133,20 @@ def data_paths(items: list[str]) -> dict[str, Path]:
     paths, problems = {}, Problems()
     for item in items:
         name, _, path = item.rpartition("=")
+        found = {name or Path(path).stem: Path(path)}
         if not name and (Path(path).is_dir() or re.search(r"[*?[]", path)):
-            found = attempt(problems, source_paths, [path]) or {}
-        else:
-            found = {name or Path(path).stem: Path(path)}
+            try:
+                found = source_paths([path])
+            except ValueError as error:
+                problems.add(str(error).replace("--train", "--data"))
         for label in found.keys() & paths.keys():
             problems.add(f"--data {found[label]}: the name {label} is used twice: give NAME=PATH")
         paths |= found
-    problems.lines = [line.replace("--train", "--data") for line in problems.lines]
     problems.raise_if_any()
     return paths
 
 
-def open_records(path: Path, c: Checkpoint, max_length: int) -> data.Dataset:
+def open_records(path: Path, c: replies.Checkpoint, max_length: int) -> data.Dataset:
     """The records of a file; or TASK or TASK-seedN, the test records of a built-in task."""
     name, _, seed = path.name.partition("-seed")
     if name in tasks.TASKS and (seed or "0").isdecimal() and not path.exists():
@@ -138,53 +155,48 @@ def open_records(path: Path, c: Checkpoint, max_length: int) -> data.Dataset:
         if not len(dataset):
             raise ValueError(f"{path}: no record has an answer left in {max_length} tokens")
         return dataset
-    return data.load_dataset(path, c.tokenizer, c.template, max_length, cache_dir())
+    return data.load_dataset(path, c.tokenizer, c.template, max_length, data.cache_dir())
 
 
 def source_of_record(path: Path) -> dict[int, str]:
     """{number: source} of a file whose records all have a key "source"; {} of any other."""
-    sources = {}
-    if not path.is_file():
-        return sources
-    for number, _, record in located_values(path, Problems()):
-        if not isinstance(record.get("source"), str):
-            return {}
-        sources[number] = record["source"]
-    return sources
+    records = located_values(path, Problems()) if path.is_file() else []
+    sources = {number: record.get("source") for number, _, record in records}
+    return sources if all(isinstance(s, str) for s in sources.values()) else {}
 
 
 def loss_command(args: argparse.Namespace) -> Work:
-    """Models side by side on every file, and on every source within a file."""
-    problems = Problems()
-    paths = attempt(problems, data_paths, args.data) or {}
-    names = dict.fromkeys(args.model)
-    opened = [attempt(problems, open_model, name, args.template) for name in names]
-    checkpoints = [c for c in opened if c]
-    datasets = {}
+    """Each model's losses on every file, and on every source within a file."""
+    from grading import replies
+
+    problems, paths, checkpoints, datasets = Problems(), {}, [], {}
+    with problems.collecting():
+        paths = data_paths(args.data)
+    for name in dict.fromkeys(args.model):
+        with problems.collecting():
+            checkpoints.append(replies.open_model(name, args.template))
     for label, path in paths.items():
-        for c in checkpoints:
-            length = min(args.max_length, c.config.max_positions)
-            datasets[c.name, label] = attempt(problems, open_records, path, c, length)
-            if datasets[c.name, label] is None:
-                break  # the other models would say the same of it
+        with problems.collecting():  # what is wrong for one model is wrong for the next
+            for c in checkpoints:
+                length = min(args.max_length, c.config.max_positions)
+                datasets[c.name, label] = open_records(path, c, length)
     problems.raise_if_any()
     sources = {label: source_of_record(path) for label, path in paths.items()}
 
     def work(device: torch.device) -> int:
-        rows: dict[tuple[str, str], dict[str, Loss]] = {}  # (file, source or ""): {model: loss}
+        results: dict[tuple[str, str, str], Loss] = {}  # of (file, source or "", model)
         for c in checkpoints:
-            model = load(c, args.dtype, device)
+            model = replies.load(c, args.dtype, device)
             for label in paths:
                 dataset = datasets[c.name, label]
                 x, tokens = sample_losses(model, dataset, args.micro_batch_size)
-                rows.setdefault((label, ""), {})[c.name] = summarise(x, tokens)
+                results[label, "", c.name] = summarise(x, tokens)
                 names = np.array([sources[label].get(n, "") for n in dataset.numbers.tolist()])
-                for source in sorted({*names} - {""}):
+                for source in {*names} - {""}:
                     mine = torch.from_numpy(names == source)
-                    part = summarise(x[mine], tokens[mine])
-                    rows.setdefault((label, source), {})[c.name] = part
+                    results[label, source, c.name] = summarise(x[mine], tokens[mine])
             del model  # before the next one is loaded
-        say(*loss_table(rows, [c.name for c in checkpoints]))
+        say(*loss_table(results))
         say(*(f"note: {name}, {label}: {count} records left out: {reason}"
               for (name, label), dataset in datasets.items()
               for reason, count in dataset.dropped.items() if count))  # fmt: skip
@@ -196,30 +208,17 @@ def loss_command(args: argparse.Namespace) -> Work:
     return work
 
 
-def loss_table(rows: dict[tuple[str, str], dict[str, Loss]], models: list[str]) -> list[str]:
-    """A line for each file and source, and in it three columns for each model."""
-    labels = [f"  {source}" if source else label for label, source in rows]
-    width = max(4, *map(len, labels))
-    lines = [f"{label:{width}}" for label in ("", "data", *labels)]
-    for name in models:
-        block = [("samples", "mean sample loss", "perplexity")]
-        for row in rows.values():
-            r = row.get(name)  # no sample of a source may be left under one model's tokenizer
-            cells = r and (str(r.n), f"{r.mean:.4f} ± {r.mean_se:.4f}", perplexity(r))
-            block.append(cells or ("0", "-", "-"))
-        widths = [max(map(len, column)) for column in zip(*block, strict=True)]
-        room = sum(widths) + 4
-        title = name if len(name) <= room else "…" + name[len(name) - room + 1 :]
-        lines[0] += f"   {title:{room}}"
-        for n, row in enumerate(block, start=1):
-            lines[n] += "   " + "  ".join(f"{x:>{w}}" for x, w in zip(row, widths, strict=True))
-    return [line.rstrip() for line in lines]
-
-
-def perplexity(r: Loss) -> str:
-    """exp of the token mean, and its standard error to first order."""
-    value = math.exp(r.token_mean) if r.token_mean < 700 else math.inf
-    return f"{value:.3f} ± {value * r.token_mean_se:.3f}"
+def loss_table(results: dict[tuple[str, str, str], Loss]) -> list[str]:
+    """A line for each (file, source, model); the models of a file stand below each other."""
+    lines = [["data", "model", "samples", "mean sample loss", "perplexity"]]
+    files = list(dict.fromkeys(label for label, _, _ in results))
+    for label, source, name in sorted(results, key=lambda key: (files.index(key[0]), key[1])):
+        r = results[label, source, name]
+        perplexity = math.exp(r.token_mean) if r.token_mean < 700 else math.inf
+        lines.append([f"  {source}" if source else label, name, str(r.n),
+                      plus_minus(r.mean, r.mean_se),
+                      plus_minus(perplexity, perplexity * r.token_mean_se, 3)])  # fmt: skip
+    return aligned(lines)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -228,26 +227,27 @@ def perplexity(r: Loss) -> str:
 
 def generate_command(args: argparse.Namespace) -> Work:
     """What the model says to each prompt."""
-    c = open_model(args.model, args.template)
+    from grading import replies
+
+    c = replies.open_model(args.model, args.template)
     tok = c.tokenizer
     if args.template:
         prompts = [templates.render_prompt(tok, args.template, [("user", p)]) for p in args.prompt]
-        stops = c.stops
+        stops, joint = c.stops, "\n-> "
     else:  # the prompt is text to go on with
         prompts = [[tok.bos_id] * tok.add_bos + tok.encode(p) for p in args.prompt]
-        stops = [*tok.eos_ids, *c.config.eos_ids]
+        stops, joint = [*tok.eos_ids, *c.config.eos_ids], ""
     room = c.config.max_positions
     Problems(
         f"--prompt {text[:40]!r}: {len(ids)} tokens: permitted are 1 to {room - 1}"
         for text, ids in zip(args.prompt, prompts, strict=True) if not 0 < len(ids) < room
-    ).raise_if_any()
+    ).raise_if_any()  # fmt: skip
 
     def work(device: torch.device) -> int:
         new = generate(
-            load(c, args.dtype, device), prompts, args.max_new_tokens, args.temperature, args.top_p,
-            stops, args.seed, device=device,
+            replies.load(c, args.dtype, device), prompts, args.max_new_tokens, args.temperature,
+            args.top_p, stops, args.seed, device=device,
         )  # fmt: skip
-        joint = "\n-> " if args.template else ""
         for prompt, ids in zip(args.prompt, new, strict=True):
             say(f"{prompt}{joint}{tok.decode(ids)}\n")
         return 0
@@ -261,52 +261,56 @@ def generate_command(args: argparse.Namespace) -> Work:
 
 def problems_command(args: argparse.Namespace) -> Work:
     """Accuracy on word problems; every generation is kept, so that it can be scored again."""
+    try:
+        from grading import answers, replies
+    except ImportError as error:
+        raise ValueError(f"{args.command}: {error}: pip install math-verify") from None
     if args.rescore:
-        rows = journal.read(args.rescore)
+        rows = replies.read(args.rescore)
         if not rows or any({"index", "answer", "output", "settings"} - row.keys() for row in rows):
             raise ValueError(f"--rescore {args.rescore}: not a file of generations")
         return lambda device: say(*accuracy(rows, args.command))
-    problems = Problems(
-        f"--{flag} is missing" for flag in ("model", "data") if not getattr(args, flag)
-    )
+    problems = Problems(f"--{x} is missing" for x in ("model", "data") if not getattr(args, x))
     problems.raise_if_any()
-    c = attempt(problems, open_model, args.model, args.template)
-    asked = attempt(problems, lambda: answers.read_problems(local_file(args.data))) or []
-    exemplars = answers.EXEMPLARS[args.command]
-    if args.exemplars:
-        read = attempt(problems, lambda: answers.read_problems(local_file(args.exemplars))) or []
-        exemplars = [(p.question, p.solution) for p in read]
-    if args.shots > len(exemplars):
-        problems.add(f"--shots {args.shots}: there are {len(exemplars)} exemplars: "
-                     "--exemplars names a file with more")  # fmt: skip
+    asked, exemplars = [], answers.EXEMPLARS[args.command]
+    with problems.collecting():
+        c = replies.open_model(args.model, args.template)
+    with problems.collecting():
+        asked = answers.read_problems(local_file(args.data))[: args.limit]
+    with problems.collecting():
+        if args.exemplars:
+            read = answers.read_problems(local_file(args.exemplars))
+            exemplars = [(p.question, p.solution) for p in read]
+        if args.shots > len(exemplars):
+            raise ValueError(f"--shots {args.shots}: there are {len(exemplars)} exemplars: "
+                             "--exemplars names a file with more")  # fmt: skip
     problems.raise_if_any()
-    asked, exemplars = asked[: args.limit], exemplars[: args.shots]
-    settings = settings_of(c, args.max_new_tokens, args.dtype)
+    exemplars = exemplars[: args.shots]
+    settings = replies.settings_of(c, args.max_new_tokens, args.dtype)
     settings |= {"shots": args.shots, "instruction": args.instruction,
-                 "exemplars": fingerprint(exemplars)}  # fmt: skip
+                 "exemplars": replies.fingerprint(exemplars)}  # fmt: skip
     out = out_directory(args) / f"{args.command}.jsonl"
-    Problems(other_settings(out, settings)).raise_if_any()
-    for row in journal.read(out):
+    for row in replies.rows_so_far(out, settings):
         if row["index"] < len(asked) and row["question"] != asked[row["index"]].question:
             raise ValueError(f"{out} holds answers to other questions: take another --out")
 
     def work(device: torch.device) -> int:
-        rows = shard.broadcast_from_rank0(lambda: journal.read(out))
+        rows = shard.broadcast_from_rank0(lambda: replies.read(out))
         todo = sorted({*range(len(asked))} - {row["index"] for row in rows})
-        chats = [
-            answers.as_conversation(asked[i].question, exemplars, args.instruction) for i in todo
-        ]
-        with Writer(out, len(todo)) as writer:
-            model = load(c, args.dtype, device) if todo else None
-            for n, reply in respond(model, c, chats, args.max_new_tokens, args.batch_size):
+        users = [(f"{asked[i].question}\n{args.instruction}",) for i in todo]
+        before = answers.as_turns(exemplars, args.instruction)
+        with replies.Journal(out, len(todo)) as journal:
+            model = replies.load(c, args.dtype, device) if todo else None
+            for n, (said,) in replies.respond(
+                model, c, users, before, args.max_new_tokens, args.batch_size
+            ):
                 p = asked[todo[n]]
-                row = {"index": todo[n], "question": p.question, "answer": p.answer,
-                       "output": reply.text, "tokens": reply.tokens, "end": reply.end,
-                       "settings": settings}  # fmt: skip
-                writer.append(row)
-                rows.append(row)
+                journal.append({"index": todo[n], "question": p.question, "answer": p.answer,
+                                "output": said.text, "tokens": said.tokens, "end": said.end,
+                                "settings": settings})  # fmt: skip
         if dist.get_rank() == 0:
-            say(*accuracy([row for row in rows if row["index"] < len(asked)], args.command))
+            rows = [row for row in journal.rows if row["index"] < len(asked)]
+            say(*accuracy(rows, args.command))
             say(f"{out} keeps every reply; --rescore {out} scores them again")
         return 0
 
@@ -315,19 +319,18 @@ def problems_command(args: argparse.Namespace) -> Work:
 
 def accuracy(rows: list[dict], task: str) -> list[str]:
     """The report on generations."""
+    from grading import answers
+
     rows = list({row["index"]: row for row in rows}.values())
-    grader, n = answers.Grader(), len(rows)
-    right = sum(grader.right(row["output"], row["answer"]) for row in rows)
-    p = right / n
-    se = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan
-    lines = [
-        f"{task}: accuracy {p:.4f} ± {se:.4f} ({right} of {n})   {rows[0]['settings']['model']}",
-        f"compared by {grader.method}",
-    ]
-    silent = sum(answers.extract(row["output"]) is None for row in rows)
+    found = [answers.extract(row["output"], row["answer"]) for row in rows]
+    right = [answers.equal(row["answer"], x) for row, x in zip(rows, found, strict=True)]
+    right = torch.tensor(right, dtype=torch.float64)
     cut, tight = (sum(row.get("end") == end for row in rows) for end in ("length", "no room"))
-    if silent or cut or tight:
-        lines.append(f"{silent} replies without an answer; {cut} replies cut by length; "
+    lines = [f"{task}: accuracy {plus_minus(*mean_se(right, torch.ones_like(right)))} "
+             f"({int(right.sum())} of {len(rows)})   {rows[0]['settings']['model']}",
+             f"compared by math-verify {version('math-verify')}"]  # fmt: skip
+    if found.count(None) or cut or tight:
+        lines.append(f"{found.count(None)} replies without an answer; {cut} replies cut by length; "
                      f"{tight} questions too long for the model")  # fmt: skip
     return lines
 
@@ -338,135 +341,105 @@ def accuracy(rows: list[dict], task: str) -> list[str]:
 
 def mtbench_command(args: argparse.Namespace) -> Work:
     """Answers to both turns of every question, and what a judge thinks of them."""
-    problems = Problems()
+    from grading import mtbench, replies
+
     if not args.questions or not (args.model or args.answers):
         raise ValueError("needs --questions, and --model or --answers")
-    references = args.reference and attempt(
-        problems, lambda: mtbench.read_answers(local_file(args.reference))
-    )
-    questions = attempt(
-        problems, lambda: mtbench.read_questions(local_file(args.questions), references or {})
-    )
-    questions = (questions or [])[: args.limit]
-    c, given = None, {}
-    if args.answers:
-        given = attempt(problems, mtbench.read_answers, args.answers) or {}
-        if given and (lacking := [q.id for q in questions if q.id not in given]):
-            problems.add(f"--answers {args.answers}: lacks question {lacking[0]} (and "
-                         f"{len(lacking) - 1} more)")  # fmt: skip
-    else:
-        c = attempt(problems, open_model, args.model, args.template)
-    for problem in judge_problems(args):
-        problems.add(problem)
+    problems, questions, given, judge = Problems(), [], {}, None
+    with problems.collecting():
+        references = mtbench.read_answers(local_file(args.reference)) if args.reference else {}
+        questions = mtbench.read_questions(local_file(args.questions), references)[: args.limit]
+    with problems.collecting():
+        if args.answers:
+            given = mtbench.read_answers(args.answers)
+            if lacking := [q.id for q in questions if q.id not in given]:
+                raise ValueError(f"--answers {args.answers}: lacks question {lacking[0]} (and "
+                                 f"{len(lacking) - 1} more)")  # fmt: skip
+        else:
+            c = replies.open_model(args.model, args.template)
+    with problems.collecting():
+        if bool(args.judge_url) != bool(args.judge_model):
+            raise ValueError("--judge-url and --judge-model go together")
+        if args.answers and not args.judge_url:
+            raise ValueError("--answers needs a judge: --judge-url and --judge-model")
+        if args.judge_url:
+            judge = mtbench.Judge(args.judge_url, args.judge_model, args.judge_timeout,
+                                  args.judge_tries, concurrency=args.judge_concurrency)  # fmt: skip
     problems.raise_if_any()
     out = out_directory(args)
-    if c:
-        settings = settings_of(c, args.max_new_tokens, args.dtype)
-        file = out / "mt-bench-answers.jsonl"
-        Problems(other_settings(file, settings)).raise_if_any()
+    file = out / "mt-bench-answers.jsonl"
+    settings = None if given else replies.settings_of(c, args.max_new_tokens, args.dtype)
+    if settings:
+        replies.rows_so_far(file, settings)
 
     def work(device: torch.device) -> int:
-        replies = given or answer_questions(args, c, questions, out, device)
+        said = given or answer_questions(args, c, settings, questions, file, device)
         if dist.get_rank() != 0:
             return 0
-        if not args.judge_url:
-            say(f"{out}/mt-bench-answers.jsonl holds the answers; --judge-url has them graded")
-            return 0
+        if not judge:
+            return say(f"{file} holds the answers; --judge-url has them graded")
         bare = [q.id for q in questions if q.category in mtbench.WITH_REFERENCE and not q.reference]
         if bare:
             say(f"note: {len(bare)} questions of {', '.join(mtbench.WITH_REFERENCE)} are graded "
                 "without a reference answer: --reference gives them")  # fmt: skip
-        judge = mtbench.Judge(args.judge_url, args.judge_model, args.judge_timeout,
-                              args.judge_tries, concurrency=args.judge_concurrency)  # fmt: skip
-        return have_graded(questions, replies, judge, out / "mt-bench-scores.jsonl")
+        scores = out / "mt-bench-scores.jsonl"
+        scored, failure = mtbench.grade(questions, said, judge, scores)
+        say(*score_table(questions, scored), f"graded by {judge.model}; {scores} keeps every "
+            "judgement")  # fmt: skip
+        if lacking := 2 * len(questions) - len(scored):
+            why = failure or f"no grade in {judge.readings} replies of the judge"
+            print(f"{lacking} scores are missing ({why}); the same command asks for them again",
+                  file=sys.stderr)  # fmt: skip
+        return int(lacking > 0)
 
     return work
 
 
-def judge_problems(args: argparse.Namespace) -> list[str]:
-    if bool(args.judge_url) != bool(args.judge_model):
-        return ["--judge-url and --judge-model go together"]
-    if not args.judge_url:
-        return ["--answers needs a judge: --judge-url and --judge-model"] if args.answers else []
-    try:
-        url = urlparse(args.judge_url)
-        fine = url.scheme in ("http", "https") and url.hostname and url.port != 0
-    except ValueError:
-        fine = False
-    return [] if fine else [f"--judge-url {args.judge_url}: expected the like of http://host:8000/v1"]
-
-
 def answer_questions(
-    args: argparse.Namespace,
-    c: Checkpoint,
-    questions: list[mtbench.Question],
-    out: Path,
-    device: torch.device,
-) -> dict[int | str, tuple[str, str]]:
+    args: argparse.Namespace, c: replies.Checkpoint, settings: dict,
+    questions: list[mtbench.Question], file: Path, device: torch.device,
+) -> dict[int | str, tuple[str, str]]:  # fmt: skip
     """{question id: both answers}, those that are kept and the rest. Collective."""
-    file, settings = out / "mt-bench-answers.jsonl", settings_of(c, args.max_new_tokens, args.dtype)
-    given = {}
+    from grading import replies
+
     asked = {q.id: list(q.turns) for q in questions}
-    for row in shard.broadcast_from_rank0(lambda: journal.read(file)):
-        if asked.get(row["question_id"]) == row["questions"]:
-            given[row["question_id"]] = tuple(row["choices"][0]["turns"])
-    todo: dict[float, list[mtbench.Question]] = {}
-    for q in questions:
-        if q.id not in given:
-            temperature = mtbench.TEMPERATURES.get(q.category, mtbench.OTHER_TEMPERATURE)
-            todo.setdefault(temperature, []).append(q)
-    size = args.batch_size * dist.get_world_size()
-    parts = [
-        (temperature, group[n : n + size])
-        for temperature, group in todo.items() for n in range(0, len(group), size)
-    ]  # fmt: skip
-    with Writer(file, sum(len(part) for _, part in parts)) as writer:
-        model = load(c, args.dtype, device) if parts else None
-        for temperature, part in parts:
+    rows = shard.broadcast_from_rank0(lambda: replies.read(file))
+    given = {row["question_id"]: tuple(row["choices"][0]["turns"]) for row in rows
+             if asked.get(row["question_id"]) == row["questions"]}  # fmt: skip
+    todo = [q for q in questions if q.id not in given]
+    with replies.Journal(file, len(todo)) as journal:
+        model = replies.load(c, args.dtype, device) if todo else None
+        for temperature in dict.fromkeys(q.temperature for q in todo):
+            group = [q for q in todo if q.temperature == temperature]
             options = args.max_new_tokens, args.batch_size, temperature, args.seed
-            chats = [[("user", q.turns[0])] for q in part]
-            first = dict(respond(model, c, chats, *options))
-            for i, chat in enumerate(chats):
-                chat += [("assistant", first[i].text), ("user", part[i].turns[1])]
-            for i, second in respond(model, c, chats, *options):
-                q, turns = part[i], (first[i].text, second.text)
+            for i, said in replies.respond(model, c, [q.turns for q in group], [], *options):
+                q, turns = group[i], tuple(reply.text for reply in said)
                 given[q.id] = turns
-                writer.append({
+                journal.append({
                     "question_id": q.id, "model_id": c.name, "tstamp": time.time(),
                     "choices": [{"index": 0, "turns": turns}], "questions": q.turns,
-                    "ends": [first[i].end, second.end], "temperature": temperature,
+                    "ends": [reply.end for reply in said], "temperature": temperature,
                     "settings": settings,
                 })  # fmt: skip
     return given
 
 
-def have_graded(
-    questions: list[mtbench.Question], given: dict, judge: mtbench.Judge, file: Path
-) -> int:
-    """Grade, and print the table. Returns 1 if scores are missing at the end."""
-    with journal.Journal(file) as scores_file:
-        have = mtbench.scores(questions, given, judge.model, scores_file.rows)
-        bar = progress_bar(2 * len(questions) - len(have))
-        failure = mtbench.grade(questions, given, judge, scores_file, bar.update)
-        bar.close()
-        scored = mtbench.scores(questions, given, judge.model, scores_file.rows)
-    say(*mtbench.table(questions, scored), f"graded by {judge.model}; {file} keeps every judgement")
-    lacking = 2 * len(questions) - len(scored)
-    if lacking:
-        why = failure or f"no grade in {judge.readings} replies of the judge"
-        print(f"{lacking} scores are missing ({why}); the same command asks for them again",
-              file=sys.stderr)  # fmt: skip
-    return int(lacking > 0)
+def score_table(questions: list[mtbench.Question], scored: dict) -> list[str]:
+    """Mean ± standard error by category and turn; a question's two turns are one sample."""
+    rows = [["category", "turn 1", "turn 2", "both", "scored"]]
+    for name in [*dict.fromkeys(q.category for q in questions), "all"]:
+        ids, cells = [q.id for q in questions if name in (q.category, "all")], []
+        for turns in ((0,), (1,), (0, 1)):
+            groups = [[scored[i, t] for t in turns if (i, t) in scored] for i in ids]
+            pairs = torch.tensor([(sum(g), len(g)) for g in groups if g], dtype=torch.float64)
+            cells.append(plus_minus(*mean_se(*pairs.T), 2) if len(pairs) else "-")
+        n = sum((i, t) in scored for i in ids for t in (0, 1))
+        rows.append([name, *cells, f"{n} of {2 * len(ids)}"])
+    return aligned(rows)
 
 
 # --------------------------------------------------------------------------------------------------
 # Input and output
-
-
-def attempt(problems: Problems, make: Callable, *args) -> object | None:
-    """make(*args); where it raises ValueError, None, and its lines are among the problems."""
-    with problems.collecting():
-        return make(*args)
 
 
 def out_directory(args: argparse.Namespace) -> Path:
@@ -479,29 +452,18 @@ def out_directory(args: argparse.Namespace) -> Path:
 
 def local_file(name: str) -> Path:
     """A file, or one of a hub dataset: owner/name/path/in/it. Raises ValueError."""
-    like_the_hubs = re.fullmatch(r"([\w.-]+)/[\w.-]+/[\w./-]+", name)
-    if Path(name).exists() or not like_the_hubs or Path(like_the_hubs[1]).is_dir():
+    like_the_hubs = re.fullmatch(r"(([\w.-]+)/[\w.-]+)/([\w./-]+)", name)
+    if Path(name).exists() or not like_the_hubs or Path(like_the_hubs[2]).is_dir():
         return Path(name)
     from huggingface_hub import errors, hf_hub_download
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # not a line for each retry
-    owner, dataset, file = name.split("/", 2)
     try:
-        return Path(hf_hub_download(f"{owner}/{dataset}", file, repo_type="dataset"))
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        reason = "nor is there such a dataset on huggingface.co"
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        reason = "nor is it cached, and the hub is out of reach"
-    except errors.EntryNotFoundError:
-        reason = f"nor does the hub's dataset {owner}/{dataset} have it"
-    except (errors.HfHubHTTPError, OSError) as error:
-        reason = f"and the hub's datasets are out of reach ({type(error).__name__})"
-    raise ValueError(f"{name}: there is no such file, {reason}")
-
-
-# --------------------------------------------------------------------------------------------------
-# The command line
+        return Path(hf_hub_download(like_the_hubs[1], like_the_hubs[3], repo_type="dataset"))
+    except (errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:
+        raise ValueError(f"{name}: there is no such file, nor one of a dataset in the hub's cache "
+                         f"or on huggingface.co ({type(error).__name__})") from None  # fmt: skip
 
 
 def say(*lines: str) -> int:
@@ -511,107 +473,100 @@ def say(*lines: str) -> int:
     return 0
 
 
-def at_least(least: float, kind: type = int, most: float = math.inf) -> Callable[[str], float]:
-    """A type for argparse."""
+def plot_command(args: argparse.Namespace) -> None:
+    """Draw runs into one picture. Needs no ranks, so there is no work left."""
+    from cli import report
 
-    def number(text: str) -> float:
-        if not least <= kind(text) <= most:
-            limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text}: permitted is a number {limits}")
-        return kind(text)
-
-    return number
-
-
-def task_flags(commands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
-    """gsm8k, math and mt-bench, with the flags that they share."""
-    positive, natural = at_least(1), at_least(0)
-    kept = argparse.ArgumentParser(add_help=False, parents=[common])
-    kept.add_argument("--model", help="a directory or hub id")
-    kept.add_argument("--limit", type=positive, help="take the first so many questions [all]")
-    kept.add_argument("--max-new-tokens", type=positive, default=1024, help="of a reply [1024]")
-    kept.add_argument("--batch-size", type=positive, default=16, help="replies at a time, on each "
-                      "rank [16]")
-    kept.add_argument("--out", help="directory of the replies [runs/eval-<model>]")
-    for name, keys in (("gsm8k", "question, answer"), ("math", "problem, solution")):
-        p = commands.add_parser(name, parents=[kept], help=f"accuracy on {name.upper()}")
-        p.add_argument("--data", help=f"JSON or JSONL of {{{keys}}}, or owner/dataset/file "
-                       "of the hub")
-        p.add_argument("--shots", type=natural, default=0, help="worked examples before each "
-                       "question [0]")
-        p.add_argument("--exemplars", help="a file to take them from, like --data [4 of our own]")
-        p.add_argument("--instruction", default=answers.INSTRUCTION, help="what follows a question "
-                       f"[{answers.INSTRUCTION}]")
-        p.add_argument("--rescore", type=Path, metavar="FILE", help="score the replies of an "
-                       "earlier run again; needs no model and no other flag")
-
-    p = commands.add_parser("mt-bench", parents=[kept], help="two-turn questions, and a judge")
-    p.add_argument("--questions", help="question.jsonl in FastChat's format, or owner/dataset/file "
-                   "of the hub")
-    p.add_argument("--reference", help="reference answers for reasoning, math and coding, like "
-                   "FastChat's gpt-4.jsonl [those in --questions]")
-    p.add_argument("--answers", help="grade these, in FastChat's format, instead of a --model's")
-    p.add_argument("--judge-url", help="an OpenAI-compatible endpoint; its key, if it needs one, "
-                   f"is read from the environment variable {mtbench.KEY}")
-    p.add_argument("--judge-model", help="the endpoint's name of the judge")
-    p.add_argument("--judge-concurrency", type=positive, default=4, help="requests at a time [4]")
-    p.add_argument("--judge-timeout", type=at_least(1e-3, float), default=120,
-                   help="seconds without a byte [120]")
-    p.add_argument("--judge-tries", type=positive, default=8, help="of a request, before giving up "
-                   "[8]")
-    p.add_argument("--seed", type=natural, default=0, help="of the answers at temperature > 0 [0]")
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    positive, natural = at_least(1), at_least(0)
-    parser = Parser(description="Judge a model on held-out data, or let it talk.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
-                        help="of the parameters; auto: bf16 on GPUs, fp32 on CPUs [auto]")
-    common.add_argument("--template", choices=templates.TEMPLATES,
-                        help="[that of the model, as far as its files tell, else alpaca]")
-
-    p = commands.add_parser("loss", parents=[common], help="mean sample loss and perplexity")
-    p.add_argument("--model", nargs="+", required=True, help="directories or hub ids")
-    p.add_argument("--data", nargs="+", required=True, metavar="[NAME=]PATH",
-                   help="records; a directory or quoted glob stands for its train_*.json(l), "
-                   "TASK or TASK-seedN for the test records of a built-in task")
-    p.add_argument("--max-length", type=positive, default=512,
-                   help="tokens of a sample, at most the model's positions [512]")
-    p.add_argument("--micro-batch-size", type=positive, default=8, help="samples of a forward [8]")
-
-    task_flags(commands, common)
-    p = commands.add_parser("generate", parents=[common], help="continue prompts")
-    p.add_argument("--model", required=True, help="a directory or hub id")
-    p.add_argument("--prompt", nargs="+", required=True,
-                   help="put as users' turns with --template; else text to go on with")
-    p.add_argument("--max-new-tokens", type=positive, default=128, help="[128]")
-    p.add_argument("--temperature", type=at_least(0, float), default=0.0,
-                   help="0 = the likeliest token [0]")
-    p.add_argument("--top-p", type=at_least(1e-6, float, 1), default=1.0,
-                   help="nucleus of the distribution [1]")
-    p.add_argument("--seed", type=natural, default=0, help="[0]")
-
-    p = commands.add_parser("plot", help="weights and losses of runs, as a picture")
-    p.add_argument("run", nargs="+", type=Path, help="directories of train.py; runs that differ in "
-                   "their seed alone are drawn together")
-    p.add_argument("--out", type=Path, metavar="FILE", help="png, pdf or svg [weights.png, in the "
-                   "run's directory if there is one]")
-    return parser.parse_args(argv)
-
-
-def plot_command(args: argparse.Namespace) -> int:
-    """Draw runs into one picture."""
     folder = args.run[0] if len(args.run) == 1 else Path()
     file = args.out or folder / "weights.png"
     report.plot(args.run, file)
     print(file)
-    return 0
 
 
-COMMANDS = {"loss": loss_command, "gsm8k": problems_command, "math": problems_command,
-            "mt-bench": mtbench_command, "generate": generate_command}  # fmt: skip
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+
+def from_to(least: float, most: float = math.inf) -> Callable[[str], float]:
+    """A type for argparse: a number in a range, whole where `least` is."""
+
+    def number(text: str) -> float:
+        if not least <= type(least)(text) <= most:
+            limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text}: permitted is a number {limits}")
+        return type(least)(text)
+
+    return number
+
+
+COUNT, SEED = {"type": from_to(1)}, {"type": from_to(0)}
+SEVERAL = {"nargs": "+", "required": True}
+COMMANDS = {
+    "loss": (loss_command, "mean sample loss and perplexity"),
+    "gsm8k": (problems_command, "accuracy on GSM8K"),
+    "math": (problems_command, "accuracy on MATH"),
+    "mt-bench": (mtbench_command, "two-turn questions, and a judge"),
+    "generate": (generate_command, "continue prompts"),
+    "plot": (plot_command, "weights and losses of runs, as a picture"),
+}
+FLAGS = [  # commands, flag, default, help, and what argparse takes beside
+    ("loss", "model", None, "directories or hub ids", SEVERAL),
+    ("loss", "data", None, "records, as [NAME=]PATH; a directory or quoted glob stands for its "
+     "train_*.json(l), TASK or TASK-seedN for the test records of a built-in task", SEVERAL),
+    ("loss", "max-length", 512, "tokens of a sample, at most the model's positions", COUNT),
+    ("loss", "micro-batch-size", 8, "samples of a forward", COUNT),
+    ("gsm8k math mt-bench", "model", None, "a directory or hub id", {}),
+    ("generate", "model", None, "a directory or hub id", {"required": True}),
+    ("generate", "prompt", None, "put as users' turns with --template; else text to go on with",
+     SEVERAL),
+    ("gsm8k math", "data", None, "JSON or JSONL of {question, answer} or {problem, solution}, or "
+     "owner/dataset/file of the hub", {}),
+    ("gsm8k math", "shots", 0, "worked examples before each question", SEED),
+    ("gsm8k math", "exemplars", None, "a file to take them from, like --data [4 of our own]", {}),
+    ("gsm8k math", "instruction", INSTRUCTION, "what follows a question", {}),
+    ("gsm8k math", "rescore", None, "score the replies of an earlier run again; needs no model and "
+     "no other flag", {"type": Path, "metavar": "FILE"}),
+    ("mt-bench", "questions", None, "question.jsonl in FastChat's format, or owner/dataset/file of "
+     "the hub", {}),
+    ("mt-bench", "reference", None, "reference answers for reasoning, math and coding, like "
+     "FastChat's gpt-4.jsonl [those in --questions]", {}),
+    ("mt-bench", "answers", None, "grade these, in FastChat's format, instead of a --model's", {}),
+    ("mt-bench", "judge-url", None, "an OpenAI-compatible endpoint; its key, if it needs one, is "
+     "read from the environment variable JUDGE_API_KEY", {}),
+    ("mt-bench", "judge-model", None, "the endpoint's name of the judge", {}),
+    ("mt-bench", "judge-concurrency", 4, "requests at a time", COUNT),
+    ("mt-bench", "judge-timeout", 120, "seconds without a byte", {"type": from_to(1e-3)}),
+    ("mt-bench", "judge-tries", 8, "of a request, before giving up", COUNT),
+    ("gsm8k math mt-bench", "limit", None, "take the first so many questions [all]", COUNT),
+    ("gsm8k math mt-bench", "max-new-tokens", 1024, "of a reply", COUNT),
+    ("generate", "max-new-tokens", 128, "of a reply", COUNT),
+    ("gsm8k math mt-bench", "batch-size", 16, "replies at a time, on each rank", COUNT),
+    ("generate", "temperature", 0.0, "0 is the likeliest token", {"type": from_to(0.0)}),
+    ("generate", "top-p", 1.0, "nucleus of the distribution", {"type": from_to(1e-6, 1)}),
+    ("mt-bench generate", "seed", 0, "of the draws at temperature > 0", SEED),
+    ("loss gsm8k math mt-bench generate", "dtype", "auto", "of the parameters; auto: bf16 on GPUs, "
+     "fp32 on CPUs", {"choices": ("auto", *DTYPES)}),
+    ("loss gsm8k math mt-bench generate", "template", None, "[that of the model, as far as its "
+     "files tell, else alpaca]", {"choices": templates.TEMPLATES}),
+    ("gsm8k math mt-bench", "out", None, "directory of the replies [runs/eval-<model>]", {}),
+    ("plot", "out", None, "png, pdf or svg [weights.png, in the run's directory if there is one]",
+     {"type": Path, "metavar": "FILE"}),
+]  # fmt: skip
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description="Judge a model on held-out data, or let it talk.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, (_, summary) in COMMANDS.items():
+        p = commands.add_parser(command, help=summary)
+        if command == "plot":
+            p.add_argument("run", nargs="+", type=Path, help="directories of train.py; runs that "
+                           "differ in their seed alone are drawn together")  # fmt: skip
+        for of, flag, default, text, options in FLAGS:
+            if command in of.split():
+                text += f" [{default}]" if default is not None else ""
+                p.add_argument(f"--{flag}", default=default, help=text, **options)
+    return parser.parse_args(argv)
 
 
 def refuse(error: Exception) -> int:
@@ -626,11 +581,11 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a judge that failed, 2 bad input."""
     args = parse(argv)
     try:  # before the process group, whose ranks would time out while data is tokenised
-        if args.command == "plot":
-            return plot_command(args)
-        work = COMMANDS[args.command](args)
+        work = COMMANDS[args.command][0](args)
     except (ValueError, OSError) as error:
         return refuse(error)
+    if work is None:
+        return 0
     device = shard.start(timeout=1800)
     try:
         return work(device)

@@ -3,9 +3,7 @@ the two answers from 1 to 10.
 
     questions = read_questions("question.jsonl", read_answers("gpt-4.jsonl"))
     judge = Judge("http://localhost:8000/v1", "some-model")
-    with Journal(path) as journal:
-        failure = grade(questions, answers, judge, journal)
-        print(*table(questions, scores(questions, answers, judge.model, journal.rows)), sep="\n")
+    scores, failure = grade(questions, answers, judge, Path("scores.jsonl"))
 
 The judge is any endpoint that speaks OpenAI's chat completions. A score is kept with the messages
 that it was asked by, and counts only while the same would be asked: a new answer is graded anew.
@@ -22,9 +20,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlparse
 
-from grading.journal import Journal, convert_rows
+from grading.replies import Journal, convert_rows, read
 
 TEMPERATURES = {  # of the answers, by category: FastChat's
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
@@ -55,6 +55,11 @@ class Question(NamedTuple):
     category: str
     turns: tuple[str, str]
     reference: tuple[str, ...]  # a reference answer to each turn, or nothing
+
+    @property
+    def temperature(self) -> float:
+        """Of its answers."""
+        return TEMPERATURES.get(self.category, OTHER_TEMPERATURE)
 
 
 def read_questions(path: str | os.PathLike, references: dict | None = None) -> list[Question]:
@@ -145,8 +150,16 @@ class Judge:
     quiet_until: float = 0.0  # no thread asks before: the endpoint said when it may be asked again
 
     def __post_init__(self):
+        """Raises ValueError for an address that is none."""
         from huggingface_hub import InferenceClient
 
+        try:
+            parts = urlparse(self.url)
+            fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # of the port
+            fine = False
+        if not fine:
+            raise ValueError(f"--judge-url {self.url}: expected the like of http://host:8000/v1")
         # Without a key the client would send the user's Hugging Face token to the endpoint.
         self.key = os.environ.get(KEY) or "no-key"
         self.client = InferenceClient(base_url=self.url, api_key=self.key, timeout=self.timeout)
@@ -213,15 +226,11 @@ def retry_after(value: str | None) -> float | None:
 
 
 def grade(
-    questions: list[Question],
-    answers: dict[int | str, tuple[str, str]],
-    judge: Judge,
-    journal: Journal,
-    progress=lambda: None,
-) -> str | None:
-    """Ask for every score that the journal lacks, and append each as it comes. Returns why it
-    ended early, None if it did not. `progress` is called after each."""
-    have = scores(questions, answers, judge.model, journal.rows)
+    questions: list[Question], answers: dict[int | str, tuple[str, str]], judge: Judge, file: Path
+) -> tuple[dict[tuple[int | str, int], float], str | None]:
+    """Ask for every score that the file lacks, and append each as it comes. Returns all scores of
+    these questions, and why it ended early, None if it did not."""
+    have = scores(questions, answers, judge.model, read(file))
     missing = [(q, turn) for q in questions for turn in (0, 1) if (q.id, turn) not in have]
     failures = []
 
@@ -235,21 +244,15 @@ def grade(
             return
         about = {"question_id": q.id, "turn": turn + 1, "category": q.category}
         journal.append({**about, "judge": judge.model, **result, "messages": messages})
-        progress()
 
-    with ThreadPoolExecutor(judge.concurrency) as pool:
-        futures = [pool.submit(one, q, turn) for q, turn in missing]
+    with Journal(file, len(missing)) as journal, ThreadPoolExecutor(judge.concurrency) as pool:
         try:
-            for future in futures:
+            for future in [pool.submit(one, q, turn) for q, turn in missing]:
                 future.result()
         except BaseException:  # Ctrl-C: what is being asked is still kept, what waits is not asked
             judge.stop.set()
             raise
-    return failures[0] if failures else None
-
-
-# ---------------------------------------------------------------------------------------------
-# Scores
+    return scores(questions, answers, judge.model, journal.rows), (failures or [None])[0]
 
 
 def scores(
@@ -265,31 +268,3 @@ def scores(
         if asked_so and row.get("score") is not None:
             found.setdefault(key, row["score"])
     return found
-
-
-def table(questions: list[Question], scored: dict[tuple[int | str, int], float]) -> list[str]:
-    """Mean ± standard error over questions, by category and turn; "both" is over all answers."""
-    lines = [f"{'category':12}  {'turn 1':14}  {'turn 2':14}  {'both':14}  scored"]
-    categories = list(dict.fromkeys(q.category for q in questions))
-    for name in [*categories, "all"]:
-        ids = [q.id for q in questions if name in (q.category, "all")]
-        cells = [mean_se([[scored[i, t] for t in turns if (i, t) in scored] for i in ids])
-                 for turns in ((0,), (1,), (0, 1))]  # fmt: skip
-        n = sum((i, t) in scored for i in ids for t in (0, 1))
-        cells = "  ".join(f"{cell:14}" for cell in cells)
-        lines.append(f"{name:12}  {cells}  {n} of {2 * len(ids)}")
-    return lines
-
-
-def mean_se(groups: list[list[float]]) -> str:
-    """Mean of all values, and its standard error by question: a question's turns go together."""
-    groups = [g for g in groups if g]
-    if not groups:
-        return "-"
-    n = sum(map(len, groups))
-    mean = sum(map(sum, groups)) / n
-    if len(groups) < 2:
-        return f"{mean:.2f}"
-    spread = sum((sum(g) - len(g) * mean) ** 2 for g in groups)
-    se = math.sqrt(spread * len(groups) / (len(groups) - 1)) / n
-    return f"{mean:.2f} ± {se:.2f}"

@@ -2,16 +2,22 @@
 and the files in which the replies are kept as they come.
 
     c = open_model("runs/x/model")
-    for i, reply in respond(load(c, "auto", device), c, chats, max_new_tokens=512, batch_size=16):
-        …
+    model = load(c, "auto", device)
+    with Journal(path, total=1) as journal:
+        for i, (first, second) in respond(model, c, [("Hi!", "Why?")], [], 512, batch_size=16):
+            journal.append({"id": i, "outputs": [first.text, second.text]})
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Iterator
+import threading
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +26,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import shard
-from grading.journal import Journal, read
 from hf import templates, tokenizer
 from hf.tokenizer import Turns
 from model import ModelConfig, Transformer, dtype_of, generate, open_checkpoint, read_tensors
+from sources.records import Problems, located_values
 
 
 class Checkpoint(NamedTuple):
@@ -65,42 +71,60 @@ class Reply(NamedTuple):
 
 
 def respond(
-    model: Transformer,
-    c: Checkpoint,
-    chats: list[Turns],
-    max_new_tokens: int,
-    batch_size: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> Iterator[tuple[int, Reply]]:
-    """(index, reply) of each chat as it is done, `batch_size` on each rank at a time, the longest
-    first. Collective: every rank calls it, takes all of it, and gets all replies."""
-    if not chats:
-        return
+    model: Transformer, c: Checkpoint, asked: list[tuple[str, ...]], before: Turns,
+    max_new_tokens: int, batch_size: int, temperature: float = 0.0, seed: int = 0,
+) -> Iterator[tuple[int, list[Reply]]]:  # fmt: skip
+    """(index, a reply to each turn) of each user as they are done, `batch_size` on each rank at a
+    time, the longest first. asked: what each user says turn by turn, after the turns `before`.
+    Collective: every rank calls it, takes all of it, and gets all replies."""
+
+    def prompt(i: int, said: list[Reply]) -> list[int]:
+        turns = list(before)
+        for text, reply in zip(asked[i], [*said, None], strict=False):
+            turns += [("user", text)] + ([("assistant", reply.text)] if reply else [])
+        return templates.render_prompt(c.tokenizer, c.template, turns)
+
+    order = sorted(range(len(asked)), key=lambda i: -len(prompt(i, [])))
+    size = batch_size * dist.get_world_size()
+    for n in range(0, len(order), size):
+        said = {i: [] for i in order[n : n + size]}
+        for _ in asked[0]:
+            prompts = [prompt(i, replies) for i, replies in said.items()]
+            new = answer_batch(model, c, prompts, max_new_tokens, temperature, seed + n)
+            for replies, reply in zip(said.values(), new, strict=True):
+                replies.append(reply)
+        yield from said.items()
+
+
+def answer_batch(
+    model: Transformer, c: Checkpoint, prompts: list[list[int]], max_new_tokens: int,
+    temperature: float, seed: int,
+) -> list[Reply]:  # fmt: skip
+    """The reply to each prompt, of which each rank generates its share. Collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    device = next(model.parameters()).device
-    prompts = [templates.render_prompt(c.tokenizer, c.template, chat) for chat in chats]
-    order = sorted(range(len(chats)), key=lambda i: -len(prompts[i]))
     room = c.config.max_positions
-    fit = [i for i in order if len(prompts[i]) < room]
-    yield from ((i, Reply("", 0, "no room")) for i in order if len(prompts[i]) >= room)
-    for n in range(0, len(fit), batch_size * world):
-        part = fit[n : n + batch_size * world]
-        # Every rank has the same number of rows: the last chat fills up.
-        rows = -(-len(part) // world)
-        own = [part[min(k, len(part) - 1)] for k in range(rank, rows * world, world)]
-        new = generate(
-            model, [prompts[i] for i in own], max_new_tokens, temperature, eos_id=c.stops,
-            seed=seed + own[0], stop_when=all_finished if world > 1 else bool, device=device,
-        )  # fmt: skip
-        every = [None] * world
-        dist.all_gather_object(every, dict(zip(own, new, strict=True)))
-        for i, ids in {i: ids for replies in every for i, ids in replies.items()}.items():
-            text = c.tokenizer.decode(ids)
-            if mark := turn_mark(c.template):  # a model may go on with a question of its own
-                text = text.split(mark)[0]
-            limit = min(max_new_tokens, room - len(prompts[i]))
-            yield i, Reply(text.strip(), len(ids), "stop" if len(ids) < limit else "length")
+    replies = [Reply("", 0, "no room")] * len(prompts)
+    fit = [i for i, prompt in enumerate(prompts) if len(prompt) < room]
+    if not fit:
+        return replies
+    # Every rank has the same number of rows: the last prompt fills up.
+    own = [fit[min(k, len(fit) - 1)] for k in range(rank, -(-len(fit) // world) * world, world)]
+    new = generate(
+        model, [prompts[i] for i in own], max_new_tokens, temperature, eos_id=c.stops,
+        seed=seed + own[0], stop_when=all_finished if world > 1 else bool,
+        device=next(model.parameters()).device,
+    )  # fmt: skip
+    every = [None] * world
+    dist.all_gather_object(every, dict(zip(own, new, strict=True)))
+    before = templates.TEMPLATES[c.template].before["user"]
+    mark = "" if templates.CONTROL.search(before) else before.strip()
+    for i, ids in {i: ids for part in every for i, ids in part.items()}.items():
+        text = c.tokenizer.decode(ids)
+        if mark:  # no control token opens a user's turn: a model may go on with one of its own
+            text = text.split(mark)[0]
+        limit = min(max_new_tokens, room - len(prompts[i]))
+        replies[i] = Reply(text.strip(), len(ids), "stop" if len(ids) < limit else "length")
+    return replies
 
 
 def all_finished(finished: bool) -> bool:
@@ -110,41 +134,82 @@ def all_finished(finished: bool) -> bool:
     return bool(flag)
 
 
-def turn_mark(template: str) -> str:
-    """The text that opens a user's turn, where no control token does."""
-    before = templates.TEMPLATES[template].before["user"]
-    return "" if templates.CONTROL.search(before) else before.strip()
-
-
 # --------------------------------------------------------------------------------------------------
-# Files of replies
+# Files of rows
 
 
-class Writer:
-    """Rank 0's journal and progress bar; nothing on the others."""
+def convert_rows(path: str | os.PathLike, convert: Callable[[dict], object], lacks: str) -> list:
+    """`convert` of each row of a JSON array or JSON Lines. Where it raises because of what the row
+    is, one ValueError has a line "path:line: lacks …" for each."""
+    problems, found = Problems(), []
+    try:
+        for _, where, row in located_values(path, problems):
+            try:
+                found.append(convert(row))
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+                problems.add(f"{where}: lacks {lacks}")
+    except (OSError, EOFError, zlib.error) as error:
+        problems.add(f"{path}: {getattr(error, 'strerror', None) or error}")
+    if not found and not problems.count:
+        problems.add(f"{path}: no rows")
+    problems.raise_if_any()
+    return found
 
-    def __init__(self, path: Path, total: int):
-        first = dist.get_rank() == 0
-        self.journal = Journal(path) if first else None
-        self.bar = progress_bar(total, disable=not first or not total)
+
+def read(path: Path) -> list[dict]:
+    """The rows of a journal, [] if there is none; a last line without its end is left out.
+    ValueError with path:line for any other line that is not a JSON object."""
+    rows = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for n, line in enumerate(lines, start=1):
+        try:
+            rows.append({**json.loads(line)})
+        except (ValueError, TypeError):
+            raise ValueError(f"{path}:{n}: not a JSON object") from None
+    return rows
+
+
+class Journal:
+    """JSON Lines that grow row by row and survive being cut off: the rows so far, and the only
+    writer of more. Threads may append at once. On other ranks than the first it does nothing."""
+
+    def __init__(self, path: Path, total: int = 0):
+        """total: of rows to come, for a progress bar. Raises ValueError if the file cannot be
+        written to, or another process does; see `read` for what else."""
+        self.lock, self.file, self.rows = threading.Lock(), None, []
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        interval = 0.5 if sys.stderr.isatty() else 20  # seconds
+        self.bar = tqdm(total=total, disable=not (first and total), mininterval=interval,
+                        maxinterval=interval)  # fmt: skip
+        if not first:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "ab")  # noqa: SIM115 (see __exit__)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file closes
+        except BlockingIOError:
+            raise ValueError(f"{path}: another process is writing to it") from None
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from None
+        self.rows = read(path)
+        self.file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
     def append(self, row: dict) -> None:
-        if self.journal:
-            self.journal.append(row)
-        self.bar.update()
+        """Add a row; once this returns, killing the process does not lose it."""
+        with self.lock:
+            if self.file:
+                self.file.write(json.dumps(row).encode() + b"\n")
+                self.file.flush()
+            self.rows.append(row)
+            self.bar.update()
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_) -> None:
         self.bar.close()
-        if self.journal:
-            self.journal.__exit__()
-
-
-def progress_bar(total: int, disable: bool = False) -> tqdm:
-    interval = 0.5 if sys.stderr.isatty() else 20
-    return tqdm(total=total, disable=disable, mininterval=interval, maxinterval=interval)
+        if self.file:
+            self.file.close()
 
 
 def settings_of(c: Checkpoint, max_new_tokens: int, dtype: str) -> dict:
@@ -159,15 +224,15 @@ def fingerprint(thing: object) -> str:
     return hashlib.sha256(json.dumps(thing).encode()).hexdigest()[:16]
 
 
-def other_settings(path: Path, settings: dict) -> list[str]:
-    """A line for each setting by which the generations in a file differ from what is asked for."""
+def rows_so_far(path: Path, settings: dict) -> list[dict]:
+    """The generations in a file. ValueError with a line for each setting that was another."""
     rows = read(path)
     if any("settings" not in row for row in rows):
-        return [f"{path}: not a file of generations: take another --out"]
+        raise ValueError(f"{path}: not a file of generations: take another --out")
     old = rows[-1]["settings"] if rows else settings
-    return [
+    Problems(
         f"{path} holds generations of other settings: {key} was {old.get(key)!r}, now "
         f"{settings.get(key)!r}: take another --out"
-        for key in sorted(old.keys() | settings.keys())
-        if old.get(key) != settings.get(key)
-    ]
+        for key in sorted(old.keys() | settings.keys()) if old.get(key) != settings.get(key)
+    ).raise_if_any()  # fmt: skip
+    return rows
