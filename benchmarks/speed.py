@@ -185,20 +185,6 @@ def gpu_cases(quick: bool) -> list[Case]:
 # The samples
 
 
-def random_dataset(prompt: np.ndarray, answer: np.ndarray, vocab: int, seed: int) -> data.Dataset:
-    """Random tokens: `prompt` of them without and `answer` of them with loss, (n,) each."""
-    rng = np.random.default_rng(seed)
-    lengths = (prompt + answer).astype(np.int64)
-    starts = np.cumsum(lengths) - lengths
-    tokens = rng.integers(0, vocab, lengths.sum(), dtype=np.int32)
-    place = np.arange(len(tokens)) - np.repeat(starts, lengths)
-    tokens = np.where(place < np.repeat(prompt, lengths), ~tokens, tokens)
-    n = np.arange(len(lengths))
-    return data.Dataset(
-        tokens, starts, lengths, n.astype(np.uint64), n, n, max_length=int(lengths.max())
-    )
-
-
 def random_lengths(lengths: str, name: str, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of prompts and answers, (n,) each."""
     if lengths != "alpaca":
@@ -206,6 +192,17 @@ def random_lengths(lengths: str, name: str, n: int, seed: int = 0) -> tuple[np.n
     rng = np.random.default_rng(seed)
     p, a = (np.interp(rng.random(n), QUANTILES, q).astype(np.int64) for q in ALPACA[name])
     return p, np.minimum(a, 512 - p)
+
+
+def random_dataset(lengths: str, name: str, n: int, vocab: int, seed: int = 0) -> data.Dataset:
+    """n samples of random tokens, of which those of prompts are without loss."""
+    prompt, answer = random_lengths(lengths, name, n, seed)
+    length = (prompt + answer).astype(np.int64)
+    starts, i = np.cumsum(length) - length, np.arange(n)
+    tokens = np.random.default_rng(seed).integers(0, vocab, length.sum(), dtype=np.int32)
+    place = np.arange(len(tokens)) - np.repeat(starts, length)
+    tokens = np.where(place < np.repeat(prompt, length), ~tokens, tokens)
+    return data.Dataset(tokens, starts, length, i.astype(np.uint64), i, i, int(length.max()))
 
 
 def datasets(case: Case) -> tuple[list[data.Dataset], data.Dataset]:
@@ -217,10 +214,8 @@ def datasets(case: Case) -> tuple[list[data.Dataset], data.Dataset]:
         return sources, val
     names = [("alpaca", "gpt4")[i % 2] for i in range(case.sources)]
     vocab = SHAPES[case.shape]["vocab_size"]
-    *sources, val = (
-        random_dataset(*random_lengths(case.lengths, name, case.records, i), vocab, i)
-        for i, name in enumerate((*names, "val"))
-    )
+    *sources, val = (random_dataset(case.lengths, name, case.records, vocab, i)
+                     for i, name in enumerate((*names, "val")))  # fmt: skip
     return sources, val
 
 
@@ -229,19 +224,22 @@ def datasets(case: Case) -> tuple[list[data.Dataset], data.Dataset]:
 
 
 class Side:
-    """What both sides have: flags, samples, and batches of them as ours makes them."""
+    """What both sides have: flags, samples, and batches of them."""
+
+    micro = pad_to = None  # as the flags say, and as train.py pads
 
     def __init__(self, case: Case, device: torch.device):
         self.device, self.args = device, case.args()
         self.config = ModelConfig.from_hf(SHAPES[case.shape])
         self.sources, self.val = datasets(case)
 
-    def feed(self, batch: int, micro: int | None = None, pad_to: int | None = None) -> None:
+    def feed(self, batch: int) -> None:
         """Go on with steps of this many samples."""
-        micro, ranks = micro or self.args.micro_batch_size, (dist.get_rank(), dist.get_world_size())
+        micro, rank = self.micro or self.args.micro_batch_size, dist.get_rank()
         self.batches = data.Batches(
-            self.sources, self.val, batch, batch, micro, self.args.seed, *ranks, pad_to
-        )
+            self.sources, self.val, batch, batch, micro, self.args.seed, rank,
+            dist.get_world_size(), self.pad_to,
+        )  # fmt: skip
 
 
 class Ours(Side):
@@ -273,6 +271,8 @@ class Reference(Side):
     """The plain implementation: see the head of this file. Stratified batches, sample losses and
     shared blocks are ours, so that both sides compute the same."""
 
+    micro = pad_to = 1  # each sample arrives alone, and is put together with others here
+
     def __init__(self, case: Case, device: torch.device):
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -297,10 +297,6 @@ class Reference(Side):
         wide = torch.promote_types(dtype, torch.float32)
         self.lam = torch.zeros(self.n_sources, device=device, dtype=wide, requires_grad=True)
         self.opt_lam = torch.optim.Adam([self.lam], lr=self.args.lr_lambda)
-
-    def feed(self, batch: int) -> None:
-        """Each sample is a micro-batch, to be put together here."""
-        super().feed(batch, micro=1, pad_to=1)
 
     @staticmethod
     def blocks(model) -> list:
@@ -472,9 +468,9 @@ def worker(case: Case) -> None:
 
 def start(command: list[str], threads: int = 1, device: str = "cpu") -> dict | list:
     """Run a command; the JSON in the last line it prints."""
-    here, given = str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")
-    env = os.environ | ALLOCATOR | {"PYTHONPATH": f"{here}{os.pathsep}{given}" if given else here}
-    env |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
+    path = f"{Path(__file__).resolve().parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    env = os.environ | ALLOCATOR | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
+    env |= {"TOKENIZERS_PARALLELISM": "true"}
     if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -485,9 +481,9 @@ def start(command: list[str], threads: int = 1, device: str = "cpu") -> dict | l
 
 def run(case: Case) -> dict:
     """What `measure` says, in processes of its own."""
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"]
-    launch = [sys.executable, *(several if case.ranks > 1 else [])]
-    command = [*launch, "-m", "benchmarks.speed", "worker", json.dumps(asdict(case))]
+    several = f"-m torch.distributed.run --standalone --nproc_per_node={case.ranks}".split()
+    command = [sys.executable, *(several if case.ranks > 1 else []), "-m", "benchmarks.speed"]
+    command += ["worker", json.dumps(asdict(case))]
     return start(command, case.threads, case.device)
 
 
@@ -712,10 +708,8 @@ def about() -> dict:
     }
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
-    if sys.argv[1:2] == ["worker"]:  # started by `run`
-        worker(Case(**json.loads(sys.argv[2])))
     commands = {
         "speed": speed, "memory": lambda args: table(memory_cases(args.quick)), "tokenize": tokenize
     }  # fmt: skip
@@ -727,7 +721,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="speed: steps of cases whose title has this")
     parser.add_argument("--tokenizer", help="tokenize: a directory with tokenizer.json")
     parser.add_argument("--texts", help="tokenize: a file of records")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     has_gpu = torch.cuda.is_available() and args.command == "speed"
     if args.device == "cuda" and not has_gpu:
         parser.error("--device cuda goes with speed, where there is a GPU")
@@ -747,4 +741,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:  # started by `run`
+        worker(Case(**json.loads(sys.argv[2])))
     sys.exit(main())
