@@ -247,16 +247,13 @@ def test_a_cell_that_fails_is_told_of_and_the_others_go_on(cells):
     assert ["failed: see" in line for line in said] == [True] * 2 + [False] * 6, said
 
 
-def test_less_noise_has_more_weight(cells):
-    (result,) = fidelity.read(cells[0], "graded", fidelity.COUPLED).values()
-    found = fidelity.of_run("graded", result)
+def test_sources_that_help_have_the_weight(cells):
+    """Of less noise; with good answers; in the languages of validation."""
+    graded, good, languages = (fidelity.read(cells[0], task, fidelity.COUPLED)[0]
+                               for task in ("graded", "instruction", "multilingual"))  # fmt: skip
+    found = fidelity.of_run("graded", graded)
     assert found["Spearman, weight and noise"] < -0.8 and found["clean ranks first"]
-
-
-def test_good_answers_and_the_languages_of_validation_have_the_weight(cells):
-    (instruction,) = fidelity.read(cells[0], "instruction", fidelity.COUPLED).values()
-    (languages,) = fidelity.read(cells[0], "multilingual", fidelity.COUPLED).values()
-    assert instruction["weights"]["good"] > 0.9
+    assert good["weights"]["good"] > 0.9
     assert languages["weights"]["aru"] + languages["weights"]["eli"] > 0.9
 
 
@@ -272,24 +269,17 @@ def test_tables_are_made_of_what_is_there(cells, capsys):
     assert settings == [["setting", "seeds"], *([setting, 1] for setting in ran)]
 
 
-def test_pivot_is_over_seeds():
-    rows = [{"task": "a", "seed": n, "x": x, "y": y} for n, x, y in ((0, 1.0, True), (1, 3, False))]
-    table = fidelity.pivot([*rows, {"task": "b", "seed": 0, "x": 2.0, "y": True}], "task")
-    assert table == [["task", "seeds", "x", "y"], ["a", 2, "2.000 ± 1.000", "1 of 2"],
-                     ["b", 1, "2.000", "1 of 1"]]  # fmt: skip
-
-
-def test_mixtures_are_compared_where_all_that_it_takes_is_there(tmp_path):
-    """Seed 1 has no run on the best source alone."""
-    losses = {"learned": [0.5, 0.1], "uniform": [1.5, 0.2], "best alone": [0.25]}
+def test_mixtures_are_paired_by_seed(tmp_path):
+    """Seed 2 has no run on the best source alone."""
+    losses = {"learned": [0.5, 1.0, 9.0], "uniform": [1.5, 1.5, 9.0], "best alone": [0.25, 0.25]}
     for name, values in losses.items():
         for seed, loss in enumerate(values):
             folder = fidelity.Cell("graded", f"mixture {name}", seed, "").folder(tmp_path)
             (folder / "model").mkdir(parents=True)
             (folder / "metrics.jsonl").write_text(f'{{}}\n{{"test_loss": {loss}}}\n')
-    learned, *_ = fidelity.mixture_rows("graded", tmp_path)
-    assert learned == {"task": "graded", "mixture": "learned", "seed": 0, "test loss": 0.5,
-                       "minus uniform's": -1.0, "minus best alone's": 0.25}  # fmt: skip
+    header, learned, *_ = fidelity.tables(tmp_path)["fine-tuning on a mixture"]
+    assert header[3:] == ["test loss", "minus uniform's", "minus best alone's"]
+    assert learned == ["graded", "learned", 2, "0.750 ± 0.250", "-0.750 ± 0.250", "0.500 ± 0.250"]
 
 
 def test_spearman_shares_ranks():
