@@ -162,17 +162,16 @@ def apart(base: Case, *variants: str) -> list[Case]:
 
 def memory_cases(quick: bool) -> list[Case]:
     """LISA's blocks are switched before each of ten steps."""
-    shape, micro = ("quick", 4) if quick else ("gpt2", 8)
-    flags = "--lisa-interval 1"
-    base = Case(shape, shape, "alpaca", micro=micro, repeats=10, flags=flags)
+    base = Case("quick", "quick", "alpaca", repeats=10, threads=1, flags="--lisa-interval 1")
+    base = base if quick else replace(base, title="124M", shape="gpt2", micro=8, threads=2)
     return apart(base, "", "--lisa-ends frozen")
 
 
 def gpu_cases(quick: bool) -> list[Case]:
     """Random weights in bf16, 64 samples of 1024 tokens."""
-    base = Case("quick", "quick", "1+63", repeats=2, dtype="bf16", device="cuda",
+    base = Case("quick", "quick", "1+63", threads=1, repeats=2, dtype="bf16", device="cuda",
                 flags="--max-length 64")  # fmt: skip
-    long = replace(base, lengths="1+1023", batch=64, flags="--max-length 1024")
+    long = replace(base, lengths="1+1023", batch=64, threads=2, flags="--max-length 1024")
     shapes = [base] if quick else [
         replace(long, title="124M", shape="gpt2", micro=16, repeats=5),
         replace(long, title="8B", shape="llama3-8b", micro=4, repeats=2),
