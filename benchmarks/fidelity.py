@@ -1,7 +1,7 @@
 """Does the loop find the right weights? Experiments whose right answer is known.
 
-    python benchmark.py fidelity                         # all of it, but for cells that are done
-    python benchmark.py fidelity --only graded digits
+    python -m benchmarks.fidelity                        # all of it, but for cells that are done
+    python -m benchmarks.fidelity --only graded digits
 
 A cell, (task, setting, seed), is one run of `train.py` on one thread. It does what the command line
 does, with a smaller built-in model (MODEL) and fewer samples (SIZE); a setting that is no flag of
@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -33,7 +34,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import data
-import shard
 import train
 from bilevel import PenaltyStep, SourceWeights
 from cli import report
@@ -43,6 +43,7 @@ from sources import tasks
 
 MODEL = {"hidden_size": 48, "intermediate_size": 128, "initializer_range": 48**-0.5}  # 0.16M
 COUPLED = "LISA, coupled draws"
+PROPORTIONAL = "proportional batches, counts per micro-batch"
 ABLATION = {
     COUPLED: "",
     "LISA, coupled, α = 30": "--alpha 30",
@@ -52,7 +53,7 @@ ABLATION = {
     "LISA, independent, α = 100": "--lisa-coupling independent --alpha 100",
     "full training": "--lisa-layers 0",
     "full training, α = 100": "--lisa-layers 0 --alpha 100",
-    "proportional batches, counts per micro-batch": "--micro-batch-size 8",
+    PROPORTIONAL: "--micro-batch-size 8",
     "λ decays by 0.01 (AdamW)": "",
     "λ decays by 1 (AdamW)": "",
     "lr of λ × 1/3": "--lr-lambda 2e-2",
@@ -63,18 +64,25 @@ SIZE = ("--steps 120 --batch-size 40 --val-batch-size 20 --micro-batch-size 40 -
 TUNE = ("--mode finetune --samples 2800 --steps 200 --batch-size 20 --lr-w 3e-3 --max-length 40 "
         "--schedule constant")
 BEST = {"denoising": "clean", "graded": "clean", "multilingual": "aru", "instruction": "good"}
+MIXED = "denoising", "instruction", "multilingual"
 LEARNED = {"learned": COUPLED, "learned, lr of λ × 3": "lr of λ × 3"}
-MIXTURES = (*LEARNED, "uniform", "proportional", "best alone")
+MIXTURES = *LEARNED, "uniform", "proportional", "best alone"
 # Real data: bytes of text, a model that has read English captions.
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "assets"
 ASSETS = Path(os.environ.get("SCALEBIO_ASSETS", BESIDE))
-CAPTIONS, N_CAPTIONS = "multilingual/multi30k/train.en", 29_000
+CAPTIONS, N_CAPTIONS = ASSETS / "multilingual/multi30k/train.en", 29_000
 READ = ("--mode finetune --weights captions=1 --samples 8000 --steps 200 "
         "--batch-size 40 --lr-w 3e-3 --max-length 96 --schedule constant")
 REAL = ("--steps 50 --batch-size 20 --val-batch-size 10 --micro-batch-size 10 --max-length 256 "
         "--template plain --lr-w 1e-3 --lr-u 1e-3 --lr-lambda 6e-2 --lisa-layers 2 "
         "--lisa-interval 5 --schedule constant")
-REAL_SETS = ("data_tiny", "math_exp")
+REAL_SETS = "data_tiny", "math_exp"
+LEARN = {  # experiment: tasks, their settings and the number of seeds
+    "graded": [("graded", [COUPLED], 20)],
+    "ablation": [("graded", ABLATION, 5), ("instruction", [COUPLED, PROPORTIONAL], 5)],
+    "mixtures": [(task, LEARNED.values(), 10) for task in MIXED],
+}
+EXPERIMENTS = *LEARN, "real", "digits"
 
 
 class Decayed(SourceWeights):
@@ -118,12 +126,9 @@ class PerMicroBatch(PenaltyStep):
 
 
 REPLACED = {
-    "proportional batches, counts per micro-batch": [
-        (data, "Batches", Proportional),
-        (train, "PenaltyStep", PerMicroBatch),
-    ],
-    "λ decays by 0.01 (AdamW)": [(train, "SourceWeights", Decayed)],
-    "λ decays by 1 (AdamW)": [(train, "SourceWeights", StronglyDecayed)],
+    PROPORTIONAL: {"data.Batches": Proportional, "train.PenaltyStep": PerMicroBatch},
+    "λ decays by 0.01 (AdamW)": {"train.SourceWeights": Decayed},
+    "λ decays by 1 (AdamW)": {"train.SourceWeights": StronglyDecayed},
 }
 
 
@@ -145,48 +150,33 @@ def learn(task: str, setting: str, seeds: range) -> list[Cell]:
 
 
 def mix(task: str, seed: int, out: Path) -> list[Cell]:
-    """Fine-tuning from random weights on each of MIXTURES."""
-    folders = [Cell(task, setting, seed, "").folder(out) for setting in LEARNED.values()]
-    learned = [folder / "weights.json" for folder in folders]
-    weights = (*learned, "uniform", "proportional", f"{BEST[task]}=1")
-    return [
-        Cell(task, f"mixture {name}", seed, f"--task {task} {TUNE} --weights {spec}")
-        for name, spec in zip(MIXTURES, weights, strict=True)
-    ]
+    """Fine-tuning from random weights on each mixture."""
+    learned = [Cell(task, setting, seed, "").folder(out) for setting in LEARNED.values()]
+    specs = [f"{folder}/weights.json" for folder in learned]
+    specs += ["uniform", "proportional", f"{BEST[task]}=1"]
+    return [Cell(task, f"mixture {name}", seed, f"--task {task} {TUNE} --weights {spec}")
+            for name, spec in zip(MIXTURES, specs, strict=True)]  # fmt: skip
 
 
-def real(out: Path, seed: int) -> tuple[Cell, list[Cell]]:
+def real(seed: int, out: Path) -> list[Cell]:
     """A model that reads captions, then weights learned with it on each real set of sources."""
-    captions = out / "captions.jsonl"
-    reader = Cell("captions", "read", seed, f"--train captions={captions} {READ}")
-    then = []
-    for name in REAL_SETS:
-        folder = ASSETS / "scalebio" / name
-        flags = f"--model {reader.folder(out)}/model --train {folder} --val {folder}/val.json"
-        then.append(Cell(name, COUPLED, seed, f"{flags} --test {folder}/test.json {REAL}"))
-    return reader, then
+    reader = Cell("captions", "read", seed, f"--train captions={out}/captions.jsonl {READ}")
+    files = "--train {0} --val {0}/val.json --test {0}/test.json".format
+    flags = f"--model {reader.folder(out)}/model {REAL}"
+    return [reader, *(Cell(name, COUPLED, seed, f"{flags} {files(ASSETS / 'scalebio' / name)}")
+                      for name in REAL_SETS)]  # fmt: skip
 
 
 def stages(only: list[str], out: Path) -> list[list[Cell]]:
-    """The runs of the experiments named. A stage needs those before it; the first come first."""
-    first, second = [], []
-    if "graded" in only:
-        first += learn("graded", COUPLED, range(20))
-    if "ablation" in only:
-        first += [cell for setting in ABLATION for cell in learn("graded", setting, range(5))]
-        first += learn("instruction", COUPLED, range(5))
-        first += learn("instruction", "proportional batches, counts per micro-batch", range(5))
+    """The runs of the experiments named. A stage needs those before it."""
+    asked = [row for name in only for row in LEARN.get(name, ())]
+    first = [cell for task, settings, n in asked for setting in settings
+             for cell in learn(task, setting, range(n))]  # fmt: skip
+    reals = [real(seed, out) for seed in range(3) if "real" in only]
+    first += [reader for reader, *_ in reals]
+    second = [cell for _, *then in reals for cell in then]
     if "mixtures" in only:
-        for task in ("denoising", "instruction", "multilingual"):
-            first += [cell for s in LEARNED.values() for cell in learn(task, s, range(10))]
-            second += [cell for seed in range(10) for cell in mix(task, seed, out)]
-    if "tasks" in only:
-        first += learn("multilingual", COUPLED, range(5)) + learn("instruction", COUPLED, range(5))
-    if "real" in only and (ASSETS / CAPTIONS).exists():
-        for seed in range(3):
-            reader, then = real(out, seed)
-            first.append(reader)
-            second += then
+        second += [cell for task in MIXED for seed in range(10) for cell in mix(task, seed, out)]
     return [list(dict.fromkeys(first)), second]
 
 
@@ -201,9 +191,9 @@ def run_cell(cell: Cell, out: Path) -> str:
         stack.enter_context(contextlib.redirect_stdout(log))
         stack.enter_context(contextlib.redirect_stderr(log))
         stack.enter_context(mock.patch.dict(TINY, MODEL))
-        for where, name, other in REPLACED.get(cell.setting, ()):
-            stack.enter_context(mock.patch.object(where, name, other))
-        stack.enter_context(mock.patch.object(shard, "exit_now", sys.exit))
+        replaced = {"shard.exit_now": sys.exit} | REPLACED.get(cell.setting, {})
+        for name, other in replaced.items():
+            stack.enter_context(mock.patch(name, other))
         try:
             code = train.main(argv)
         except SystemExit as leaving:
@@ -237,14 +227,9 @@ class SampleWeights(SourceWeights):
         return self.lam.sigmoid() / len(self.lam)
 
 
-def digits(seed: int, n: int = 1000, n_val: int = 200, steps: int = 400) -> dict[str, float]:
-    """Half the training labels are wrong: what the learned weights make of it, on clean test data.
-
-    Accuracies of a linear classifier on all samples, on the clean half, and on all by the learned
-    weights, each trained anew; `auc` of the weights as a detector of wrong labels.
-    """
+def noisy_digits(seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pictures and labels of all digits, in random order; which of the first n labels are wrong."""
     from sklearn.datasets import load_digits
-    from sklearn.metrics import roc_auc_score
 
     g = torch.Generator().manual_seed(seed)
     x, y = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
@@ -252,9 +237,20 @@ def digits(seed: int, n: int = 1000, n_val: int = 200, steps: int = 400) -> dict
     x, y = (x[order] / 16).float(), y[order]
     wrong = torch.rand(n, generator=g).argsort() < n // 2
     y[:n] = torch.where(wrong, y[:n] + torch.randint(1, 10, (n,), generator=g), y[:n]) % 10
+    return x, y, wrong
 
-    def part(start: int, stop: int | None, group: torch.Tensor | None = None) -> SimpleNamespace:
-        return SimpleNamespace(x=x[start:stop], y=y[start:stop], group=group)
+
+def digits(seed: int, n: int = 1000, n_val: int = 200, steps: int = 400) -> dict[str, float]:
+    """Half the training labels are wrong: what the learned weights make of it, on clean test data.
+
+    Accuracies of a linear classifier, trained anew with each weighting of the samples; and the area
+    under the ROC curve of the learned weights as a detector of wrong labels.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    x, y, wrong = noisy_digits(seed, n)
+    fit, val = (SimpleNamespace(x=x[p], y=y[p], group=torch.arange(p.start, p.stop).clamp(max=n))
+                for p in (slice(0, n), slice(n, n + n_val)))  # fmt: skip
 
     def losses(model: nn.Module, batch) -> torch.Tensor:
         ridge = 1e-3 * model.weight.square().sum()
@@ -265,10 +261,9 @@ def digits(seed: int, n: int = 1000, n_val: int = 200, steps: int = 400) -> dict
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         for _ in range(steps):
             optimizer.zero_grad()
-            (weights @ losses(model, part(0, n)) / weights.sum()).backward()
+            (weights @ losses(model, fit) / weights.sum()).backward()
             optimizer.step()
-        test = part(n + n_val, None)
-        return (model(test.x).argmax(1) == test.y).double().mean().item()
+        return (model(x[n + n_val :]).argmax(1) == y[n + n_val :]).double().mean().item()
 
     torch.manual_seed(seed)
     w, u = nn.Linear(64, 10), nn.Linear(64, 10)
@@ -276,28 +271,19 @@ def digits(seed: int, n: int = 1000, n_val: int = 200, steps: int = 400) -> dict
     optimizers = [torch.optim.Adam(model.parameters(), lr=1e-2) for model in (w, u)]
     weights = SampleWeights(n, lr=5e-2)
     step = PenaltyStep(w, u, *optimizers, weights, alpha=10, losses=losses)
-    train_part = part(0, n, torch.arange(n))
-    val_part = part(n, n + n_val, torch.full((n_val,), n))
     for _ in range(steps):
-        step.step([train_part], [val_part], torch.tensor([1] * n + [n_val]))
+        step.step([fit], [val], torch.tensor([1] * n + [n_val]))
     p = weights.probs().detach()
     return {
-        "all": accuracy(torch.ones(n)),
-        "clean": accuracy((~wrong).float()),
-        "learned": accuracy(p),
-        "auc": float(roc_auc_score(~wrong, p)),
+        "all samples": accuracy(torch.ones(n)),
+        "clean half alone": accuracy((~wrong).float()),
+        "learned weights": accuracy(p),
+        "area under the ROC curve": float(roc_auc_score(~wrong, p)),
     }
 
 
 # ---------------------------------------------------------------------------------------------
 # Tables
-
-
-def mean_se(values) -> str:
-    """Mean ± its standard error."""
-    x = np.array(values, float)
-    spread = f" ± {x.std(ddof=1) / math.sqrt(len(x)):.3f}" if len(x) > 1 else ""
-    return f"{x.mean():.3f}{spread}"
 
 
 def read(out: Path, task: str, setting: str, file: str = "weights.json") -> dict[int, dict]:
@@ -320,122 +306,93 @@ def spearman(weights: dict[str, float]) -> float:
     return float(np.corrcoef(ranks(p), ranks(noise))[0, 1])
 
 
-def first(weights: dict[str, float], name: str) -> bool:
-    return max(weights, key=weights.get) == name
+def of_run(task: str, run: dict) -> dict:
+    """What the weights that a run has learned are like, as a whole."""
+    w, best = run["weights"], BEST[task]
+    found = {
+        f"weight of {best}": w[best],
+        f"{best} ranks first": max(w, key=w.get) == best,
+        "test loss of w": run["test_loss"][1],
+    }
+    if task == "graded":
+        found["Spearman, weight and noise"] = spearman(w)
+        pure = [w[name] for name, rate in tasks.NOISE.items() if rate == 1]
+        found["weight of the five of pure noise"] = sum(pure)
+    if task == "multilingual":
+        found["weight of aru and eli (validation is 70% and 30% of them)"] = w["aru"] + w["eli"]
+    return found
 
 
-def graded_row(runs: dict[int, dict]) -> list:
-    weights = [run["weights"] for run in runs.values()]
-    return [
-        len(weights),
-        mean_se([w["clean"] for w in weights]),
-        f"{sum(first(w, 'clean') for w in weights)} of {len(weights)}",
-        mean_se([spearman(w) for w in weights]),
-        mean_se([sum(p for name, p in w.items() if tasks.NOISE[name] == 1) for w in weights]),
-        mean_se([run["test_loss"][1] for run in runs.values()]),
+def mixture_rows(task: str, out: Path) -> Iterator[dict]:
+    """Held-out losses after fine-tuning on each mixture, and differences paired by seed."""
+    runs = {name: read(out, task, f"mixture {name}", "metrics.jsonl") for name in MIXTURES}
+    uniform, best = runs["uniform"], runs["best alone"]
+    for name, of_seed in runs.items():
+        for seed in sorted(of_seed.keys() & uniform.keys() & best.keys()):
+            loss, *others = (run[seed]["test_loss"] for run in (of_seed, uniform, best))
+            yield {"task": task, "mixture": name, "seed": seed, "test loss": loss,
+                   "minus uniform's": loss - others[0],
+                   "minus best alone's": loss - others[1]}  # fmt: skip
+
+
+def pivot(rows: list[dict], *by: str) -> list[list]:
+    """A table of tidy rows, whose first line are the headings: for each combination of the columns
+    `by`, how many seeds there are, and over them each of the other columns."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    figures = [name for name in rows[0] if name not in (*by, "seed")] if rows else []
+    return [[*by, "seeds", *figures]] + [
+        [*at, len(group), *(over_seeds([row[name] for row in group]) for name in figures)]
+        for at, group in groups.items()
     ]
 
 
-def graded_tables(out: Path) -> dict[str, list[list]]:
-    columns = ["seeds", "weight of clean", "clean ranks first", "Spearman, weight and noise",
-               "weight of the five of pure noise", "test loss of w"]
-    rows = {setting: read(out, "graded", setting) for setting in ABLATION}
-    rows = {setting: runs for setting, runs in rows.items() if runs}
-    few = {setting: {s: r for s, r in runs.items() if s < 5} for setting, runs in rows.items()}
-    tables = {"What matters (graded, seeds 0-4)": [
-        ["setting", *columns], *([setting, *graded_row(runs)] for setting, runs in few.items())]}
-    if runs := rows.get(COUPLED):
-        names = list(tasks.NOISE)
-        tables["Graded noise"] = [
-            ["source", "noise rate", "weight"],
-            *([name, tasks.NOISE[name], mean_se([r["weights"][name] for r in runs.values()])]
-              for name in names),
-        ]
-        tables["Graded noise, in short"] = [columns, graded_row(runs)]
-    return tables
+def over_seeds(values: list) -> str:
+    """Mean ± its standard error; of booleans, how many are true."""
+    if isinstance(values[0], bool):
+        return f"{sum(values)} of {len(values)}"
+    x = np.array(values, float)
+    spread = f" ± {x.std(ddof=1) / math.sqrt(len(x)):.3f}" if len(x) > 1 else ""
+    return f"{x.mean():.3f}{spread}"
 
 
-def task_tables(out: Path) -> dict[str, list[list]]:
-    tables = {}
-    if runs := read(out, "multilingual", COUPLED):
-        weights = [run["weights"] for run in runs.values()]
-        tables["Multilingual: validation is 70% aru, 30% eli"] = [
-            ["source", "weight"],
-            *([name, mean_se([w[name] for w in weights])] for name in weights[0]),
-            ["aru and eli together", mean_se([w["aru"] + w["eli"] for w in weights])],
-        ]
-    rows = []
-    for setting in (COUPLED, "proportional batches, counts per micro-batch"):
-        if runs := read(out, "instruction", setting):
-            weights = [run["weights"] for run in runs.values()]
-            leads = f"{sum(first(w, 'good') for w in weights)} of {len(weights)}"
-            rows.append([setting, len(weights), mean_se([w["good"] for w in weights]), leads])
-    if rows:
-        tables["Instruction: one good answer to three poor ones"] = [
-            ["setting", "seeds", "weight of good", "good ranks first"], *rows]
-    return tables
-
-
-def mixture_tables(out: Path) -> dict[str, list[list]]:
-    """Held-out losses after fine-tuning on each mixture, and differences paired by seed."""
-    table = [["task", "mixture", "seeds", "test loss", "minus uniform's", "minus best alone's"]]
-    for task in BEST:
-        losses = {
-            name: {seed: row["test_loss"]
-                   for seed, row in read(out, task, f"mixture {name}", "metrics.jsonl").items()}
-            for name in MIXTURES
-        }  # fmt: skip
-        for name in MIXTURES:
-            paired = losses["uniform"].keys() & losses["best alone"].keys()
-            shared = sorted(losses[name].keys() & paired)
-            if not shared:
-                continue
-            x, uniform, best = (np.array([losses[key][seed] for seed in shared])
-                                for key in (name, "uniform", "best alone"))
-            differences = mean_se(x - uniform), mean_se(x - best)
-            table.append([task, name, len(shared), mean_se(x), *differences])
-    return {"Fine-tuning on a mixture": table}
-
-
-def real_tables(out: Path) -> dict[str, list[list]]:
-    tables = {}
-    for name in REAL_SETS:
-        if runs := read(out, name, COUPLED):
-            rows = [
-                [source, *(mean_se([run[key][source] for run in runs.values()])
-                           for key in ("weights", "gap")),
-                 f"{sum(run['settled'][source] for run in runs.values())} of {len(runs)}"]
-                for source in next(iter(runs.values()))["weights"]
-            ]  # fmt: skip
-            tables[name] = [["source", "weight", "gap", "settled"], *rows]
-    return tables
-
-
-def digits_table(out: Path) -> dict[str, list[list]]:
-    runs = [json.loads(file.read_text()) for file in sorted(out.glob("digits/seed*.json"))]
-    title = "Digits, half the training labels wrong: test accuracy"
-    said = ("all samples", "clean half alone", "learned weights", "area under the ROC curve")
-    values = [mean_se([run[key] for run in runs]) for key in runs[0]] if runs else []
-    return {title: [["seeds", *said], [len(runs), *values]]} if runs else {}
+def tables(out: Path) -> dict[str, list[list]]:
+    """{title: table} of what is measured in the finished runs under `out`."""
+    found = {}
+    for task in (*BEST, *REAL_SETS):
+        runs = [({"setting": s, "seed": n}, run) for s in ABLATION
+                for n, run in read(out, task, s).items()]  # fmt: skip
+        if task in BEST:
+            rows = [at | of_run(task, run) for at, run in runs]
+            found[f"{task}: settings"] = pivot(rows, "setting")
+            few = [row for row in rows if row["seed"] < 5]  # the settings' common seeds
+            found[f"{task}: settings, seeds 0-4"] = pivot(few, "setting")
+        found[f"{task}: sources ({COUPLED})"] = pivot(
+            [{"source": name, "seed": at["seed"], "weight": run["weights"][name],
+              "gap": run["gap"][name], "settled": run["settled"][name]}
+             for at, run in runs if at["setting"] == COUPLED for name in run["weights"]], "source",
+        )  # fmt: skip
+    found["fine-tuning on a mixture"] = pivot(
+        [row for task in BEST for row in mixture_rows(task, out)], "task", "mixture"
+    )
+    found["digits, half the training labels wrong: test accuracy"] = pivot(
+        [json.loads(file.read_text()) for file in sorted(out.glob("digits/seed*.json"))]
+    )
+    return {title: table for title, table in found.items() if len(table) > 1}
 
 
 def write_tables(out: Path) -> None:
     """tables.json, and tables.md, which is also printed."""
-    tables = {}
-    for make in (graded_tables, task_tables, mixture_tables, real_tables, digits_table):
-        tables |= {title: table for title, table in make(out).items() if len(table) > 1}
-    report.write_json(out / "tables.json", tables)
+    made = tables(out)
+    report.write_json(out / "tables.json", made)
     lines = [f"Weights: {SIZE}; LISA with 2 of 4 blocks, drawn anew every 5 steps; α = 10 unless "
              f"stated. Fine-tuning: {TUNE}. Mean ± standard error over seeds.", ""]  # fmt: skip
-    for title, (header, *rows) in tables.items():
-        lines += [f"### {title}", "", *(
-            f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows)
-        ), ""]  # fmt: skip
+    for title, (header, *rows) in made.items():
+        table = [header, ["---"] * len(header), *rows]
+        lines += [f"### {title}", "", *(f"| {' | '.join(map(str, row))} |" for row in table), ""]
     report.replace(out / "tables.md", "\n".join(lines))
     print("\n".join(lines))
-
-
-EXPERIMENTS = ("graded", "ablation", "mixtures", "real", "tasks", "digits")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -448,19 +405,21 @@ def main(argv: list[str] | None = None) -> int:
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: permitted is a whole number above 0")
     args.out.mkdir(parents=True, exist_ok=True)
-    if "real" in args.only and (ASSETS / CAPTIONS).exists():
-        lines = (ASSETS / CAPTIONS).read_text().splitlines()[:N_CAPTIONS]
-        report.replace(args.out / "captions.jsonl",
-                       "".join(json.dumps({"text": line}) + "\n" for line in lines))  # fmt: skip
-    elif "real" in args.only:
-        print(f"left out, for want of {ASSETS}: real data")
-    if "digits" in args.only and find_spec("sklearn") is None:
-        print("left out, for want of scikit-learn (pip install scikit-learn): digits")
-    elif "digits" in args.only:
+    only = list(args.only)
+    for name, there, what in (("real", CAPTIONS.exists(), ASSETS),
+                              ("digits", find_spec("sklearn"), "scikit-learn")):  # fmt: skip
+        if name in only and not there:
+            print(f"left out, for want of {what}: {name}")
+            only.remove(name)
+    if "real" in only:
+        lines = CAPTIONS.read_text().splitlines()[:N_CAPTIONS]
+        texts = "".join(json.dumps({"text": line}) + "\n" for line in lines)
+        report.replace(args.out / "captions.jsonl", texts)
+    if "digits" in only:
         (args.out / "digits").mkdir(exist_ok=True)
         for seed in range(5):
             report.write_json(args.out / "digits" / f"seed{seed}.json", digits(seed))
-    ran = [run(cells, args.out, args.workers) for cells in stages(args.only, args.out)]
+    ran = [run(cells, args.out, args.workers) for cells in stages(only, args.out)]
     write_tables(args.out)
     return 0 if all(ran) else 1
 

@@ -1,16 +1,17 @@
 """Speed and memory, as ratios against a plain implementation that runs beside ours.
 
-    python benchmark.py [speed|memory] [--quick] [--device cpu|cuda]
-    python benchmark.py tokenize                            # preparation.py
-    python benchmark.py fidelity                            # fidelity.py, with flags of its own
+    python -m benchmarks.speed [--device cpu|cuda] [--only TITLE]       # steps; CPU: start-up, too
+    python -m benchmarks.speed memory
+    python -m benchmarks.speed tokenize [--texts FILE --tokenizer DIRECTORY]
+
+`--quick` tries a command at small sizes. Each prints tables, then the same as one line of JSON.
 
 The **reference** does what is usually written: two `transformers` models, torch.optim.AdamW over
 all parameters with `requires_grad` flipped for LISA, logits at every position, micro-batches in
 order of arrival padded to their longest sample, a pass each for L2(u), L2(w) and L1(w), and a wait
 for the loss in every micro-batch. It sees the same samples, weights and blocks, and is tested to
-have the same losses and gradients. Times of steps are interleaved, A B A B, in one process (one a
-rank); on a GPU, and for peaks of memory, each side has a process of its own. Prints a table, then
-the same as one line of JSON; fidelity writes both to files.
+have the same losses and gradients. Steps of the two sides take turns in one process (one a rank);
+on a GPU, and for peaks of memory, each side has a process of its own.
 
 The **floor** of a step is the time its matrix products take at the rate that the same threads reach
 on products of these shapes, and that AdamW's bytes take at the rate of a copy.
@@ -27,9 +28,11 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -51,11 +54,12 @@ import lisa
 import shard
 import train
 from cli import plan, report
-from cli.flags import Parser, parse
+from cli.flags import Flags, Parser, parse
 from cli.inputs import TINY, Inputs
-from hf import pretrained, tokenizer
-from model import DTYPES, ModelConfig, Transformer, random_weights
+from hf import pretrained, templates, tokenizer
+from model import DTYPES, ModelConfig, Transformer, build, random_weights, save_pretrained
 from sources import tasks
+from sources.records import read_records
 
 # glibc maps a block above a threshold anew each time, and each of its pages then costs a fault and
 # is zeroed. Both sides run with blocks of every size taken from one heap that is never given back.
@@ -114,18 +118,17 @@ class Case:
     sides: tuple[str, ...] = ("ours", "reference")
     flags: str = ""  # of train.py
 
-    def args(self) -> argparse.Namespace:
+    def args(self) -> Flags:
         sizes = f"--batch-size {self.batch} --val-batch-size {self.batch} --micro-batch-size"
         line = f"--model {self.shape} {sizes} {self.micro} --dtype {self.dtype} {self.flags}"
         return parse(line.split())
 
 
-def speed_cases(quick: bool) -> list[Case]:
-    tiny = Case("built-in task and model", "tiny", "task", 0.5, 64, 32, repeats=10, threads=1)
+def cpu_cases(quick: bool) -> list[Case]:
     if quick:
         return [Case("alpaca, 1 rank", "quick", "alpaca", 0.5, repeats=2, threads=1)]
     return [
-        tiny,
+        Case("built-in task and model", "tiny", "task", 0.5, 64, 32, repeats=10, threads=1),
         Case("124M, alpaca, 1 rank", "gpt2", "alpaca", 0.5, 32, 8, repeats=5),
         # Half the micro-batch: the reference's logits and activations for 8 take some 10 GB a rank.
         Case("124M, alpaca, 2 ranks", "gpt2", "alpaca", 0.5, 32, 4, ranks=2, threads=1),
@@ -134,22 +137,52 @@ def speed_cases(quick: bool) -> list[Case]:
     ]
 
 
+def cost_cases(quick: bool) -> list[Case]:
+    """How a step of ours grows with each size alone; the model is the tiny one."""
+    base = Case("", "tiny", "32+32", None, 64, 32, threads=1, repeats=5, sides=("ours",))
+    sizes = {
+        "lengths": ["32+32", "64+64", "128+128", "256+256"],
+        "batch": [32, 64, 128, 256],
+        "sources": [2, 10, 100, 1000],
+        "records": [500, 5_000, 50_000, 500_000],  # of each of two sources
+    }
+    return [
+        replace(base, title=f"tiny, {field} {value}", **{field: value})
+        for field, values in sizes.items() for value in values[:: 3 if quick else 1]
+    ]  # fmt: skip
+
+
+def apart(base: Case, *variants: str) -> list[Case]:
+    """The reference, then ours with the flags of each variant: a process each."""
+    reference = replace(base, title=f"{base.title}, reference", sides=("reference",))
+    return [reference] + [
+        replace(base, title=f"{base.title}, ours {v}", flags=f"{base.flags} {v}", sides=("ours",))
+        for v in variants
+    ]
+
+
+def memory_cases(quick: bool) -> list[Case]:
+    """LISA's blocks are switched before each of ten steps."""
+    base = Case("quick", "quick", "alpaca", repeats=10, threads=1, flags="--lisa-interval 1")
+    base = base if quick else replace(base, title="124M", shape="gpt2", micro=8, threads=2)
+    return apart(base, "", "--lisa-ends frozen")
+
+
+def gpu_cases(quick: bool) -> list[Case]:
+    """Random weights in bf16, 64 samples of 1024 tokens."""
+    base = Case("quick", "quick", "1+63", threads=1, repeats=2, dtype="bf16", device="cuda",
+                flags="--max-length 64")  # fmt: skip
+    long = replace(base, lengths="1+1023", batch=64, threads=2, flags="--max-length 1024")
+    shapes = [base] if quick else [
+        replace(long, title="124M", shape="gpt2", micro=16, repeats=5),
+        replace(long, title="8B", shape="llama3-8b", micro=4, repeats=2),
+    ]
+    variants = "", "--compile", "--lisa-ends frozen", "--lisa-ends frozen --compile"
+    return [case for shape in shapes for case in apart(shape, *variants)]
+
+
 # --------------------------------------------------------------------------------------------------
 # The samples
-
-
-def random_dataset(prompt: np.ndarray, answer: np.ndarray, vocab: int, seed: int) -> data.Dataset:
-    """Random tokens: `prompt` of them without and `answer` of them with loss, (n,) each."""
-    rng = np.random.default_rng(seed)
-    lengths = (prompt + answer).astype(np.int64)
-    starts = np.cumsum(lengths) - lengths
-    tokens = rng.integers(0, vocab, lengths.sum(), dtype=np.int32)
-    place = np.arange(len(tokens)) - np.repeat(starts, lengths)
-    tokens = np.where(place < np.repeat(prompt, lengths), ~tokens, tokens)
-    n = np.arange(len(lengths))
-    return data.Dataset(
-        tokens, starts, lengths, n.astype(np.uint64), n, max_length=int(lengths.max())
-    )
 
 
 def random_lengths(lengths: str, name: str, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -161,6 +194,17 @@ def random_lengths(lengths: str, name: str, n: int, seed: int = 0) -> tuple[np.n
     return p, np.minimum(a, 512 - p)
 
 
+def random_dataset(lengths: str, name: str, n: int, vocab: int, seed: int = 0) -> data.Dataset:
+    """n samples of random tokens, of which those of prompts are without loss."""
+    prompt, answer = random_lengths(lengths, name, n, seed)
+    length = (prompt + answer).astype(np.int64)
+    starts, i = np.cumsum(length) - length, np.arange(n)
+    tokens = np.random.default_rng(seed).integers(0, vocab, length.sum(), dtype=np.int32)
+    place = np.arange(len(tokens)) - np.repeat(starts, length)
+    tokens = np.where(place < np.repeat(prompt, length), ~tokens, tokens)
+    return data.Dataset(tokens, starts, length, i.astype(np.uint64), i, int(length.max()))
+
+
 def datasets(case: Case) -> tuple[list[data.Dataset], data.Dataset]:
     """(sources, validation)."""
     if case.lengths == "task":
@@ -170,10 +214,8 @@ def datasets(case: Case) -> tuple[list[data.Dataset], data.Dataset]:
         return sources, val
     names = [("alpaca", "gpt4")[i % 2] for i in range(case.sources)]
     vocab = SHAPES[case.shape]["vocab_size"]
-    *sources, val = (
-        random_dataset(*random_lengths(case.lengths, name, case.records, i), vocab, i)
-        for i, name in enumerate((*names, "val"))
-    )
+    *sources, val = (random_dataset(case.lengths, name, case.records, vocab, i)
+                     for i, name in enumerate((*names, "val")))  # fmt: skip
     return sources, val
 
 
@@ -181,27 +223,35 @@ def datasets(case: Case) -> tuple[list[data.Dataset], data.Dataset]:
 # The two sides
 
 
-def batches(side, batch: int, micro: int, pad_to: int | None = None) -> data.Batches:
-    rank, world, seed = dist.get_rank(), dist.get_world_size(), side.args.seed
-    return data.Batches(side.sources, side.val, batch, batch, micro, seed, rank, world, pad_to)
+class Side:
+    """What both sides have: flags, samples, and batches of them."""
 
-
-class Ours:
-    """The loop of train.py, without its log."""
+    micro = pad_to = None  # as the flags say, and as train.py pads
 
     def __init__(self, case: Case, device: torch.device):
         self.device, self.args = device, case.args()
         self.config = ModelConfig.from_hf(SHAPES[case.shape])
         self.sources, self.val = datasets(case)
+
+    def feed(self, batch: int) -> None:
+        """Go on with steps of this many samples."""
+        micro, rank = self.micro or self.args.micro_batch_size, dist.get_rank()
+        self.batches = data.Batches(
+            self.sources, self.val, batch, batch, micro, self.args.seed, rank,
+            dist.get_world_size(), self.pad_to,
+        )  # fmt: skip
+
+
+class Ours(Side):
+    """The loop of train.py, without its log."""
+
+    def __init__(self, case: Case, device: torch.device):
+        super().__init__(case, device)
         made = Inputs(
             config=self.config, checkpoint=None, tokenizer=None, val=self.val, test=None, notes=[],
             sources={str(i): source for i, source in enumerate(self.sources)},
         )  # fmt: skip
         self.penalty = train.make_trainer(self.args, made, device)
-
-    def feed(self, batch: int) -> None:
-        """Go on with steps of this many samples."""
-        self.batches = batches(self, batch, self.args.micro_batch_size)
 
     def arrived(self, t: int) -> int:
         """What is at hand before a step is timed: here, no more than its number."""
@@ -217,22 +267,23 @@ class Ours:
         return [*stats.source_loss_w.tolist(), *stats.source_loss_u.tolist(), stats.val_loss]
 
 
-class Reference:
+class Reference(Side):
     """The plain implementation: see the head of this file. Stratified batches, sample losses and
     shared blocks are ours, so that both sides compute the same."""
+
+    micro = pad_to = 1  # each sample arrives alone, and is put together with others here
 
     def __init__(self, case: Case, device: torch.device):
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.device, self.args = device, case.args()
-        self.sources, self.val = datasets(case)
+        super().__init__(case, device)
         self.n_sources = len(self.sources)
         dtype = DTYPES[case.dtype]
         config = AutoConfig.for_model(**SHAPES[case.shape], dtype=dtype)
         with device:
             w = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-        ours = ModelConfig.from_hf(SHAPES[case.shape])
-        weights = pretrained.to_hf(ours, random_weights(ours, self.args.seed, device))
+        ours = random_weights(self.config, self.args.seed, device)
+        weights = pretrained.to_hf(self.config, ours)
         w.load_state_dict(dict(weights), strict=False)
         self.w, self.u = w, copy.deepcopy(w)
         if dist.get_world_size() > 1:
@@ -246,10 +297,6 @@ class Reference:
         wide = torch.promote_types(dtype, torch.float32)
         self.lam = torch.zeros(self.n_sources, device=device, dtype=wide, requires_grad=True)
         self.opt_lam = torch.optim.Adam([self.lam], lr=self.args.lr_lambda)
-
-    def feed(self, batch: int) -> None:
-        """As Ours.feed; each sample is a micro-batch, to be put together here."""
-        self.batches = batches(self, batch, micro=1, pad_to=1)
 
     @staticmethod
     def blocks(model) -> list:
@@ -324,39 +371,35 @@ def seconds(call: Callable, *args) -> float:
     return time.perf_counter() - began
 
 
-def times(case: Case, device: torch.device) -> dict:
-    """Seconds of interleaved steps of each side, and what the floor is made of."""
+def measure(case: Case, device: torch.device) -> dict:
+    """Seconds of steps of each side by turns, bytes at most, and what the floor is made of."""
     sides = {name: SIDES[name](case, device) for name in case.sides}
     for side in sides.values():  # warm up
         side.feed(case.ranks * case.micro)
         side.step(0, side.arrived(0))
         side.feed(case.batch)
-    result, rates, copies = {name: [] for name in sides}, [], []
-    steps = range(1, case.repeats + 1)
-    for t in steps:
-        for name, side in sides.items():
-            result[name].append(seconds(side.step, t, side.arrived(t)))
-        rates.append(matmul_rate(case, device))
-        copies.append(copy_rate(device))
-    side = next(iter(sides.values()))
-    as_ours = batches(side, case.batch, case.micro)
-    parts = [as_ours.step(t)[:2] for t in steps]
-    passes = [[*train_part, *train_part, *val_part] for train_part, val_part in parts]
-    flops = [flop_count(case, t, part) for t, part in zip(steps, passes, strict=True)]
-    adamw = 2 * 7 * trained_bytes(case) / case.ranks  # reads p, g, m, v; writes p, m, v
-    rate, copied = median(rates), median(copies)
+    took, steps = {name: [] for name in sides}, range(1, case.repeats + 1)
+    for t, (name, side) in itertools.product(steps, sides.items()):
+        took[name].append(seconds(side.step, t, side.arrived(t)))
+    peak = report.peak_memory()
+    flops_per_s, bytes_per_s = rates(case, device)
+    as_ours = Side(case, device)
+    as_ours.feed(case.batch)
+    passes = [[*2 * fit, *val] for fit, val, _ in map(as_ours.batches.step, steps)]
+    flops = median(flop_count(case, t, part) for t, part in zip(steps, passes, strict=True))
+    trained = sum(p.numel() for p in meta_model(case, 0).parameters() if p.requires_grad)
+    moved = 7 * trained * max(4, DTYPES[case.dtype].itemsize)  # reads p, g, m, v; writes p, m, v
     side.feed(case.ranks * case.micro)
-    kernels = attention_kernels(lambda: side.step(0, side.arrived(0)))
-    return result | {
-        "attention": kernels,
-        "tokens": [case.ranks * sum(b.n_tokens for b in part) for part in passes],
-        "flops": flops,
-        "flops_per_s": rate,
-        "adamw_bytes": adamw,
-        "copy_bytes_per_s": copied,
-        "floor": [n / rate + adamw / copied for n in flops],
-        "peak": report.peak_memory(),
-    }
+    with profile() as seen:
+        side.step(0, side.arrived(0))
+    kernels = sorted(event.key for event in seen.key_averages())
+    return {
+        "seconds": took, "peak": peak, "flops": flops, "flops_per_s": flops_per_s,
+        "bytes_per_s": bytes_per_s,
+        "floor": flops / flops_per_s + 2 * moved / case.ranks / bytes_per_s,  # of both copies
+        "tokens": case.ranks * median(sum(b.n_tokens for b in part) for part in passes),
+        "attention": [k for k in kernels if re.search("flash|fmha|_scaled_dot_product", k)],
+    }  # fmt: skip
 
 
 def meta_model(case: Case, step: int) -> Transformer:
@@ -370,12 +413,6 @@ def meta_model(case: Case, step: int) -> Transformer:
     for i, block in enumerate(model.blocks):
         block.requires_grad_(i in active)
     return model
-
-
-def trained_bytes(case: Case) -> int:
-    """Of a copy's masters, over all ranks."""
-    trained = (p for p in meta_model(case, 0).parameters() if p.requires_grad)
-    return sum(p.numel() for p in trained) * max(4, DTYPES[case.dtype].itemsize)
 
 
 def flop_count(case: Case, step: int, passes: list[data.MicroBatch]) -> int:
@@ -393,68 +430,32 @@ def flop_count(case: Case, step: int, passes: list[data.MicroBatch]) -> int:
     return sum(counted[kind] for kind in kinds)
 
 
-def per_call(call: Callable, device: torch.device) -> float:
-    """Median seconds of a call; on a GPU of many in a row, since a wait takes as long as one."""
-    n = 1 if device.type == "cpu" else 100
-
-    def many() -> None:
-        for _ in range(n):
-            call()
-
-    return median(seconds(many) for _ in range(7)) / n
-
-
-def matmul_rate(case: Case, device: torch.device) -> float:
+def rates(case: Case, device: torch.device) -> tuple[float, float]:
     """Floating-point operations a second in the MLP's product, of a micro-batch whose samples have
-    as many tokens as the case says, or else 256."""
+    as many tokens as the case says, or else 256; bytes a second, read and written, of a copy."""
     config, dtype = ModelConfig.from_hf(SHAPES[case.shape]), DTYPES[case.dtype]
     n_tokens = sum(map(int, case.lengths.split("+"))) if "+" in case.lengths else 256
     x = torch.randn(n_tokens * case.micro, config.width, device=device, dtype=dtype)
     weight = torch.randn(config.hidden, config.width, device=device, dtype=dtype)
-    return 2 * x.numel() * config.hidden / per_call(lambda: F.linear(x, weight), device)
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, in a copy of 64 MB."""
     a = torch.ones(1 << 24, device=device)
     b = torch.empty_like(a)
-    return 2 * a.nbytes / per_call(lambda: b.copy_(a), device)
+    n = 1 if device.type == "cpu" else 100  # on a GPU a wait takes as long as a call
+
+    def rate(amount: int, call: Callable) -> float:
+        def many() -> None:
+            for _ in range(n):
+                call()
+
+        return n * amount / median(seconds(many) for _ in range(21))
+
+    products = rate(2 * x.numel() * config.hidden, lambda: F.linear(x, weight))
+    return products, rate(2 * a.nbytes, lambda: b.copy_(a))
 
 
-def attention_kernels(step: Callable) -> list[str]:
-    """Names of the kernels that attention ran in, by a profile of one step."""
-    with profile() as seen:
-        step()
-    names = {event.key for event in seen.key_averages()}
-    return sorted(name for name in names if re.search("flash|fmha|_scaled_dot_product", name))
-
-
-def peak(case: Case, device: torch.device) -> dict:
-    """Bytes at most, after ten switches of the blocks and one full step."""
-    before = report.peak_memory()
-    (name,) = case.sides
-    side = SIDES[name](case, device)
-    side.feed(len(side.sources))
-    for t in range(10):
-        side.step(t, side.arrived(t))
-    side.feed(case.batch)
-    took = seconds(side.step, 10, side.arrived(10))
-    return {"peak": report.peak_memory(), "before": before, "seconds": took}
-
-
-def products(case: Case, device: torch.device) -> dict:
-    """What matrix products alone get, each rank its own at the same time."""
-    return {"flops_per_s": median(matmul_rate(case, device) for _ in range(10))}
-
-
-WORKERS = {"times": times, "peak": peak, "products": products}
-
-
-def worker(what: str, case: Case) -> None:
+def worker(case: Case) -> None:
     """Measure, and print a line of JSON on rank 0."""
     torch.set_num_threads(case.threads)
-    device = shard.start(timeout=600)
-    result = WORKERS[what](case, device)
+    result = measure(case, shard.start(timeout=600))
     if dist.get_rank() == 0:
         print(json.dumps(result))
     dist.destroy_process_group()
@@ -467,9 +468,9 @@ def worker(what: str, case: Case) -> None:
 
 def start(command: list[str], threads: int = 1, device: str = "cpu") -> dict | list:
     """Run a command; the JSON in the last line it prints."""
-    here, given = str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")
-    env = os.environ | ALLOCATOR | {"PYTHONPATH": f"{here}{os.pathsep}{given}" if given else here}
-    env |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
+    path = f"{Path(__file__).resolve().parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    env = os.environ | ALLOCATOR | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
+    env |= {"TOKENIZERS_PARALLELISM": "true"}
     if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -478,10 +479,11 @@ def start(command: list[str], threads: int = 1, device: str = "cpu") -> dict | l
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(what: str, case: Case) -> dict:
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"]
-    launch = [sys.executable, *(several if case.ranks > 1 else [])]
-    command = [*launch, "-m", "benchmarks.speed", "worker", what, json.dumps(asdict(case))]
+def run(case: Case) -> dict:
+    """What `measure` says, in processes of its own."""
+    several = f"-m torch.distributed.run --standalone --nproc_per_node={case.ranks}".split()
+    command = [sys.executable, *(several if case.ranks > 1 else []), "-m", "benchmarks.speed"]
+    command += ["worker", json.dumps(asdict(case))]
     return start(command, case.threads, case.device)
 
 
@@ -493,219 +495,252 @@ def ratios(a: list[float], b: list[float]) -> list[float]:
     return [x / y for x, y in zip(a, b, strict=True)]
 
 
-def speed(args: argparse.Namespace) -> dict:
-    """The bilevel step of both sides, start-up, and the cost against sizes."""
-    from benchmarks import preparation  # which imports this file
-
-    if args.device == "cuda":
-        cases = [case for case in gpu_cases(args.quick) if args.only in case.title]
-        return {"steps": gpu_steps(cases)}
-    results = {"steps": steps(args.quick, args.only)}
-    if args.only:
-        return results
-    if not args.quick:
-        results["1 to 2 ranks"] = scaling()
-    return results | {"start-up": preparation.start_up(args.quick), "cost": cost(args.quick)}
-
-
-def steps(quick: bool, only: str) -> dict:
-    print(f"\n{'bilevel step':33}{'ours':>8}{'reference':>11}  {'ratio':25}{'goal':>5}{'floor':>7}")
-    results = {}
-    for case in speed_cases(quick):
-        if only not in case.title:
-            continue
-        r = results[case.title] = run("times", case)
-        r["ratio"] = ratios(r["ours"], r["reference"])
-        a, b = median(r["ours"]), median(r["reference"])
-        floor = median(ratios(r["floor"], r["reference"]))
-        print(f"{case.title:33}{a:7.2f}s{b:10.2f}s  {spread(r['ratio']):25}{case.goal:5}"
-              f"{floor:7.2f}", flush=True)  # fmt: skip
-    for r in list(results.values())[:1]:
-        print(f"floor: the products at {r['flops_per_s'] / 1e9:.0f} GFLOP/s and AdamW's bytes at "
-              f"{r['copy_bytes_per_s'] / 1e9:.1f} GB/s (as measured in the first case), over the "
-              "reference's time")  # fmt: skip
-    return results
-
-
-def scaling() -> dict:
-    """Throughput of two ranks over that of one, a thread each, by turns; and what the machine gives
-    to matrix products alone."""
-    two = next(case for case in speed_cases(False) if case.ranks == 2)
-    cases = [replace(two, ranks=n, sides=("ours",), repeats=2) for n in (1, 2)]
-    took, rates = ([], []), ([], [])
-    for _, i in itertools.product(range(2), range(2)):
-        rates[i].append(run("products", cases[i])["flops_per_s"])
-        took[i].extend(run("times", cases[i])["ours"])
-    gains = ratios(*took)  # of the same global batch
-    products = [2 * rate for rate in ratios(rates[1], rates[0])]
-    print(f"1 -> 2 ranks, a thread each: {spread(gains)} times the throughput (goal 1.7); matrix "
-          f"products alone: {spread(products)}", flush=True)  # fmt: skip
-    return {"gains": gains, "products": products}
-
-
-def cost(quick: bool) -> dict:
-    """How a step of ours grows with each size alone; the model is the tiny one."""
-    base = Case("", "tiny", "32+32", None, 64, 32, threads=1, repeats=5, sides=("ours",))
-    sizes = {
-        "length": [replace(base, lengths=f"{n // 2}+{n // 2}") for n in (64, 128, 256, 512)],
-        "batch": [replace(base, batch=n) for n in (32, 64, 128, 256)],
-        "sources": [replace(base, sources=n) for n in (2, 10, 100, 1000)],
-        "records": [replace(base, records=n // 2) for n in (10**3, 10**4, 10**5, 10**6)],
-    }
-    value = {"length": lambda c: 2 * int(c.lengths.split("+")[0]), "batch": lambda c: c.batch,
-             "sources": lambda c: c.sources, "records": lambda c: 2 * c.records}  # fmt: skip
-    results = {}
-    print("\ncost against        milliseconds a step, per 1000 tokens")
-    for name, cases in sizes.items():
-        row = results[name] = {}
-        for case in cases[:: 3 if quick else 1]:
-            r = run("times", case)
-            tokens = median(r["tokens"])
-            row[value[name](case)] = 1e6 * median(r["ours"]) / tokens
-        print(f"{name:19} " + "  ".join(f"{n}: {ms:.1f}" for n, ms in row.items()), flush=True)
-    return results
-
-
-# --------------------------------------------------------------------------------------------------
-# The other commands
-
-
-def memory(args: argparse.Namespace) -> dict:
-    """Peaks after ten switches of LISA's blocks."""
-    size = {"shape": "quick"} if args.quick else {"shape": "gpt2", "micro": 8}
-    ours = Case("ours", lengths="alpaca", sides=("ours",), flags="--lisa-interval 1", **size)
-    cases = [
-        replace(ours, title="reference", sides=("reference",)),
-        ours,
-        replace(ours, title="ours, ends frozen", flags="--lisa-interval 1 --lisa-ends frozen"),
-    ]
-    results = {}
-    print(f"\n{'after 10 switches':19}{'peak':>9}{'at start':>10}{'ratio of peaks':>16}{'step':>8}")
+def table(cases: list[Case]) -> dict:
+    """Run the cases and print a line of each. `of rate`: matrix products a second, over the rate
+    that they alone reach. The reference of a shape comes before ours."""
+    print(f"\n{'':38}{'step':>9}  {'ours / reference':26}{'goal':>5}{'floor':>7}{'tokens/s':>10}"
+          f"{'of rate':>8}{'peak':>10}{'ratio':>7}{'planned':>10}")  # fmt: skip
+    results, references = {}, {}
     for case in cases:
-        r = results[case.title] = run("peak", case)
-        r["ratio"] = r["peak"] / results["reference"]["peak"]
-        print(f"{case.title:19}{r['peak'] / 1e6:6.0f} MB{r['before'] / 1e6:7.0f} MB"
-              f"{r['ratio']:16.3f}{r['seconds']:7.1f}s", flush=True)  # fmt: skip
-    return results
-
-
-def tokenize(args: argparse.Namespace) -> dict:
-    """Against `tokenizers`: see preparation.py."""
-    from benchmarks import preparation  # which imports this file
-
-    return preparation.tokenize(args.texts, args.tokenizer, args.quick)
-
-
-def gpu_cases(quick: bool) -> list[Case]:
-    """GPT-2 124M and LLaMA-3-8B with random weights in bf16, 64 samples of 1024 tokens: with the
-    ends trained and frozen, each with and without --compile; and the reference."""
-    sizes = {"gpt2": (16, 5), "llama3-8b": (4, 2)}  # micro-batch, steps
-    base = Case("", "quick", "1+63", None, 8, 4, repeats=2, dtype="bf16", device="cuda",
-                flags="--max-length 64")  # fmt: skip
-    if quick:
-        shapes = [base]
-    else:
-        base = replace(base, lengths="1+1023", batch=64, flags="--max-length 1024")
-        shapes = [replace(base, shape=shape, micro=m, repeats=n) for shape, (m, n) in sizes.items()]
-    cases = []
-    for shape in shapes:
-        cases.append(replace(shape, title=f"{shape.shape}, reference", sides=("reference",)))
-        for flags in ("", "--compile", "--lisa-ends frozen", "--lisa-ends frozen --compile"):
-            title, more = f"{shape.shape}, ours {flags}", f"{shape.flags} {flags}"
-            cases.append(replace(shape, title=title, flags=more, sides=("ours",)))
-    return cases
-
-
-def gpu_steps(cases: list[Case]) -> dict:
-    """Each case in a process of its own, beside the reference's time, and the peak that plan.py
-    foretells for ours."""
-    results, reference = {}, {}  # seconds by shape
-    heads = f"{'step':>9}{'ratio':>7}{'tokens/s':>10}{'of peak':>8}{'memory':>10}{'plan':>10}"
-    print(f"\n{'':42}{heads}  attention")
-    for case in cases:
-        (name,), args = case.sides, case.args()
         try:
-            r = results[case.title] = run("times", case)
+            r = results[case.title] = run(case)
         except RuntimeError as error:
             if "OutOfMemoryError" not in str(error):
                 raise
-            print(f"{case.title:42} does not fit", flush=True)
+            print(f"{case.title:38} does not fit", flush=True)
             continue
-        took = median(r[name])
-        if name == "reference":
-            reference[case.shape] = took
-            ratio = planned = ""
-        else:
-            settings = plan.settings(args, 1, DTYPES[case.dtype])
-            foretold = plan.plan(ModelConfig.from_hf(SHAPES[case.shape]), **settings).peak
-            planned = f"{foretold / 1e9:8.2f}GB"
-            ratio = f"{took / reference[case.shape]:.3f}" if case.shape in reference else ""
-        ran_in = {n.rpartition("product_")[2] for n in r["attention"] if n.startswith("aten::")}
-        forward = ", ".join(sorted(n for n in ran_in if "backward" not in n))
-        print(f"{case.title:42}{took:8.3f}s{ratio:>7}{median(r['tokens']) / took:10.0f}"
-              f"{median(r['flops']) / took / r['flops_per_s']:8.2f}{r['peak'] / 1e9:8.2f}GB"
-              f"{planned:>10}  {forward}", flush=True)  # fmt: skip
+        if "reference" in case.sides:
+            references[case.shape] = r
+        print(f"{case.title:38}{line(case, r, references.get(case.shape))}", flush=True)
     return results
 
 
-COMMANDS = {"speed": speed, "memory": memory, "tokenize": tokenize}
+def line(case: Case, r: dict, reference: dict | None) -> str:
+    """Of the table, after the title."""
+    took, ours = r["seconds"][case.sides[0]], "ours" in case.sides
+    step, alone = median(took), len(case.sides) == 1  # peaks are told where one side has run
+    ratio = floor = peaks = ""
+    if ours and reference:
+        theirs = reference["seconds"]["reference"]
+        r["ratio"] = ratios(took, theirs)
+        ratio, floor = spread(r["ratio"]), f"{r['floor'] / median(theirs):.2f}"
+    if alone:
+        of_peak = f"{r['peak'] / reference['peak']:.3f}" if ours and reference else ""
+        peaks = f"{r['peak'] / 1e9:8.2f}GB{of_peak:>7}"
+    if ours and alone:
+        settings = plan.settings(case.args(), case.ranks, DTYPES[case.dtype])
+        config = ModelConfig.from_hf(SHAPES[case.shape])
+        peaks += f"{plan.plan(config, **settings).peak / 1e9:8.2f}GB"
+    return (f"{step:8.3f}s  {ratio:26}{case.goal or '':>5}{floor:>7}{r['tokens'] / step:10.0f}"
+            f"{r['flops'] / step / r['flops_per_s']:8.2f}{peaks}")  # fmt: skip
+
+
+def speed(args: argparse.Namespace) -> dict:
+    """The bilevel step of both sides; on a CPU also its cost, more ranks, start-up."""
+    if args.device == "cuda":
+        cases = gpu_cases(args.quick)
+    else:
+        cases = cpu_cases(args.quick) + cost_cases(args.quick)
+    chosen = [case for case in cases if args.only in case.title]
+    if not chosen:
+        titles = "; ".join(case.title for case in cases)
+        raise ValueError(f"--only {args.only}: no case has this in its title. They are: {titles}")
+    results = {"steps": table(chosen)}
+    if args.device == "cpu" and not args.only:
+        results["start-up"] = start_up(args.quick)
+        if not args.quick:
+            results["1 to 2 ranks"] = scaling(next(case for case in cases if case.ranks == 2))
+    return results
+
+
+def scaling(two: Case) -> dict:
+    """Throughput of two ranks over that of one, a thread each, by turns; and what the machine gives
+    to matrix products alone."""
+    took, products = {1: [], 2: []}, {1: [], 2: []}
+    for n in (1, 2, 1, 2):
+        r = run(replace(two, ranks=n, sides=("ours",), repeats=2))
+        took[n] += r["seconds"]["ours"]
+        products[n].append(n * r["flops_per_s"])
+    gains, most = ratios(took[1], took[2]), ratios(products[2], products[1])
+    print(f"1 -> 2 ranks, a thread each: {spread(gains)} times the throughput (goal 1.7); matrix "
+          f"products alone: {spread(most)}", flush=True)  # fmt: skip
+    return {"gains": gains, "products": most}
+
+
+# --------------------------------------------------------------------------------------------------
+# What comes before the steps: start-up, and tokenising
+
+OURS_STARTS = """
+import time; began = time.perf_counter()
+import json, sys
+import torch._dynamo  # which AdamW imports when it is first made
+import bilevel, shard, train
+imported = time.perf_counter()
+def first_step(*_, **__):
+    print(json.dumps([imported - began, time.perf_counter() - imported]))
+    shard.exit_now(0)
+bilevel.PenaltyStep.step = first_step
+train.main(sys.argv[1:])
+"""
+REFERENCE_STARTS = """
+import time; began = time.perf_counter()
+import json, sys
+import torch, torch._dynamo
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+imported = time.perf_counter()
+directory, cached = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(directory)
+tokens, labels, lengths = torch.load(cached)
+samples = list(zip(tokens.split(lengths), labels.split(lengths)))
+copies = [AutoModelForCausalLM.from_pretrained(directory) for _ in "wu"]
+optimizers = [torch.optim.AdamW(model.parameters(), 1e-5) for model in copies]
+lam = torch.zeros(2, requires_grad=True)
+optimizers.append(torch.optim.Adam([lam], 1e-2))
+print(json.dumps([imported - began, time.perf_counter() - imported]))
+"""
+
+
+def start_up(quick: bool, repeats: int = 5) -> dict:
+    """From the end of imports to the first step, by turns: GPT-2 124M and the same tokenised
+    records from the disk. The reference maps two models and makes their optimisers."""
+    results = {"ours": [], "reference": []}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        write_files(folder, "quick" if quick else "gpt2", 100 if quick else 9000)
+        a, b, val = (str(folder / f"{name}.json") for name in FILES)
+        flags = ["--model", str(folder / "model"), "--train", f"a={a}", f"b={b}", "--val", val]
+        reference = [REFERENCE_STARTS, str(folder / "model"), str(folder / "samples.pt")]
+        for n in range(repeats):
+            ours = [OURS_STARTS, *flags, "--out", str(folder / f"run{n}")]
+            for name, words in (("ours", ours), ("reference", reference)):
+                results[name].append(start([sys.executable, "-c", *words], threads=2))
+    print("\nstart-up               ours  reference  ratio (goal 0.5, and 3 s, to first step)")
+    for i, part in enumerate(("imports", "then to first step")):
+        took, theirs = ([pair[i] for pair in pairs] for pairs in results.values())
+        times = f"{median(took):8.2f}s{median(theirs):10.2f}s"
+        print(f"{part:18}{times}  {spread(ratios(took, theirs))}", flush=True)
+    return results
+
+
+FILES = "train_a", "train_b", "val"
+
+
+def write_files(folder: Path, shape: str, n: int) -> None:
+    """A checkpoint with a tokenizer, and FILES of n records each, whose tokens are put in our cache
+    and in the reference's: all tokens, their labels, and the samples' lengths."""
+    config = ModelConfig.from_hf(SHAPES[shape])
+    save_pretrained(build(config, random_weights(config, 0)), folder / "model")
+    texts = random_texts(3 * n)
+    train_tokenizer(texts[:1000], folder / "model")
+    tok, examples = tokenizer.load_tokenizer(folder / "model"), []
+    for i, name in enumerate(FILES):
+        records = [{"instruction": t[:80], "output": t[80:]} for t in texts[i * n : (i + 1) * n]]
+        file = folder / f"{name}.json"
+        file.write_text(json.dumps(records))
+        dataset = data.load_dataset(file, tok, "alpaca", 512, data.cache_dir())
+        examples += [dataset.example(k) for k in range(len(dataset))]
+    tokens, labels = (torch.from_numpy(np.concatenate(x)) for x in zip(*examples, strict=True))
+    torch.save((tokens, labels, [len(ids) for ids, _ in examples]), folder / "samples.pt")
+
+
+def random_texts(n: int) -> list[str]:
+    rng = random.Random(0)
+    words = tasks.words(rng, 2000, 3, tasks.CONSONANTS)
+    return [" ".join(rng.choices(words, k=rng.randint(20, 120))) for _ in range(n)]
+
+
+def train_tokenizer(texts: list[str], directory: Path) -> None:
+    """Write a byte-level BPE tokenizer of 400 ids."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(texts, 400, special_tokens=["<|endoftext|>"], show_progress=False)
+    made.save(str(directory / "tokenizer.json"))
+
+
+def tokenize(args: argparse.Namespace) -> dict:
+    """Records to tokens with loss masks, and texts to tokens, against `tokenizers` on the texts."""
+    import tokenizers
+
+    with tempfile.TemporaryDirectory() as folder:
+        if args.texts:
+            records = [turns for *_, turns in read_records(args.texts)]
+            directory = Path(args.tokenizer)
+        else:
+            directory, texts = Path(folder), random_texts(500 if args.quick else 20_000)
+            train_tokenizer(texts[:1000], directory)
+            records = [[("user", t[:80]), ("assistant", t[80:])] for t in texts]
+        tok = tokenizer.load_tokenizer(directory)
+        theirs = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    rendered = (templates.render(tok, "alpaca", turns) for turns in records)
+    texts = ["".join(s for s, _ in segments if isinstance(s, str)) for segments in rendered]
+    calls = {
+        "tokenizers": lambda: theirs.encode_batch(texts, add_special_tokens=False),
+        "texts": lambda: tok.codec.encode_batch(texts),
+        "records": lambda: templates.encode_conversations(tok, "alpaca", records, 10**6),
+    }
+    took = {name: [] for name in calls}
+    for _, (name, call) in itertools.product(range(5), calls.items()):
+        began = time.perf_counter()
+        call()
+        took[name].append(time.perf_counter() - began)
+    total = sum(map(len, tok.codec.encode_batch(texts)))
+    print(f"\n{len(texts)} texts, {total} tokens; `tokenizers` encode_batch: "
+          f"{total / median(took['tokenizers']) / 1e6:.2f} million tokens a second")  # fmt: skip
+    speeds = {name: ratios(took["tokenizers"], took[name]) for name in ("texts", "records")}
+    print(f"ours, of its speed (goal 1.0): texts to tokens {spread(speeds['texts'])}, "
+          f"records to tokens and masks {spread(speeds['records'])}")  # fmt: skip
+    return {"seconds": took, "tokens": total, "speed": speeds}
 
 
 def about() -> dict:
+    """The day and the machine, which go with every figure."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    named = (line.split(": ")[1] for line in lines if line.startswith("model name"))
-    cpu = next(named, platform.machine())
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "date": time.strftime("%Y-%m-%d"), "cpu": cpu, "cores": os.cpu_count(), "gpu": gpu,
-        "python": platform.python_version(), "torch": str(torch.__version__),
-    }  # fmt: skip
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": next((s.split(": ")[1] for s in lines if s.startswith("model name")), "unknown"),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "allocator (but for tokenize)": " ".join(map("=".join, ALLOCATOR.items())),
+    }
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
-    if sys.argv[1:2] == ["worker"]:  # started by `run`
-        worker(sys.argv[2], Case(**json.loads(sys.argv[3])))
-    if sys.argv[1:2] == ["fidelity"]:  # has flags and tables of its own
-        from benchmarks import fidelity
-
-        return fidelity.main(sys.argv[2:])
-    parser = Parser(
-        description=__doc__.split("\n")[0],
-        epilog="'benchmark.py fidelity' has flags of its own: 'benchmark.py fidelity --help'",
-    )
-    parser.add_argument("command", nargs="?", default="speed", choices=COMMANDS)
+    commands = {
+        "speed": speed, "memory": lambda args: table(memory_cases(args.quick)), "tokenize": tokenize
+    }  # fmt: skip
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", nargs="?", default="speed", choices=commands)
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="of speed [cuda where there is "
                         "one]; memory and tokenize run on the CPU")
     parser.add_argument("--only", default="", help="speed: steps of cases whose title has this")
     parser.add_argument("--tokenizer", help="tokenize: a directory with tokenizer.json")
     parser.add_argument("--texts", help="tokenize: a file of records")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     has_gpu = torch.cuda.is_available() and args.command == "speed"
     if args.device == "cuda" and not has_gpu:
         parser.error("--device cuda goes with speed, where there is a GPU")
     args.device = args.device or ("cuda" if has_gpu else "cpu")
     if args.only and args.command != "speed":
         parser.error("--only goes with speed")
-    cases = (gpu_cases if args.device == "cuda" else speed_cases)(args.quick)
-    if not any(args.only in case.title for case in cases):
-        titles = "; ".join(case.title for case in cases)
-        parser.error(f"--only {args.only}: no case has this in its title. They are: {titles}")
     if bool(args.texts) != bool(args.tokenizer):
         parser.error("--texts and --tokenizer go together")
-    found = about()
-    if args.command != "tokenize":  # which starts no processes
-        found["allocator"] = " ".join(f"{key}={value}" for key, value in ALLOCATOR.items())
-    print(*(f"{key}: {value}" for key, value in found.items()), sep="\n")
+    machine = about()
+    print(*(f"{key}: {value}" for key, value in machine.items()), sep="\n")
     try:
-        results = COMMANDS[args.command](args)
+        results = commands[args.command](args)
     except ValueError as error:  # a file that cannot be used
-        print(error, file=sys.stderr)
-        return 2
-    print(json.dumps({"about": found, args.command: results}))
+        parser.error(str(error))
+    print(json.dumps({"about": machine, args.command: results}))
     return 0
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:  # started by `run`
+        worker(Case(**json.loads(sys.argv[2])))
     sys.exit(main())

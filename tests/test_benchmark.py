@@ -1,10 +1,9 @@
-"""The reference of benchmark.py computes what ours does, and its tables come out."""
+"""The reference of benchmarks.speed computes what ours does, and its tables come out."""
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +11,9 @@ import torch
 import torch.distributed as dist
 
 import shard
-from benchmarks import preparation, speed
+from benchmarks import speed
 from hf import pretrained
 
-ROOT = Path(__file__).parents[1]
 CASE = speed.Case("", "quick", "alpaca", batch=4, micro=3, threads=1, repeats=1, dtype="fp64")
 
 
@@ -101,24 +99,17 @@ def test_alpaca_lengths_have_the_means_of_the_files():
         np.testing.assert_allclose([(p + a).mean(), a.mean()], [mean, answer], rtol=0.05)
 
 
-def run(*args: str) -> tuple[str, dict]:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.speed", *args], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    *table, last = done.stdout.splitlines()
-    return "\n".join(table), json.loads(last)
+def test_tokenize_makes_texts_of_its_own_and_prints_a_table_and_json(capsys):
+    assert speed.main(["tokenize", "--quick"]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    speeds = json.loads(last)["tokenize"]["speed"]
+    assert "of its speed" in table[-1] and len(speeds["records"]) == 5
 
 
-def test_tokenize_prints_a_table_and_json(asset):
-    texts = asset("scalebio/data_tiny/val.json")
-    table, result = run("tokenize", "--texts", texts, "--tokenizer", asset("tokenizers/gpt2"))
-    assert "1000 texts" in table and len(result["tokenize"]["speed"]["records"]) == 5
-
-
-def test_tokenize_makes_texts_of_its_own():
-    table, result = run("tokenize", "--quick")
-    assert "of its speed" in table and len(result["tokenize"]["speed"]["records"]) == 5
+def test_tokenize_reads_records(asset, capsys):
+    texts, directory = asset("scalebio/data_tiny/val.json"), asset("tokenizers/gpt2")
+    result = speed.tokenize(SimpleNamespace(texts=texts, tokenizer=directory, quick=False))
+    assert "1000 texts" in capsys.readouterr().out and len(result["speed"]["records"]) == 5
 
 
 ON_TWO_RANKS = """
@@ -151,29 +142,29 @@ def test_reference_computes_the_losses_of_ours_on_two_ranks(tmp_path):
 
 
 def test_workers_measure_on_two_ranks():
-    r = speed.run("times", replace(CASE, ranks=2, dtype="fp32"))
-    assert len(r["ours"]) == len(r["reference"]) == 1
-    assert len(r["floor"]) == 1 and r["floor"][0] > 0
+    r = speed.run(replace(CASE, ranks=2, dtype="fp32"))
+    assert [len(took) for took in r["seconds"].values()] == [1, 1] and r["floor"] > 0
 
 
-def test_gpu_cases_run_on_what_is_there(monkeypatch, capsys):
-    reference, ours, *_ = speed.gpu_cases(quick=True)
-    results = speed.gpu_steps([ours, reference])
-    assert [len(r["attention"]) > 0 for r in results.values()] == [True, True]
-    ours, reference = capsys.readouterr().out.splitlines()[-2:]
+def test_table_has_a_process_for_each_side(monkeypatch, capsys):
+    """On what is there: on a CPU, too, the cases of a GPU run."""
+    results = speed.table(speed.gpu_cases(quick=True)[:2])
+    assert all(r["attention"] for r in results.values())
+    reference, ours = capsys.readouterr().out.splitlines()[-2:]
     assert ours.count("GB") == 2 and reference.count("GB") == 1  # the plan is of ours
+    assert len(results["quick, ours "]["ratio"]) == 2
 
     def full(*_):
         raise RuntimeError("torch.OutOfMemoryError: CUDA out of memory")
 
     monkeypatch.setattr(speed, "run", full)
-    assert speed.gpu_steps(speed.gpu_cases(quick=False)) == {}
+    assert speed.table(speed.gpu_cases(quick=False)) == {}
     assert capsys.readouterr().out.count("does not fit") == 10
 
 
 def test_start_up_is_measured_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    results = preparation.start_up(quick=True, repeats=1)
+    results = speed.start_up(quick=True, repeats=1)
     assert [len(pairs) for pairs in results.values()] == [1, 1]
 
 
@@ -183,8 +174,7 @@ def test_start_up_is_measured_from_any_folder(tmp_path, monkeypatch):
     (["memory", "--device", "cuda"], "--device cuda goes with speed, where there is a GPU"),
     (["tokenize", "--texts", "none.json", "--tokenizer", "."], "none.json"),
 ])  # fmt: skip
-def test_wrong_flags_are_a_line(args, said):
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.speed", *args], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+def test_wrong_flags_are_a_line(args, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        speed.main(args)
+    assert left.value.code == 2 and said in capsys.readouterr().err

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from cli import plan, report
+from cli import report
 from cli.flags import parse
 from cli.inputs import prepare
 from model import build, from_pretrained, random_weights
@@ -366,7 +366,7 @@ def test_compile_without_a_compiler_is_refused_in_a_line(refusal, monkeypatch):
 
 
 def test_plan_from_a_config_alone(capsys, refusal):
-    Path("config.json").write_text(json.dumps(plan.MODELS["Yi-34B"]))
+    Path("config.json").write_text(json.dumps(json.loads((ROOT / "tests/models.json").read_text())["Yi-34B"]))
     args = "--plan --model config.json --gpus 8 --max-length 1024 --micro-batch-size 1".split()
     assert train.main([*args, "--gpu-memory", "48"]) == 0
     text = capsys.readouterr().out
