@@ -366,7 +366,8 @@ def test_compile_without_a_compiler_is_refused_in_a_line(refusal, monkeypatch):
 
 
 def test_plan_from_a_config_alone(capsys, refusal):
-    Path("config.json").write_text(json.dumps(json.loads((ROOT / "tests/models.json").read_text())["Yi-34B"]))
+    shapes = json.loads((ROOT / "tests/models.json").read_text())
+    Path("config.json").write_text(json.dumps(shapes["Yi-34B"]))
     args = "--plan --model config.json --gpus 8 --max-length 1024 --micro-batch-size 1".split()
     assert train.main([*args, "--gpu-memory", "48"]) == 0
     text = capsys.readouterr().out
