@@ -35,7 +35,7 @@ import shard
 from bilevel import PenaltyStep, PlainStep, SourceWeights
 from cli import plan, report
 from cli.flags import Flags, parse
-from cli.inputs import Inputs, checkpoints, lock_directory, plan_inputs, prepare, record
+from cli.inputs import Inputs, about, checkpoints, lock_directory, plan_inputs, prepare, record
 from hf import templates
 from lisa import Lisa
 from model import Transformer, dtype_of, random_weights, read_tensors
@@ -132,7 +132,8 @@ def train(
     per_round = flags.steps or math.ceil(flags.epochs * batches.steps_per_epoch)
     total = (flags.outer_rounds or 1) * per_round
     start, origin = resume(flags, trainer)
-    log = report.Log(flags.out, about(flags, inputs), start, total, dist.get_rank() == 0, origin)
+    learned = flags.mode == "bilevel" and {"model": flags.model, "sources": about(inputs.sources)}
+    log = report.Log(flags.out, learned or None, start, total, dist.get_rank() == 0, origin)
     shard.set_timeout(flags.timeout)
 
     for step, batch in data.prefetch(batches, range(start, total)):
@@ -149,7 +150,7 @@ def train(
         stats = trainer.step(*moved, counts, stop=bool(signals))
         seconds = time.perf_counter() - began
 
-        row = report.row(step, stats, counts, list(inputs.mixture or inputs.sources)) | rates
+        row = report.row(step, stats, counts, list(inputs.used)) | rates
         row |= {"seconds": seconds, "tokens_per_s": tokens_of(trainer, batch) / seconds}
         if not (stats.finite or flags.skip_nonfinite):
             log.write_weights()
@@ -245,27 +246,20 @@ def held_out_losses(
     }
 
 
-def about(flags: Flags, inputs: Inputs) -> dict | None:
-    """What weights.json says of the run beside its results; None: the run learns no weights."""
-    if flags.mode == "finetune":
-        return None
-    files = record(flags, inputs)["data"]
-    sources = {k.removeprefix("train "): v for k, v in files.items() if k.startswith("train ")}
-    return {"model": flags.model, "sources": sources}
-
-
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a run that failed, 2 bad input."""
-    flags = parse(argv)
+    flags, first = parse(argv), os.environ.get("RANK", "0") == "0"
     for stream in (sys.stdout, sys.stderr):
         outlive(stream)
-    first = os.environ.get("RANK", "0") == "0"
-    if flags.plan:
-        return show_plan(flags)
     try:
+        if flags.plan:
+            return show_plan(flags)
         inputs = prepare(flags, int(os.environ.get("WORLD_SIZE", 1)))
-        finished = (flags.out / "model").is_dir()
-        if first and not finished:
+        if (flags.out / "model").is_dir():
+            if first:
+                print(report.retold(flags.out), "", f"{flags.out} is a finished run.", sep="\n")
+            return 0
+        if first:
             lock_directory(flags.out)
     except (ValueError, OSError) as error:
         if first:
@@ -275,24 +269,21 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    if finished:
-        if first:
-            print(report.retold(flags.out), "", f"{flags.out} is a finished run.", sep="\n")
-        return 0
+    return run(flags, inputs)
+
+
+def run(flags: Flags, inputs: Inputs) -> int:
+    """Train in a process group, and say how it ended. Returns the exit code."""
     device, signals = shard.start(shard.FILES_TIMEOUT), catch_signals()
     # --resume never: a late rank finds rank 0's taken.
     flags = replace(flags, out=shard.broadcast_from_rank0(lambda: flags.out))
-    code, last_words = 0, ""
     memory = report.Memory(inputs.config, device.type, plan_settings(flags, inputs, device))
+    rank, code, last_words = dist.get_rank(), 0, ""
     try:
-        if first:
-            announce(flags, inputs)
-            print(f"memory: {memory.planned}")
-            report.write_json(flags.out / "config.json", record(flags, inputs))
-            if inputs.mixture:
-                report.replace(flags.out / "mixture.jsonl", mixture.as_jsonl(inputs.mixture))
+        if rank == 0:
+            announce(flags, inputs, memory)
         train(flags, inputs, device, signals)
-        if first:
+        if rank == 0:
             used = f"memory: {memory.planned}, measured {memory.measured()}"
             no_picture = draw_picture(flags)  # first, as the report lists the files
             last_words = "\n".join([report.render(flags.out), *no_picture, used])
@@ -303,11 +294,10 @@ def main(argv: list[str] | None = None) -> int:
         code, last_words = 1, str(error)
     except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
         # Leave at once: where a rank is gone, taking the process group down would wait for it.
-        rank = dist.get_rank()
         what = report.why(error, flags.out, flags.timeout, memory, rank)
         print(f"rank {rank} ends: {what}", file=sys.stderr)
         shard.exit_now(1)
-    if first:
+    if rank == 0:
         print(last_words, file=sys.stderr if code == 1 else sys.stdout, flush=True)
     dist.destroy_process_group()
     return code
@@ -326,17 +316,15 @@ def draw_picture(flags: Flags) -> list[str]:
 def plan_settings(flags: Flags, inputs: Inputs, device: torch.device) -> dict:
     """What the plan of this run is made from; the longest sample may be shorter than permitted."""
     settings = plan.settings(flags, dist.get_world_size(), dtype_of(flags.dtype, device.type))
-    padded = data.padding() * -(-inputs.longest // data.padding())
+    used = [*inputs.used.values(), *([inputs.val] if inputs.val else [])]
+    longest = max(int(dataset.lengths.max()) for dataset in used)
+    padded = data.padding() * -(-longest // data.padding())
     return settings | {"max_length": min(flags.max_length, padded)}
 
 
 def show_plan(flags: Flags) -> int:
-    """The memory plan of these flags. Returns 0, 1 if the memory does not do, 2 for bad input."""
-    try:
-        config = plan_inputs(flags)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    """The memory plan of these flags. Returns 0, or 1 if the memory does not do."""
+    config = plan_inputs(flags)
     settings = plan.settings(flags, flags.gpus, dtype_of(flags.dtype, "cuda"))
     needed, fix = plan.plan(config, **settings), None
     too_much = flags.gpu_memory is not None and not plan.fits(needed, flags.gpu_memory)
@@ -381,15 +369,18 @@ def outlive(stream: TextIO) -> None:
     stream.flush = functools.partial(attempt, stream.flush)
 
 
-def announce(flags: Flags, inputs: Inputs) -> None:
-    """Say what the run is made of, and what should be known of it."""
-    used = inputs.mixture or inputs.sources
-    sizes = ", ".join(f"{name} {len(source)}" for name, source in used.items())
+def announce(flags: Flags, inputs: Inputs, memory: report.Memory) -> None:
+    """Say and write down what the run is made of, and say what should be known of it."""
+    sizes = ", ".join(f"{name} {len(source)}" for name, source in inputs.used.items())
     validation = f"; validation {len(inputs.val)}" if inputs.val else ""
     print(f"ScaleBiO: {flags.mode} of {flags.model}, {dist.get_world_size()} rank(s); "
           f"{'mixture' if inputs.mixture else 'sources'}: {sizes}{validation}; {flags.out}")
     for note in inputs.notes:
         print(f"note: {note}")
+    print(f"memory: {memory.planned}")
+    report.write_json(flags.out / "config.json", record(flags, inputs))
+    if inputs.mixture:
+        report.replace(flags.out / "mixture.jsonl", mixture.as_jsonl(inputs.mixture))
 
 
 if __name__ == "__main__":

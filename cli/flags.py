@@ -51,30 +51,19 @@ STEPS = Range(lambda x: x >= 0, "a number of steps, or 0")
 MEMORY = Range(lambda x: plan.room(x) > 0, f"more than the {plan.RESERVED / plan.GB:g} kept back")
 
 
-def flag(
-    group: str,
-    default,
-    text: str,
-    *,
-    tiny=None,
-    permitted: Range | None = None,
-    choices: tuple = (),
-    only: str | None = None,
-    same_run: bool = True,
-    metavar: str | None = None,
-):
+def flag(group, default, text, *, tiny=None, permitted=None, choices=None, only=None, same_run=True,
+         metavar=None):  # fmt: skip
     """A field of Flags.
 
-    group     its heading in --help
-    tiny      its default for the built-in model, if that is another
-    only      the mode that it belongs to: the others refuse it, and it is None there
-    same_run  whether a run that goes on must have the value it began with
+    group      its heading in --help
+    tiny       its default for the built-in model, if that is another
+    permitted  Range of its values, or `choices`
+    only       the mode that it belongs to: the others refuse it, and it is None there
+    same_run   whether a run that goes on must have the value it began with
     """
-    return dataclasses.field(default=default, metadata={
-        "group": group, "text": text, "tiny": default if tiny is None else tiny,
-        "permitted": permitted, "choices": tuple(choices) or None, "only": only,
-        "same_run": same_run, "metavar": metavar,
-    })  # fmt: skip
+    about = {"group": group, "text": text, "tiny": default if tiny is None else tiny, "only": only,
+             "permitted": permitted, "choices": choices, "same_run": same_run, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=about)
 
 
 MOST = partial(flag, "what most runs need")
@@ -109,9 +98,9 @@ class Flags:
                       "weights, --model may be a config.json; exit 1 if they do not fit",
                       same_run=False)
 
-    task: str = DATA("denoising", "built-in data, used without --train", choices=tasks.TASKS)
+    task: str = DATA("denoising", "built-in data, used without --train", choices=tuple(tasks.TASKS))
     template: str = DATA("alpaca", "how a conversation becomes text", tiny="plain",
-                         choices=templates.TEMPLATES)
+                         choices=tuple(templates.TEMPLATES))
     max_length: int = DATA(512, "tokens at which a sample is cut", tiny=64, permitted=COUNT)
     drop_overlap: bool = DATA(False, "remove training records that are validation or test records")
 
@@ -186,7 +175,6 @@ class Flags:
 HARMLESS = {f.name for f in dataclasses.fields(Flags) if not f.metadata["same_run"]}
 
 
-
 class Parser(argparse.ArgumentParser):
     """Refuses a flag in one line; the usage is for --help."""
 
@@ -222,7 +210,7 @@ def parse(argv: list[str] | None) -> Flags:
     about += "-finetune" * (stub.mode == "finetune")
     out = values["out"] or Path(f"runs/{about}-seed{values['seed']}")
     if values["resume"] == "never":
-        out = first_free_name(out, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
+        out = first_free_name(out)
     return Flags(**values | {"out": out})
 
 
@@ -231,8 +219,8 @@ def reading(hint: type, f: dataclasses.Field) -> dict:
     kind = next(t for t in get_args(hint) or (hint,) if t is not types.NoneType)
     if kind is bool:
         return {"action": "store_true"}
-    shared = {"metavar": f.metadata["metavar"], "choices": f.metadata["choices"]}
-    return shared | ({"nargs": "+", "action": "extend"} if kind is list else {"type": kind})
+    how = {"nargs": "+", "action": "extend"} if kind is list else {"type": kind}
+    return how | {key: f.metadata[key] for key in ("metavar", "choices")}
 
 
 def help_of(f: dataclasses.Field) -> str:
@@ -296,16 +284,16 @@ def check_flags(flags: Flags, world: int) -> list[str]:
     return problems
 
 
-def first_free_name(out: Path, restarted: bool) -> Path:
-    """The first of out, out-2, ... that does not exist, or after a restart that this run made."""
+def first_free_name(out: Path) -> Path:
+    """The first of out, out-2, ... that does not exist, or that this run made before torchrun
+    started its ranks anew."""
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    paths = itertools.chain([out], (out.with_name(f"{out.name}-{n}") for n in itertools.count(2)))
 
-    def ours(path: Path) -> bool:
-        lock = path / LOCK
+    def ours(lock: Path) -> bool:
         return restarted and lock.exists() and lock.read_text() == launcher()
 
-    others = (out.with_name(f"{out.name}-{n}") for n in itertools.count(2))
-    paths = itertools.chain([out], others)
-    return next(path for path in paths if not os.path.exists(path) or ours(path))
+    return next(path for path in paths if not os.path.exists(path) or ours(path / LOCK))
 
 
 def launcher() -> str:

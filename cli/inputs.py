@@ -73,10 +73,9 @@ class Inputs:
         return named | {name: dataset for name, dataset in held.items() if dataset}
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest sample that is trained or validated on."""
-        used = [*(self.mixture or self.sources).values(), *([self.val] if self.val else [])]
-        return max(int(d.lengths.max()) for d in used)
+    def used(self) -> dict[str, data.Dataset]:
+        """What is trained on: the sources, or what is drawn from them."""
+        return self.sources if self.mixture is None else self.mixture
 
 
 def prepare(flags: Flags, world: int) -> Inputs:
@@ -88,8 +87,7 @@ def prepare(flags: Flags, world: int) -> Inputs:
             weights = source_weights(flags)
     with problems.collecting():
         config, checkpoint, tok = open_model(flags)
-        for problem in check_fit(flags, config, tok):
-            problems.add(problem)
+        check_fit(flags, config, tok)
     with problems.collecting():  # where something is wrong, records are only checked, not tokenised
         named = open_data(flags, None if problems.count else tok)
     problems.raise_if_any()
@@ -113,8 +111,7 @@ def plan_inputs(flags: Flags) -> ModelConfig:
     problems = Problems(check_flags(flags, max(1, flags.gpus)))
     with problems.collecting():
         config = read_config(flags.model)
-        for problem in check_sizes(flags, config):
-            problems.add(problem)
+        check_fit(flags, config)
     problems.raise_if_any()
     return config
 
@@ -139,31 +136,22 @@ def read_config(name: str) -> ModelConfig:
     return pretrained.load_config(pretrained.find_checkpoint(name, weights=False))
 
 
-def check_fit(flags: Flags, config: ModelConfig, tok) -> list[str]:
-    """Flags and tokenizer against the model."""
-    problems = check_sizes(flags, config)
-    if tok.n_vocab > config.vocab:
-        problems.append(
-            f"--model {flags.model}: the tokenizer has {tok.n_vocab} ids, "
-            f"the embedding only {config.vocab} rows"
-        )
-    try:
-        templates.stop_ids(tok, flags.template)
-    except ValueError as error:
-        problems.append(f"--template {flags.template}: {error}")
-    return problems
-
-
-def check_sizes(flags: Flags, config: ModelConfig) -> list[str]:
-    """Flags against the model."""
-    sizes = (
-        ("max_length", config.max_positions, "positions"),
-        ("lisa_layers", config.n_layers, "blocks"),
-    )
-    return [
-        f"{spelt(name)} {getattr(flags, name)}: the model has {n} {what}"
-        for name, n, what in sizes if getattr(flags, name) > n
-    ]  # fmt: skip
+def check_fit(flags: Flags, config: ModelConfig, tok: tokenizer.Tokenizer | None = None) -> None:
+    """Flags and tokenizer against the model. ValueError, a line for each that does not fit."""
+    problems = Problems()
+    for name, n, what in (("max_length", config.max_positions, "positions"),
+                          ("lisa_layers", config.n_layers, "blocks")):  # fmt: skip
+        if getattr(flags, name) > n:
+            problems.add(f"{spelt(name)} {getattr(flags, name)}: the model has {n} {what}")
+    if tok and tok.n_vocab > config.vocab:
+        problems.add(f"--model {flags.model}: the tokenizer has {tok.n_vocab} ids, the embedding "
+                     f"only {config.vocab} rows")  # fmt: skip
+    if tok:
+        try:
+            templates.stop_ids(tok, flags.template)
+        except ValueError as error:
+            problems.add(f"--template {flags.template}: {error}")
+    problems.raise_if_any()
 
 
 def check_space(flags: Flags, config: ModelConfig) -> list[str]:
@@ -197,25 +185,19 @@ def open_data(flags: Flags, tok: tokenizer.Tokenizer | None) -> dict[str, data.D
     with problems.collecting():
         paths = {f"train {name}": path for name, path in source_paths(flags.train).items()}
     paths |= {k: Path(v) for k, v in (("val", flags.val), ("test", flags.test)) if v}
-    for held in {"val", "test"} & paths.keys():
-        for name, path in paths.items():
-            source = name.removeprefix("train ")
-            if name != source and same_contents(path, paths[held]):
-                problems.add(f"--{held} {paths[held]} is the same file as --train {source}")
-    for path_name, path in paths.items():
+    for held, (name, path) in itertools.product({"val", "test"} & paths.keys(), paths.items()):
+        there = path.is_file() and paths[held].is_file()
+        if name.startswith("train ") and there and filecmp.cmp(path, paths[held], shallow=False):
+            problems.add(f"--{held} {paths[held]} is the same file as --{name}")
+    for name, path in paths.items():
         with problems.collecting():
             if tok is None:
                 read_records(path)
             else:
-                datasets[path_name] = data.load_dataset(
-                    path, tok, flags.template, flags.max_length, cache_dir()
-                )
+                settings = tok, flags.template, flags.max_length, cache_dir()
+                datasets[name] = data.load_dataset(path, *settings)
     problems.raise_if_any()
     return datasets
-
-
-def same_contents(a: Path, b: Path) -> bool:
-    return a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False)
 
 
 def describe(flags: Flags, inputs: Inputs) -> None:
@@ -235,11 +217,11 @@ def describe(flags: Flags, inputs: Inputs) -> None:
     for (a, one), (b, other) in itertools.combinations(inputs.sources.items(), 2):
         if one.sha256 == other.sha256:
             notes.append(f"{a} and {b} are the same records")
-    for held in [name for name in ("val", "test") if name in inputs.all]:
-        for name, source in inputs.sources.items():
-            shared = data.overlap(source, inputs.all[held])
-            if not shared.any():
-                continue
+    held_out = [(what, inputs.all[what]) for what in ("val", "test") if what in inputs.all]
+    for (held, other), name in itertools.product(held_out, list(inputs.sources)):
+        source = inputs.sources[name]
+        shared = data.overlap(source, other)
+        if shared.any():
             which = ", ".join(map(str, source.numbers[shared][:5]))
             which += ", …" if shared.sum() > 5 else ""
             notes.append(f"{shared.sum()} records of {name} are {held} records too "
@@ -277,10 +259,6 @@ def draw_mixture(flags: Flags, inputs: Inputs, weights: dict | None) -> None:
 
 def record(flags: Flags, inputs: Inputs) -> dict:
     """config.json: everything that decides what the run computes, and where it ran."""
-    files = {
-        name: {"path": str(d.path), "samples": len(d), "sha256": d.sha256, "dropped": d.dropped}
-        for name, d in inputs.all.items()
-    }
     drawn = None
     if inputs.mixture is not None:
         drawn = {
@@ -288,15 +266,22 @@ def record(flags: Flags, inputs: Inputs) -> dict:
             for name, p in inputs.weights.items()
         }
     return {
-        "flags": as_json(flags), "data": files, "tokenizer": inputs.tokenizer.fingerprint,
+        "flags": as_json(flags), "data": about(inputs.all), "tokenizer": inputs.tokenizer.fingerprint,
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         "world_size": int(os.environ.get("WORLD_SIZE", 1)), "mixture": drawn,
     }  # fmt: skip
 
 
+def about(datasets: dict[str, data.Dataset]) -> dict[str, dict]:
+    """What the files of a run say of data."""
+    return {
+        name: {"path": str(d.path), "samples": len(d), "sha256": d.sha256, "dropped": d.dropped}
+        for name, d in datasets.items()
+    }
+
+
 def identity(record: dict) -> dict[str, object]:
-    """What of a record must stay the same in a run that goes on, each under the name by which a
-    user knows it."""
+    """What of a record must stay the same in a run that goes on, by the names that a user knows."""
     shares = record.get("mixture") or {}
     decide = {name: v for name, v in record["flags"].items() if name not in HARMLESS}
     return {
