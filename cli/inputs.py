@@ -266,10 +266,13 @@ def record(flags: Flags, inputs: Inputs) -> dict:
             for name, p in inputs.weights.items()
         }
     return {
-        "flags": as_json(flags), "data": about(inputs.all), "tokenizer": inputs.tokenizer.fingerprint,
+        "flags": as_json(flags),
+        "data": about(inputs.all),
+        "tokenizer": inputs.tokenizer.fingerprint,
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-        "world_size": int(os.environ.get("WORLD_SIZE", 1)), "mixture": drawn,
-    }  # fmt: skip
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "mixture": drawn,
+    }
 
 
 def about(datasets: dict[str, data.Dataset]) -> dict[str, dict]:
