@@ -32,6 +32,7 @@ Shapes: S sources, b samples of one micro-batch.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,24 +44,41 @@ from torch.distributed.tensor import DTensor
 
 
 class SourceWeights(nn.Module):
-    """p = softmax(λ) and Adam on λ. Starts uniform.
+    """p = softmax(λ) and Adam on λ, which `z` keeps from walking on noise. Starts uniform.
+
+    The errors of the gaps are known in every step (see PenaltyStep), hence those of g_λ. Summed up
+    with a memory of some 100 steps, the gradient of one λ_k and its variance are A = Σ β^(t−s) g_s
+    and B = Σ β^(2(t−s)) Var(g_s): if source k were no different from the others, A would have mean 0
+    and variance B. λ_k makes the share 1 − z² B / A² of Adam's step, and none where A is within z
+    standard errors √B of 0. (For z = 1 this is the positive part of the factor by which the mean
+    squared error of an estimate A of its own mean is least, with A² for that mean's square; a larger
+    z keeps a source that does not differ from being taken for one that does.)
+    Differs from the paper: there Adam makes a step of full length whatever the error; so it does here
+    with z = 0.
 
     To weight something else (single samples, features of a sample), replace this class by any
     module with `probs() -> (S,)`, differentiable in its parameters, and `update`.
     """
 
-    def __init__(self, n_sources: int, dtype: torch.dtype = torch.float32, lr: float = 1e-2):
+    memory = 0.99  # β
+
+    def __init__(
+        self, n_sources: int, dtype: torch.dtype = torch.float32, lr: float = 1e-2, z: float = 0.0
+    ):
         super().__init__()
         self.lam = nn.Parameter(torch.zeros(n_sources, dtype=dtype))
-        self.lr = lr
+        self.lr, self.z = lr, z
+        # A and B above, and the variance that noise has given λ so far.
+        self.register_buffer("evidence", torch.zeros(3, n_sources, dtype=dtype))
         self.reset_optimizer()
 
     def reset_optimizer(self) -> None:
-        """Forget Adam's moments, as when alpha changes the scale of g_λ.
+        """Forget Adam's moments, as when alpha changes the scale of g_λ, and A and B with them.
 
         Differs from the paper's code: no weight decay, which would pull p towards uniform.
         """
         self.opt = torch.optim.Adam([self.lam], lr=self.lr, betas=(0.9, 0.999), eps=1e-8)
+        self.evidence[:2] = 0
 
     def set_rate(self, factor: float) -> float:
         """Let Adam step with `factor` times the learning rate; returns that."""
@@ -77,11 +95,37 @@ class SourceWeights(nn.Module):
     def probs(self) -> Tensor:
         return self.lam.softmax(0)  # (S,)
 
-    def update(self, gap: Tensor) -> None:
-        """λ ← Adam(λ, Jᵀ gap), for gap = ∂(penalty)/∂p = α (ℓ(w) − ℓ(u)), (S,)."""
-        self.opt.zero_grad()
-        self.probs().backward(gap)
+    def jacobian(self) -> Tensor:
+        """J = ∂p/∂λ, (S, S)."""
+        p = self.probs()
+        eye = torch.eye(len(p), dtype=p.dtype)
+        return torch.autograd.grad(p, self.lam, eye, is_grads_batched=True)[0]
+
+    def update(self, gap: Tensor, variance: Tensor) -> None:
+        """λ ← Adam(λ, Jᵀ gap), for gap = ∂(penalty)/∂p = α (ℓ(w) − ℓ(u)), (S,), known up to errors
+        of this variance, (S,)."""
+        if self.z == 0:
+            self.opt.zero_grad()
+            self.probs().backward(gap)
+            self.opt.step()
+            return
+        jac = self.jacobian()
+        self.lam.grad, noise = gap @ jac, variance @ jac.square()  # (S,)
+        decay = self.evidence.new_tensor([self.memory, self.memory**2])[:, None]
+        self.evidence[:2] = decay * self.evidence[:2] + torch.stack([self.lam.grad, noise])
+        before = self.lam.detach().clone()
         self.opt.step()
+        with torch.no_grad():
+            self.lam.copy_(before.lerp(self.lam, self.trust()))
+
+    def trust(self) -> Tensor:
+        """Which share of Adam's step each λ makes, (S,)."""
+        a2, b = self.evidence[0].square(), self.evidence[1]
+        return torch.where(a2 > self.z**2 * b, 1 - self.z**2 * b / a2.clamp(min=1e-300), 0)
+
+    def snr(self) -> Tensor:
+        """How many standard errors each source's gradient is from 0, (S,)."""
+        return self.evidence[0].abs() / self.evidence[1].sqrt().clamp(min=1e-300)
 
 
 @dataclass
@@ -96,6 +140,78 @@ class StepStats:
     grad_norm_u: float | None = None
     val_loss: float | None = None
     weights: Tensor | None = None  # (S,), p after the step
+    gap: Tensor | None = None  # (S,), mean δ of each source's samples, NaN where absent
+    gap_variance: Tensor | None = None  # (S,), of that mean
+
+
+class Slopes:
+    """Each sample's derivative ⟨∇ℓ_j(θ), d⟩ along d, had from a backward pass that is made anyway.
+
+    A layer y = f(x; θ) that is linear in its parameters would change by f(x; d) if they moved by d.
+    So the derivative of sample j is the sum over the layers that train of ⟨∂ℓ_j/∂y, f(x; d)⟩ over
+    those rows of y that are j's. It costs what the forward of these layers costs, and no memory.
+
+    module        row n of a layer's output belongs to sample n of the micro-batch, or to sample
+                  module.row_samples[number of rows][n]
+    direction     parameter -> d, of its shape and dtype
+    """
+
+    def __init__(self, module: nn.Module, direction: Callable[[Tensor], Tensor]):
+        self.module, self.direction = module, direction
+        self.n_samples = 0  # of the micro-batch at work; 0: nothing is watched
+        self.total: Tensor | float = 0.0
+        for layer in module.modules():
+            if hasattr(layer, "slopes"):
+                layer.slopes = self  # not linear in its parameters: it adds its rows by itself
+            elif any(p is not None for p in layer._parameters.values()):
+                layer.register_forward_hook(self._watch)
+
+    def of(self, layer: nn.Module) -> dict[str, Tensor | None] | None:
+        """d of the layer's own parameters; None where they are not watched or do not train."""
+        own = layer._parameters.items()
+        if self.n_samples and any(p is not None and p.requires_grad for _, p in own):
+            return {name: None if p is None else self.direction(p) for name, p in own}
+        return None
+
+    def add(self, rows: Tensor) -> None:
+        """Add what each row of a layer's output contributes, (n,)."""
+        owner = getattr(self.module, "row_samples", {}).get(len(rows))
+        if owner is not None:
+            # A masked sum, not a scatter: the same bits each time on every device.
+            mine = torch.arange(self.n_samples, device=rows.device)[:, None] == owner
+            rows = torch.where(mine, rows, 0).sum(1)  # (b,)
+        self.total = self.total + rows
+
+    def take(self) -> Tensor:
+        """The slopes of the micro-batch whose backward is through, (b,)."""
+        total, self.total = self.total, 0.0
+        return total
+
+    def _watch(self, layer: nn.Module, x: tuple, y: Tensor) -> Tensor:
+        trains = any(p is not None and p.requires_grad for p in layer._parameters.values())
+        return Watched.apply(y, self, layer, *x) if self.n_samples and trains else y
+
+
+class Watched(torch.autograd.Function):
+    """A layer's output y, (n, …), as it is; backward tells `slopes` ⟨∂loss/∂y, f(x; d)⟩ of each row.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, slopes: Slopes, layer: nn.Module, *x: Tensor) -> Tensor:
+        ctx.slopes, ctx.layer = slopes, layer
+        ctx.save_for_backward(*x)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        moved = copy.copy(ctx.layer)  # shares all but what is replaced here
+        moved._parameters = ctx.slopes.of(ctx.layer)
+        moved._modules = dict.fromkeys(moved._modules)  # which have parameters of their own
+        moved.offset = 0
+        change = moved.forward(*ctx.saved_tensors)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        ctx.slopes.add((grad.to(wide) * change).flatten(1).sum(1))
+        return grad, *[None] * (2 + len(ctx.saved_tensors))
 
 
 class Totals(NamedTuple):
@@ -133,24 +249,30 @@ class Step:
     def load_state_dict(self, state: dict) -> None:
         """Take over what `state_dict` gave."""
 
-    def _backward(self, model: nn.Module, batches: list, coef: Tensor) -> Tensor:
-        """Gradients of Σ_j coef[group_j] ℓ_j over all ranks; returns the local Σ ℓ_j by group."""
+    def _backward(
+        self, model: nn.Module, train: list, val: list, coef: Tensor, slopes: Slopes | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of Σ_j coef[group_j] ℓ_j over all ranks. Returns the local Σ ℓ_j by group, and
+        of each training micro-batch its samples' ℓ_j, or their slopes, (b,)."""
         world = dist.get_world_size() if dist.is_initialized() else 1
-        sums = None
-        for i, batch in enumerate(batches):
-            self.on_micro(model, i == len(batches) - 1)
+        sums, of_samples = None, []
+        for i, batch in enumerate([*train, *val]):
+            self.on_micro(model, i == len(train) + len(val) - 1)
+            if slopes is not None:
+                slopes.n_samples = len(batch.group) if i < len(train) else 0
             losses = self.losses(model, batch)  # (b,)
             group = batch.group.to(losses.device)
             if sums is None:
                 # FSDP and DDP average gradients over the ranks; the objective is their sum.
                 scale = (coef * world).to(losses.device, non_blocking=True)
-                groups = torch.arange(len(coef), device=losses.device)[:, None]
                 sums = torch.zeros_like(scale)
             (scale[group] * losses).sum().backward()
-            # A masked sum, not a scatter: the same bits each time on every device, so that the gap
-            # of two equal copies is exactly zero.
-            sums += torch.where(groups == group, losses.detach(), 0).sum(1)  # (S + 1,)
-        return sums
+            sums += by_group(losses.detach(), group, len(coef))  # (S + 1,)
+            taken = losses.detach() if slopes is None else slopes.take() / scale[group]
+            of_samples.append(taken)
+        if slopes is not None:
+            slopes.n_samples = 0
+        return sums, of_samples[: len(train)]
 
     def _over_all_ranks(self, sums: Tensor, opts: list, stop: bool) -> Totals:
         """Add up this rank's `sums`, (n,), its gradients' squares and its wish to stop with those
@@ -168,6 +290,14 @@ class Step:
         if self.clip and norm > self.clip:
             torch._foreach_mul_(_local_grads(opt), self.clip / norm)
         opt.step()
+
+
+def by_group(values: Tensor, group: Tensor, n_groups: int) -> Tensor:
+    """Sums of values (b,) over each group, (n_groups,)."""
+    # A masked sum, not a scatter: the same bits each time on every device, so that the gap of two
+    # equal copies is exactly zero.
+    groups = torch.arange(n_groups, device=values.device)[:, None]
+    return torch.where(groups == group, values, 0).sum(1)
 
 
 def sample_losses(model: nn.Module, batch) -> Tensor:
@@ -198,6 +328,9 @@ class PenaltyStep(Step):
     alpha       penalty multiplier; g_λ has a bias of O(1/alpha) once w and u have converged
     losses      (module, micro-batch) -> losses of its samples, (b,)
     clip        largest norm of g_w / alpha and of g_u / alpha; 0 = off
+    gap         "difference": δ_j = ℓ_j(w) − ℓ_j(u), as in the paper; "slopes", see Slopes:
+                δ_j = ½ ⟨∇ℓ_j(u) + ∇ℓ_j(w), w − u⟩ over what trains
+    direction   (parameter of w, that of u) -> w − u as exactly as it is known
     on_micro    called with (module, is it the pass's last) before each micro-batch: a sharded
                 module can put off its reduction of gradients
     """
@@ -212,9 +345,16 @@ class PenaltyStep(Step):
         alpha: float,
         losses: Callable[..., Tensor] = sample_losses,
         clip: float = 0.0,
+        gap: str = "difference",
+        direction: Callable[[Tensor, Tensor], Tensor] = lambda w, u: w.detach() - u.detach(),
         on_micro: Callable[[nn.Module, bool], None] = lambda model, last: None,
     ):
         super().__init__({"w": (w, opt_w), "u": (u, opt_u)}, losses, clip, on_micro)
+        self.slopes_u = self.slopes_w = None
+        if gap == "slopes":
+            pairs = list(zip(w.parameters(), u.parameters(), strict=True))
+            both = {p: pair for pair in pairs for p in pair}
+            self.slopes_u, self.slopes_w = (Slopes(m, lambda p: direction(*both[p])) for m in (u, w))
         self.w, self.u, self.opt_w, self.opt_u = w, u, opt_w, opt_u
         self.sources, self.alpha = sources, alpha
 
@@ -251,27 +391,44 @@ class PenaltyStep(Step):
 
         # What is back-propagated is Σ_j coef[group_j] ℓ_j = L2 + L1 / α, that is g / α.
         coef = torch.cat([probs / (coverage * n[:-1].clamp(min=1)), 1 / (self.alpha * n[-1:])])
-        sum_u = self._backward(self.u, train, coef)
-        sum_w = self._backward(self.w, [*train, *val], coef)
+        sum_u, of_u = self._backward(self.u, train, [], coef, self.slopes_u)
+        sum_w, of_w = self._backward(self.w, train, val, coef, self.slopes_w)
+        gaps = sum(self._gap_sums(*x, n_sources) for x in zip(train, of_u, of_w, strict=True))
 
-        sums = torch.cat([sum_u[:-1], sum_w])  # (2S + 1,)
+        sums = torch.cat([sum_u[:-1], sum_w, gaps.flatten().to(sum_w)])  # (4S + 1,)
         total = self._over_all_ranks(sums, [self.opt_u, self.opt_w], stop)
-        sum_u, sum_w = total.sums.to(probs).split([n_sources, n_sources + 1])
+        sum_u, sum_w, gaps = total.sums.to(probs).split([n_sources, n_sources + 1, 2 * n_sources])
         norm_u, norm_w = total.norms
 
         loss_u, loss_w = sum_u / n[:-1], sum_w[:-1] / n[:-1]  # 0 / 0 = NaN where absent
+        gap, variance = gaps_and_variances(*gaps.view(2, -1), n[:-1])
         if total.finite:
             self._update(self.opt_w, norm_w)  # w first: one move less where copies take turns
             self._update(self.opt_u, norm_u)
-            gap = torch.where(present, (loss_w - loss_u) / coverage, 0)
-            self.sources.update(self.alpha * gap)
+            scale = torch.where(present, self.alpha / coverage, 0)
+            self.sources.update(*(torch.nan_to_num(x) for x in (scale * gap, scale**2 * variance)))
         self.opt_u.zero_grad()
         self.opt_w.zero_grad()
-        val_loss = (sum_w[-1] / n[-1]).item()
-        weights = self.sources.probs().detach()
         return StepStats(
-            loss_w, norm_w, total.finite, total.stop, loss_u, norm_u, val_loss, weights
-        )
+            loss_w, norm_w, total.finite, total.stop, loss_u, norm_u, (sum_w[-1] / n[-1]).item(),
+            self.sources.probs().detach(), gap, variance,
+        )  # fmt: skip
+
+    def _gap_sums(self, batch, of_u: Tensor, of_w: Tensor, n_sources: int) -> Tensor:
+        """Σ δ_j and Σ δ_j² over the samples of each source in a micro-batch, (2, S)."""
+        delta = of_w - of_u if self.slopes_u is None else (of_u + of_w) / 2
+        group = batch.group.to(delta.device)
+        return torch.stack([by_group(x, group, n_sources) for x in (delta, delta.square())])
+
+
+def gaps_and_variances(sums: Tensor, squares: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of each source's δ_j, and the variance of that mean, from Σ δ_j, Σ δ_j² and counts, (S,).
+
+    A source of one sample has no variance of its own: it gets the mean of δ² over the whole batch.
+    """
+    gap = sums / n
+    within = (squares - n * gap.square()).clamp(min=0) / (n - 1).clamp(min=1)
+    return gap, torch.where(n > 1, within, squares.sum() / n.sum()) / n
 
 
 class PlainStep(Step):
@@ -299,7 +456,7 @@ class PlainStep(Step):
         n = counts.to(wide)
         coef = torch.full_like(n, 1 / n.sum())  # (S + 1,)
         coef[-1] = 0  # where the fillers' group -1 points
-        sums = self._backward(self.w, train, coef)
+        sums, _ = self._backward(self.w, train, [], coef)
         total = self._over_all_ranks(sums, [self.opt_w], stop)
         (norm,) = total.norms
         if total.finite:

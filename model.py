@@ -74,8 +74,10 @@ def dtype_of(flag: str, device_type: str) -> torch.dtype:
 class RMSNormPlusOne(nn.RMSNorm):
     """Gemma's RMSNorm multiplies by 1 + weight, in fp32: near 1, bf16 has steps of 1/128."""
 
+    offset = 1
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = 1 + self.weight.to(wide(x.dtype))
+        weight = self.offset + self.weight.to(wide(x.dtype))
         return F.rms_norm(x.to(weight.dtype), self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
@@ -156,6 +158,13 @@ class Rows(NamedTuple):
         gives the same bits in any order."""
         x = x.flatten(0, 1)
         return x if self.index is None else x.index_select(0, self.index)
+
+    def samples(self, device: torch.device) -> Tensor:
+        """(P,): the sample that each row belongs to."""
+        index = self.index
+        if index is None:
+            index = torch.arange(math.prod(self.shape), device=device)
+        return index // self.shape[1]
 
     def grid(self, x: Tensor) -> Tensor:
         """The opposite, (P, …) -> (B, T, …), zero at all other positions."""
@@ -291,7 +300,7 @@ class TokenLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float | None, n: int):
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float | None, n: int, head):
         """x (M, D), targets (M,), n chunks -> (M,)."""
         padded, losses = TokenLosses.padded(weight), []
         for h, t in zip(x.tensor_split(n), targets.tensor_split(n), strict=True):
@@ -299,7 +308,7 @@ class TokenLosses(torch.autograd.Function):
             y = TokenLosses.logits(h, padded, cap, len(weight))
             losses.append(F.cross_entropy(y, t, reduction="none"))
         ctx.save_for_backward(x, weight, targets, *([y] if n == 1 else []))
-        ctx.cap, ctx.n = cap, n
+        ctx.cap, ctx.n, ctx.head = cap, n, head
         return torch.cat(losses)
 
     @staticmethod
@@ -308,7 +317,8 @@ class TokenLosses(torch.autograd.Function):
         x, weight, targets, *made = ctx.saved_tensors
         padded = TokenLosses.padded(weight)
         chunks = (t.tensor_split(ctx.n) for t in (x, targets, grad[:, None]))
-        dx, dw, d = [], None, None
+        dx, dw, d, slopes = [], None, None, []
+        moved = ctx.head.slopes and ctx.head.slopes.of(ctx.head)
         for h, t, g in zip(*chunks, strict=True):  # (m, D), (m,), (m, 1)
             del d  # the last chunk's
             y = made.pop() if made else TokenLosses.logits(h, padded, ctx.cap, len(weight))
@@ -317,6 +327,8 @@ class TokenLosses(torch.autograd.Function):
                 d.addcmul_(d * y, y, value=-1 / ctx.cap**2)
             del y
             d = d.to(x.dtype)  # (m, V')
+            if moved:  # ⟨∂loss/∂z, h dᵀ⟩
+                slopes.append((g * h * (d[:, : len(weight)] @ moved["weight"])).sum(1))
             if ctx.needs_input_grad[0]:
                 dx.append((g * (d @ padded)).to(x.dtype))
             if ctx.needs_input_grad[1]:
@@ -325,7 +337,9 @@ class TokenLosses(torch.autograd.Function):
         if dw is not None:
             # Not dw[:V]: a tied embedding's gradient can be added in place to no view.
             dw.resize_(weight.shape)
-        return torch.cat(dx) if dx else None, dw, None, None, None
+        if moved:
+            ctx.head.slopes.add(torch.cat(slopes))
+        return torch.cat(dx) if dx else None, dw, None, None, None, None
 
     @staticmethod
     def padded(weight: Tensor) -> Tensor:
@@ -356,6 +370,7 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(c.vocab, c.width))
         self.cap = c.logit_cap
+        self.slopes = None  # see bilevel.Slopes: the loss is not linear in the weight
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """x (…, D) -> logits (…, V), or x (M, D) with targets (M,) -> losses (M,)."""
@@ -366,7 +381,7 @@ class Head(nn.Module):
         n, n_bytes = 1, 4 * len(x) * len(self.weight)
         if n_bytes > self.logits_bytes:
             n = min(math.ceil(4 * n_bytes / self.logits_bytes), len(x))
-        return TokenLosses.apply(x, self.weight, targets, self.cap, n)
+        return TokenLosses.apply(x, self.weight, targets, self.cap, n, self)
 
 
 class Predictions:
@@ -459,6 +474,7 @@ class Transformer(nn.Module):
         elif last is not None:
             keep = torch.arange(B, device=tokens.device) * T + last
             out = Rows((B, T), keep)
+        self.row_samples = {len(s): s for s in (rows.samples(tokens.device), out.samples(tokens.device))}
         masks = {}
         for window in set(c.windows):
             free = cache is None and c.score_cap is None and (window is None or window >= T)

@@ -129,6 +129,26 @@ def shard(model: Transformer, device: torch.device, keep_gathered: bool) -> None
     fully_shard(model, **rules)
 
 
+def differences(w: nn.Module, u: nn.Module, opt_w, opt_u) -> Callable[[Tensor, Tensor], Tensor]:
+    """(parameter of w, that of u) -> w − u of their masters, in the parameters' dtype and whole.
+
+    Collective: every rank calls it, for the same parameters in the same order.
+    """
+
+    def difference(p_w: Tensor, p_u: Tensor) -> Tensor:
+        a = current_values(w, opt_w.masters.get(p_w, p_w))
+        b = current_values(u, opt_u.masters.get(p_u, p_u))
+        here = p_w.device  # a copy that waits is on the host
+        d = (local(a).to(here) - local(b).to(here)).to(p_w.dtype)
+        if not isinstance(p_w, DTensor):
+            return d
+        like = {"shape": p_w.shape, "stride": p_w.stride()}
+        mesh, cut = p_w.device_mesh, p_w.placements
+        return DTensor.from_local(d, mesh, cut, run_check=False, **like).full_tensor()
+
+    return difference
+
+
 def build(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, offload: Offload | None = None
 ) -> Transformer:

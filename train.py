@@ -42,6 +42,11 @@ from model import Transformer, dtype_of, random_weights, read_tensors
 from sources import mixture
 
 
+# How far λ_k can go in a run, at Adam's full speed: two weights that start equal can end at a ratio
+# of exp(2 REACH).
+REACH = float(os.environ.get("REACH", 8.0))
+
+
 def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
     """Factor on all three learning rates: up over the warm-up, then as the schedule says."""
     rise = math.ceil(warmup * total)
@@ -51,6 +56,14 @@ def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
     return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
         schedule
     ]
+
+
+def lambda_rate(flags: Flags, total: int) -> float:
+    """--lr-lambda; where that is auto, the rate at which Adam can move a logit by REACH in all."""
+    if flags.lr_lambda is not None:
+        return flags.lr_lambda
+    mean = (1 - flags.warmup / 2) if flags.schedule == "constant" else 0.5  # of the factors
+    return REACH / (mean * total)
 
 
 class Failed(Exception):
@@ -107,7 +120,8 @@ def make_trainer(flags: Flags, inputs: Inputs, device: torch.device) -> Trainer:
     opt_w = make_lisa(flags, w, flags.lr_w, 0)
     opt_u = make_lisa(flags, u, flags.lr_u, int(flags.lisa_coupling == "independent"))
     wide = torch.promote_types(next(w.parameters()).dtype, torch.float32)
-    sources = SourceWeights(len(inputs.sources), wide, flags.lr_lambda)
+    sources = SourceWeights(len(inputs.sources), wide, z=flags.lambda_z)
+    rest |= {"gap": flags.gap, "direction": shard.differences(w, u, opt_w, opt_u)}
     return PenaltyStep(w, u, opt_w, opt_u, sources, flags.alpha, **rest)
 
 
@@ -131,6 +145,8 @@ def train(
     batches = make_batches(flags, inputs)
     per_round = flags.steps or math.ceil(flags.epochs * batches.steps_per_epoch)
     total = (flags.outer_rounds or 1) * per_round
+    if flags.mode == "bilevel":
+        trainer.sources.lr = lambda_rate(flags, total)
     start, origin = resume(flags, trainer)
     learned = flags.mode == "bilevel" and {"model": flags.model, "sources": about(inputs.sources)}
     log = report.Log(flags.out, learned or None, start, total, dist.get_rank() == 0, origin)

@@ -115,8 +115,15 @@ class Flags:
     outer_rounds: int = STEP(1, "rounds of --epochs or --steps", permitted=COUNT, only="bilevel")
     lr_w: float = STEP(1e-5, "learning rate of w", tiny=1e-3, permitted=RATE)
     lr_u: float = STEP(1e-5, "learning rate of u", tiny=1e-3, permitted=RATE, only="bilevel")
-    lr_lambda: float = STEP(1e-2, "learning rate of the source weights' logits", tiny=0.2,
-                            permitted=RATE, only="bilevel")
+    lr_lambda: float | None = STEP(None, "learning rate of the source weights' logits; auto: such "
+                                   "that each can move by 8 in the whole run [auto]",
+                                   permitted=RATE, only="bilevel", metavar="auto|RATE")
+    gap: str = STEP("difference", "how the gap of a source between w and u is had: from slopes, "
+                    "which bf16 does not drown, or as the difference of losses",
+                    choices=("slopes", "difference"), only="bilevel")
+    lambda_z: float = STEP(3.0, "standard errors that a source's gradient must be from 0 for its "
+                           "weight to move; 0: Adam steps whatever the error, as in the paper",
+                           permitted=RATE, only="bilevel")
     warmup: float = STEP(0.03, "share of all steps in which learning rates rise", permitted=SHARE)
     schedule: str = STEP("cosine", "what follows the warm-up",
                          choices=("cosine", "linear", "constant"))
@@ -220,6 +227,8 @@ def reading(hint: type, f: dataclasses.Field) -> dict:
     if kind is bool:
         return {"action": "store_true"}
     how = {"nargs": "+", "action": "extend"} if kind is list else {"type": kind}
+    if f.metadata["metavar"] == "auto|RATE":
+        how = {"type": lambda text: None if text == "auto" else float(text)}
     return how | {key: f.metadata[key] for key in ("metavar", "choices")}
 
 

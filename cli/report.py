@@ -132,6 +132,8 @@ def row(step: int, stats: StepStats, counts: Tensor, names: list[str]) -> dict:
         "source_loss_u": by_name(names, stats.source_loss_u),
         "grad_norm_u": finite(stats.grad_norm_u),
         "weights": by_name(names, stats.weights),
+        "gap": by_name(names, stats.gap),
+        "gap_se": by_name(names, stats.gap_variance.sqrt()),
     }
 
 
