@@ -16,7 +16,16 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from hf.tokenizer import EOS, Encoded, Segment, Tokenizer, Turns, byte_spec, read_settings
+from hf.tokenizer import (
+    EOS,
+    Encoded,
+    Segment,
+    Tokenizer,
+    Turns,
+    byte_spec,
+    concatenate,
+    read_settings,
+)
 
 CONTROL = re.compile(r"(<\|?\w+\|?>)")  # a control token within a template's own strings
 
@@ -107,10 +116,6 @@ def _fit(style: Template, turns: Turns) -> Turns:
     return out
 
 
-def _is_text(segment: Segment) -> bool:
-    return isinstance(segment[0], str)
-
-
 def encode_conversations(
     tokenizer: Tokenizer, template: str, conversations: list[Turns],
     max_length: int | None = None, prompt: bool = False,
@@ -121,18 +126,17 @@ def encode_conversations(
     tokens, of all conversations, are encoded in one batch. `prompt`: see `render`.
     """
     samples = [
-        [(is_text, list(run)) for is_text, run in groupby(segments, key=_is_text)]
-        for segments in (render(tokenizer, template, turns, prompt) for turns in conversations)
+        [(is_text, list(run)) for is_text, run in groupby(
+            render(tokenizer, template, turns, prompt), lambda segment: isinstance(segment[0], str)
+        )] for turns in conversations
     ]
     runs = [(run, n == 0) for s in samples for n, (is_text, run) in enumerate(s) if is_text]
     encoded = iter(tokenizer.codec.encode_runs(runs))
     out = []
     for sample in samples:
-        ids, has_loss = [], []
-        for is_text, run in sample:
-            more_ids, more_loss = next(encoded) if is_text else zip(*run, strict=True)
-            ids += more_ids
-            has_loss += more_loss
+        ids, has_loss = concatenate(
+            next(encoded) if is_text else zip(*run, strict=True) for is_text, run in sample
+        )
         out.append((ids[:max_length], [False, *has_loss[1:max_length]]))
     return out
 
@@ -183,16 +187,13 @@ def trained_with(directory: Path) -> str:
     """The template of a model: by name where `save_tokenizer` has seen it, else the one whose
     control tokens its chat template has, else "alpaca"."""
     config = read_settings(directory, "tokenizer_config.json")
-    if config.get("scalebio_template") in TEMPLATES:
-        return config["scalebio_template"]
     jinja, file = str(config.get("chat_template")), directory / "chat_template.jinja"
     if file.is_file():
         jinja += file.read_text(encoding="utf-8")
-    for name, style in TEMPLATES.items():
-        marks = CONTROL.findall(style.before["user"])
-        if marks and marks[0] in jinja:
-            return name
-    return "alpaca"
+    marks = {name: CONTROL.search(style.before["user"]) for name, style in TEMPLATES.items()}
+    guesses = [name for name, mark in marks.items() if mark and mark[0] in jinja]
+    known = [config.get("scalebio_template"), *guesses]
+    return next((name for name in known if name in TEMPLATES), "alpaca")
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike, template: str) -> None:

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import unicodedata
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -38,9 +39,6 @@ TEMPLATE_TOKENS = (  # control tokens of the templates, whether or not the files
     "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<start_of_turn>", "<end_of_turn>",
 )
-# The configuration files that speak of tokens by name, and by id.
-TOKEN_NAMES = "special_tokens_map.json", "tokenizer_config.json"
-TOKEN_IDS = "config.json", "generation_config.json"
 
 EOS = "eos_token"  # a template's word for the vocabulary's own end of text, whatever its name
 Turns = list[tuple[str, str]]  # (role, text); roles: system, user, input, assistant, or one "text"
@@ -49,8 +47,13 @@ Run = tuple[list[Segment], bool]  # (texts between control tokens, is it the sta
 Encoded = tuple[list[int], list[bool]]  # (ids, has_loss)
 
 
-# ---------------------------------------------------------------------------------------------
-# Codecs: text without control tokens <-> ids
+def concatenate(parts: Iterable[Encoded]) -> Encoded:
+    """Parts of a sample, one after another."""
+    ids, has_loss = [], []
+    for more_ids, more_loss in parts:
+        ids += more_ids
+        has_loss += more_loss
+    return ids, has_loss
 
 
 class BytePairCodec:
@@ -71,14 +74,11 @@ class BytePairCodec:
         self.bytes.update({i: token.encode() for token, i in added.items()})
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        # One piece of work for each thread: tiktoken's own batch call makes one of each text, which
-        # takes longer than encoding it.
-        threads = min(os.cpu_count() or 1, -(-len(texts) // 64))
-        if threads < 2:
-            return [self.encode(text) for text in texts]
-        size = -(-len(texts) // threads)
+        # Many texts are one piece of work: tiktoken's own batch call makes one of each, which takes
+        # longer than encoding it.
+        size = max(64, -(-len(texts) // (os.cpu_count() or 1)))
         parts = [texts[n : n + size] for n in range(0, len(texts), size)]
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor() as pool:
             return sum(pool.map(lambda part: [*map(self.encode, part)], parts), [])
 
     def encode_runs(self, runs: list[Run]) -> list[Encoded]:
@@ -87,15 +87,8 @@ class BytePairCodec:
         by_loss = [groupby(run, itemgetter(1)) for run, _ in runs]
         runs = [[("".join(t for t, _ in same), loss) for loss, same in run] for run in by_loss]
         encoded = iter(self.encode_batch([text for run in runs for text, _ in run]))
-        out = []
-        for run in runs:
-            ids, has_loss = [], []
-            for _, loss in run:
-                part = next(encoded)
-                ids += part
-                has_loss += [loss] * len(part)
-            out.append((ids, has_loss))
-        return out
+        parts = [[(ids := next(encoded), [loss] * len(ids)) for _, loss in run] for run in runs]
+        return [concatenate(run) for run in parts]
 
     def encode(self, text: str) -> list[int]:
         if self.nfc:
@@ -118,23 +111,19 @@ class SentencePieceCodec:
     """
 
     def __init__(self, spec: dict, special: dict[str, int], path: Path):
-        try:
-            import tokenizers
-        except ImportError:
-            raise ValueError(
-                f"{path}: this SentencePiece-style vocabulary needs a package that is not "
-                "installed: pip install tokenizers"
-            ) from None
         source = json.dumps(_without_special(spec, special))
         # Metaspace may put a space before the very start of the input only. Text that follows a
         # control token is not at the start, though it is encoded by itself here.
         inner = source.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(source)
-            same = inner == source
-            self.inner = self.tokenizer if same else tokenizers.Tokenizer.from_str(inner)
+            import tokenizers
+
+            made = {text: tokenizers.Tokenizer.from_str(text) for text in {source, inner}}
+        except ImportError:
+            raise ValueError(f"{path}: is not byte-level: pip install tokenizers") from None
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path}: the tokenizers library refuses it: {error}") from None
+        self.tokenizer, self.inner = made[source], made[inner]
         self.special_ids = set(special.values())
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -173,10 +162,6 @@ def _without_special(spec: dict, special: dict[str, int]) -> dict:
         model["merges"] = [[a, b] for a, b in _merges(model) if a + b not in special]
     return {**spec, "model": model, "added_tokens": ordinary, "post_processor": None,
             "truncation": None, "padding": None}
-
-
-# ---------------------------------------------------------------------------------------------
-# The tokenizer
 
 
 @dataclass
@@ -248,20 +233,19 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
-        others = ("vocab.json", "tokenizer.model")
-        found = ", ".join(name for name in others if (file.parent / name).is_file())
         raise ValueError(
-            f"{file}: missing{found and f' (not read: {found})'}; write it with transformers: "
+            f"{file}: missing; write it with transformers: "
             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
     spec = read_json(file)
-    if not isinstance(spec.get("model"), dict) or not spec["model"].get("vocab"):
-        raise ValueError(f"{file}: not a tokenizer.json: it has no model with a vocabulary")
-    settings = read_settings(file.parent, *TOKEN_NAMES, *TOKEN_IDS)
+    settings = read_settings(
+        file.parent, "special_tokens_map.json", "tokenizer_config.json",  # tokens by name
+        "config.json", "generation_config.json",  # tokens by id
+    )
     fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
     try:
         return _from_spec(spec, settings, file.parent, fingerprint)
-    except (KeyError, TypeError, AttributeError, IndexError, UnicodeError) as error:
+    except (LookupError, TypeError, AttributeError, UnicodeError) as error:
         raise ValueError(f"{file}: not understood: {error!r}") from None
 
 
@@ -269,10 +253,6 @@ def read_settings(path: Path, *files: str) -> dict:
     """What those of the files that exist say, nulls aside; a later file goes before an earlier."""
     found = [read_json(path / name) for name in files if (path / name).is_file()]
     return {k: v for content in found for k, v in content.items() if v is not None}
-
-
-# ---------------------------------------------------------------------------------------------
-# From tokenizer.json
 
 
 def _from_spec(spec: dict, settings: dict, path: Path | None, fingerprint: str) -> Tokenizer:
@@ -330,18 +310,15 @@ def _openers(spec: dict) -> set[str]:
 
 def _byte_pair_codec(spec: dict, added: dict, special: dict) -> BytePairCodec | None:
     """The tokenizer.json in tiktoken, or None if that cannot express it."""
-    model = spec["model"]
-    ordinary = {name: token for name, token in added.items() if name not in special}
+    model, normalizer = spec["model"], spec.get("normalizer")
     pattern = _split_pattern(spec.get("pre_tokenizer") or {})
-    normalizer = spec.get("normalizer")
-    plain = not any(model.get(key) for key in (
-        "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"
-    ))
-    strips = ("lstrip", "rstrip", "single_word")
-    plain &= not any(token.get(key) for token in ordinary.values() for key in strips)
-    plain &= normalizer in (None, {"type": "NFC"})
+    ordinary = {name: token for name, token in added.items() if name not in special}
+    options = "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"
+    beyond = any(model.get(key) for key in (*options, "byte_fallback"))
+    beyond |= any(t.get(k) for t in ordinary.values() for k in ("lstrip", "rstrip", "single_word"))
+    beyond |= normalizer not in (None, {"type": "NFC"})
     # files of early library versions have no type
-    if model.get("type", "BPE") != "BPE" or not plain or not pattern:
+    if model.get("type", "BPE") != "BPE" or beyond or not pattern:
         return None
     vocab = {token: i for token, i in model["vocab"].items() if token not in added}
     ranks = _ranks(vocab, _merges(model), model.get("ignore_merges", False))
@@ -359,16 +336,14 @@ def _split_pattern(pre_tokenizer: dict) -> str | None:
     *before, byte_level = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
     if byte_level.get("type") != "ByteLevel" or byte_level.get("add_prefix_space"):
         return None
-    if not before:
-        return GPT2_PATTERN if byte_level.get("use_regex", True) else None
-    split = before[0]
+    if byte_level.get("use_regex", True):
+        return None if before else GPT2_PATTERN
+    split = before[0] if len(before) == 1 else {}
     pattern = split.get("pattern", {}).get("Regex", "")
     isolated = split.get("behavior") == "Isolated" and not split.get("invert")
     # `tokenizers` keeps what the pattern does not match, tiktoken loses it. The patterns that end
     # like this one, those of GPT-2's line, match every character.
-    whole = pattern.endswith(r"|\s+(?!\S)|\s+")
-    only = len(before) == 1 and not byte_level.get("use_regex", True)
-    return pattern if only and isolated and whole else None
+    return pattern if isolated and pattern.endswith(r"|\s+(?!\S)|\s+") else None
 
 
 def _ranks(vocab: dict[str, int], merges: list, keep_all: bool) -> dict[bytes, int] | None:
@@ -379,15 +354,10 @@ def _ranks(vocab: dict[str, int], merges: list, keep_all: bool) -> dict[bytes, i
     byte_of = _byte_of_char()
     merged = dict.fromkeys(a + b for a, b in merges)  # in order; several pairs may give one token
     ids = [vocab.get(token, -1) for token in merged]
-    if ids != sorted(ids) or ids[:1] == [-1]:
+    if ids != sorted(ids) or ids[:1] == [-1] or set("".join(vocab)) - byte_of.keys():
         return None
-    ranks = {}
-    for token, i in vocab.items():
-        if not all(char in byte_of for char in token):
-            return None
-        if keep_all or len(token) == 1 or token in merged:
-            ranks[bytes(byte_of[char] for char in token)] = i
-    return ranks
+    kept = vocab if keep_all else {t: i for t, i in vocab.items() if len(t) == 1 or t in merged}
+    return {bytes(byte_of[char] for char in token): i for token, i in kept.items()}
 
 
 @functools.cache
