@@ -16,16 +16,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from hf.tokenizer import (
-    EOS,
-    Encoded,
-    Segment,
-    Tokenizer,
-    Turns,
-    byte_spec,
-    concatenate,
-    read_settings,
-)
+from hf.tokenizer import EOS, Encoded, Segment, Tokenizer, Turns, byte_spec, read_settings
 
 CONTROL = re.compile(r"(<\|?\w+\|?>)")  # a control token within a template's own strings
 
@@ -125,18 +116,25 @@ def encode_conversations(
     The first id has no loss: nothing precedes it to predict it from. All texts between control
     tokens, of all conversations, are encoded in one batch. `prompt`: see `render`.
     """
+    joint = tokenizer.codec.joint
+
+    def kind(segment: Segment) -> tuple[bool, bool]:
+        """Neighbours of one kind are encoded as one text, or taken over as ids."""
+        return isinstance(segment[0], str), joint or segment[1]
+
     samples = [
-        [(is_text, list(run)) for is_text, run in groupby(
-            render(tokenizer, template, turns, prompt), lambda segment: isinstance(segment[0], str)
-        )] for turns in conversations
+        [(is_text, list(run)) for (is_text, _), run in groupby(segments, kind)]
+        for segments in (render(tokenizer, template, turns, prompt) for turns in conversations)
     ]
     runs = [(run, n == 0) for s in samples for n, (is_text, run) in enumerate(s) if is_text]
     encoded = iter(tokenizer.codec.encode_runs(runs))
     out = []
     for sample in samples:
-        ids, has_loss = concatenate(
-            next(encoded) if is_text else zip(*run, strict=True) for is_text, run in sample
-        )
+        ids, has_loss = [], []
+        for is_text, run in sample:
+            more_ids, more_loss = next(encoded) if is_text else zip(*run, strict=True)
+            ids += more_ids
+            has_loss += more_loss
         out.append((ids[:max_length], [False, *has_loss[1:max_length]]))
     return out
 

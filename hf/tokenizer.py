@@ -20,11 +20,8 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 
 import tiktoken
@@ -43,21 +40,15 @@ TEMPLATE_TOKENS = (  # control tokens of the templates, whether or not the files
 EOS = "eos_token"  # a template's word for the vocabulary's own end of text, whatever its name
 Turns = list[tuple[str, str]]  # (role, text); roles: system, user, input, assistant, or one "text"
 Segment = tuple[str | int, bool]  # (text or id, has_loss)
-Run = tuple[list[Segment], bool]  # (texts between control tokens, is it the start of the input)
+Run = tuple[list[Segment], bool]  # (texts encoded as one, whether they start the input)
 Encoded = tuple[list[int], list[bool]]  # (ids, has_loss)
-
-
-def concatenate(parts: Iterable[Encoded]) -> Encoded:
-    """Parts of a sample, one after another."""
-    ids, has_loss = [], []
-    for more_ids, more_loss in parts:
-        ids += more_ids
-        has_loss += more_loss
-    return ids, has_loss
 
 
 class BytePairCodec:
     """Byte-level BPE in tiktoken. `added` are ordinary tokens matched in the text before BPE."""
+
+    # A prompt and its answer are encoded apart, as in generation, where the prompt is all there is.
+    joint = False
 
     def __init__(self, ranks: dict[bytes, int], pattern: str, nfc: bool, added: dict[str, int]):
         # The look-ahead keeps a state for each character of the run, of which there is room for a
@@ -82,13 +73,11 @@ class BytePairCodec:
             return sum(pool.map(lambda part: [*map(self.encode, part)], parts), [])
 
     def encode_runs(self, runs: list[Run]) -> list[Encoded]:
-        """The ids of each run. Texts that differ in loss are encoded apart, as in generation, where
-        the prompt alone is what there is to encode."""
-        by_loss = [groupby(run, itemgetter(1)) for run, _ in runs]
-        runs = [[("".join(t for t, _ in same), loss) for loss, same in run] for run in by_loss]
-        encoded = iter(self.encode_batch([text for run in runs for text, _ in run]))
-        parts = [[(ids := next(encoded), [loss] * len(ids)) for _, loss in run] for run in runs]
-        return [concatenate(run) for run in parts]
+        """The ids of each run, whose texts all have loss or all have none."""
+        encoded = self.encode_batch(["".join(text for text, _ in run) for run, _ in runs])
+        return [
+            (ids, [run[0][1]] * len(ids)) for ids, (run, _) in zip(encoded, runs, strict=True)
+        ]
 
     def encode(self, text: str) -> list[int]:
         if self.nfc:
@@ -110,6 +99,8 @@ class SentencePieceCodec:
     Without its special tokens, so that they are not found in text; see `_without_special`.
     """
 
+    joint = True  # apart, an answer would get a space of its own before it
+
     def __init__(self, spec: dict, special: dict[str, int], path: Path):
         source = json.dumps(_without_special(spec, special))
         # Metaspace may put a space before the very start of the input only. Text that follows a
@@ -130,11 +121,7 @@ class SentencePieceCodec:
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def encode_runs(self, runs: list[Run]) -> list[Encoded]:
-        """As BytePairCodec's; but a prompt and its answer are one text, and the mask is by offsets.
-
-        Apart, the answer would get a space of its own before it. A token has loss if its last
-        character belongs to an answer.
-        """
+        """The ids of each run. A token has loss if its last character belongs to an answer."""
         out = [None] * len(runs)
         for tokenizer, wanted in ((self.tokenizer, True), (self.inner, False)):
             where = [n for n, (_, first) in enumerate(runs) if first == wanted]

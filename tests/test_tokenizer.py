@@ -49,15 +49,13 @@ ASSIGNED = [
 ]
 
 
-def random_unicode(n_bytes: int) -> str:
+def random_unicode(n_runs: int) -> str:
     """Runs of neighbouring characters, so that words form, of all of Unicode."""
     rng = random.Random(0)
-    out, size = [], 0
-    while size < n_bytes:
-        first = rng.randrange(rng.choice([500, 5000, len(ASSIGNED)]))
-        out += rng.choices(ASSIGNED[first : first + 60], k=rng.randint(1, 12))
-        size += len("".join(out[-12:]).encode()) // 2
-    return "".join(out)
+    starts = [rng.randrange(rng.choice([500, 5000, len(ASSIGNED)])) for _ in range(n_runs)]
+    return "".join(
+        char for n in starts for char in rng.choices(ASSIGNED[n : n + 60], k=rng.randint(1, 12))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +69,7 @@ def texts(asset):
         out += [r[key] for r in records for key in ("instruction", "input", "output")]
     lines = asset("scalebio/eval_math/math_test.jsonl").read_text(encoding="utf-8").splitlines()
     out += [json.loads(line)["solution"] for line in lines[::20]]
-    noise = random_unicode(100_000)
+    noise = random_unicode(8000)
     return [*out, noise, *noise.split("e")]
 
 
@@ -162,26 +160,20 @@ def train_bpe(directory, pattern=None, normalizer=None, added=(), special=()):
     return tokenizer
 
 
-CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
 
 
-@pytest.mark.parametrize("pattern", [None, LLAMA3_PATTERN, QWEN2_PATTERN])
+# the last leaves characters unmatched, which tiktoken cannot express
+@pytest.mark.parametrize("pattern", [None, LLAMA3_PATTERN, QWEN2_PATTERN, r"\w+"])
 @pytest.mark.parametrize("nfc", [False, True])
 def test_small_bpe_matches_tokenizers(pattern, nfc, tmp_path):
     normalizer = hf.normalizers.NFC() if nfc else None
     added = ["    ", "  ", "<tool>", "<tool>x"]
     reference = train_bpe(tmp_path, pattern, normalizer, added, CHAT)
     tokenizer = load_tokenizer(tmp_path)
-    assert isinstance(tokenizer.codec, BytePairCodec)
-    for text in [*AWKWARD, random_unicode(20_000), "a<tool>xy<tool>", "       <tool>  x"]:
+    assert isinstance(tokenizer.codec, BytePairCodec) == (pattern != r"\w+")
+    for text in [*AWKWARD, random_unicode(1500), "a<tool>xy<tool>", "       <tool>  x"]:
         assert tokenizer.encode(text) == reference.encode(text).ids, repr(text[:200])
-
-
-def test_what_tiktoken_cannot_express_goes_through_tokenizers(tmp_path):
-    reference = train_bpe(tmp_path, pattern=r"\w+")  # leaves characters unmatched
-    tokenizer = load_tokenizer(tmp_path)
-    assert not isinstance(tokenizer.codec, BytePairCodec)
-    assert tokenizer.encode(CODE) == reference.encode(CODE).ids
 
 
 def test_megabyte_runs_are_encoded(vocabulary):
@@ -191,7 +183,7 @@ def test_megabyte_runs_are_encoded(vocabulary):
 
 
 def test_configuration_files_name_the_ends(tmp_path):
-    train_bpe(tmp_path, special=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"])
+    train_bpe(tmp_path, special=CHAT)
 
     def write(name, **content):
         (tmp_path / name).write_text(json.dumps(content))
@@ -218,9 +210,6 @@ def test_unusable_tokenizers_are_refused_in_one_line(tmp_path, vocabulary, monke
         return str(error.value)
 
     assert "tokenizer.json: missing; write it with" in refusal(tmp_path)
-    for name in ("vocab.json", "merges.txt", "tokenizer.model"):
-        (tmp_path / name).touch()
-    assert "(not read: vocab.json, tokenizer.model); write" in refusal(tmp_path)
     model = '{"model": {"type": "BPE", "vocab": {"a": 0}}, "added_tokens": [{"id": 1}]}'
     for broken in ("{", "[]", "{}", '{"model": {"vocab": {}}}', model):
         (tmp_path / "tokenizer.json").write_text(broken)
@@ -229,9 +218,6 @@ def test_unusable_tokenizers_are_refused_in_one_line(tmp_path, vocabulary, monke
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert "pip install tokenizers" in refusal(directory)
 
-
-# ---------------------------------------------------------------------------------------------
-# Templates
 
 TURNS = [
     ("system", "Be brief."),
@@ -252,6 +238,13 @@ def encode_conversation(tokenizer, template, turns, max_length=10_000):
     return encode_conversations(tokenizer, template, [turns], max_length)[0]
 
 
+WITH_INPUT = [("user", "Translate."), ("input", "Guten Tag"), ("assistant", "Good day")]
+CONVERSATIONS = [
+    TURNS, TURNS[1:], TURNS[1:3], [("user", ""), ("assistant", "x")],
+    [("system", "Greet."), ("assistant", "Hello")],
+]  # fmt: skip
+
+
 def as_messages(turns):
     return [{"role": role, "content": text} for role, text in turns]
 
@@ -260,16 +253,6 @@ def transformers_tokenizer(tokenizer, directory, template):
     transformers = pytest.importorskip("transformers")
     save_tokenizer(tokenizer, directory, template)
     return transformers.AutoTokenizer.from_pretrained(directory)
-
-
-def conversations(template):
-    yield TURNS
-    yield TURNS[1:]
-    yield TURNS[1:3]
-    yield [("user", ""), ("assistant", "x")]
-    yield [("system", "Greet."), ("assistant", "Hello")]
-    if template == "alpaca":
-        yield [("user", "Translate."), ("input", "Guten Tag"), ("assistant", "Good day")]
 
 
 @pytest.mark.parametrize("template, name", [
@@ -282,7 +265,7 @@ def test_templates_match_transformers_chat_template(template, name, vocabulary, 
     assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
     saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert saved["chat_template"] == chat_template(template, add_bos=True)
-    for turns in conversations(template):
+    for turns in [*CONVERSATIONS, WITH_INPUT][: None if template == "alpaca" else -1]:
         messages = as_messages(turns)
         ids, _ = encode_conversation(tokenizer, template, turns)
         assert ids == reference.apply_chat_template(messages, return_dict=False)
@@ -298,27 +281,25 @@ def test_empty_texts_are_no_tokens(scheme, vocabulary):
     assert encode_conversation(vocabulary(scheme), "plain", [("text", "")])[0] == [1, 2]
 
 
-def test_alpaca_prompts_are_stanfords():
+@pytest.mark.parametrize("turns, with_input, question", [
+    (WITH_INPUT[:2], ", paired with an input that provides further context",
+     "Translate.\n\n### Input:\nGuten Tag"),
+    (WITH_INPUT[:1], "", "Translate."),
+])  # fmt: skip
+def test_alpaca_prompts_are_stanfords(turns, with_input, question):
     tokenizer = byte_tokenizer()
-    turns = [("user", "Translate."), ("input", "Guten Tag")]
     assert tokenizer.decode(render_prompt(tokenizer, "alpaca", turns)) == (
-        "Below is an instruction that describes a task, paired with an input that provides further "
-        "context. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nTranslate.\n\n### Input:\nGuten Tag\n\n### Response:\n"
-    )
-    assert tokenizer.decode(render_prompt(tokenizer, "alpaca", turns[:1])) == (
-        "Below is an instruction that describes a task. Write a response that appropriately "
-        "completes the request.\n\n### Instruction:\nTranslate.\n\n### Response:\n"
+        f"Below is an instruction that describes a task{with_input}. Write a response that "
+        "appropriately completes the request.\n\n"
+        f"### Instruction:\n{question}\n\n### Response:\n"
     )
 
 
-def test_input_joins_the_question_elsewhere(chat_tokenizer):
-    turns = [("user", "Translate."), ("input", "Guten Tag"), ("assistant", "Good day")]
-    joined = [("user", "Translate.\nGuten Tag"), ("assistant", "Good day")]
-    for template in set(TEMPLATES) - {"alpaca"}:
-        assert encode_conversation(chat_tokenizer, template, turns, 99) == encode_conversation(
-            chat_tokenizer, template, joined, 99
-        )
+@pytest.mark.parametrize("template", sorted(set(TEMPLATES) - {"alpaca"}))
+def test_input_joins_the_question_elsewhere(template, chat_tokenizer):
+    joined = [("user", "Translate.\nGuten Tag"), WITH_INPUT[2]]
+    with_input = encode_conversation(chat_tokenizer, template, WITH_INPUT)
+    assert with_input == encode_conversation(chat_tokenizer, template, joined)
 
 
 def trained_text(tokenizer, ids, has_loss):
@@ -376,15 +357,15 @@ def test_documents_have_loss_everywhere_but_first():
     assert encode_conversation(tokenizer, "plain", no_bos, 1)[1] == [False]
 
 
-def test_missing_control_token_is_named():
-    for template, name in (("chatml", "<|im_"), ("llama3", "<|"), ("gemma", "_of_turn>")):
-        for call in (
-            lambda t: stop_ids(byte_tokenizer(), t),
-            lambda t: encode_conversation(byte_tokenizer(), t, TURNS, 9),
-        ):
-            with pytest.raises(ValueError, match="lacks the control token") as error:
-                call(template)
-            assert name in str(error.value)
+@pytest.mark.parametrize("template, name", [
+    ("chatml", "<|im_"), ("llama3", "<|"), ("gemma", "_of_turn>"),
+])  # fmt: skip
+def test_missing_control_token_is_named(template, name):
+    tokenizer = byte_tokenizer()
+    for call in (stop_ids, functools.partial(encode_conversation, turns=TURNS)):
+        with pytest.raises(ValueError, match="lacks the control token") as error:
+            call(tokenizer, template)
+        assert name in str(error.value)
 
 
 def test_stop_ids_are_the_templates_and_the_vocabularys(chat_tokenizer):
@@ -397,16 +378,15 @@ def test_byte_tokenizer_saved_opens_in_transformers_with_the_same_ids(tmp_path):
     tokenizer = byte_tokenizer()
     reference = transformers_tokenizer(tokenizer, tmp_path, "plain")
     again = load_tokenizer(tmp_path)
-    for text in [*AWKWARD, random_unicode(5_000)]:
+    for text in [*AWKWARD, random_unicode(400)]:
         assert tokenizer.encode(text) == list(text.encode())
         assert reference(text, add_special_tokens=False)["input_ids"] == list(text.encode())
         assert again.encode(text) == list(text.encode())
     assert reference("x")["input_ids"] == [256, *b"x"]
     for name in ("special", "bos_id", "eos_id", "add_bos", "eos_ids", "n_vocab"):
         assert getattr(again, name) == getattr(tokenizer, name)
-    turns = TURNS[1:]
-    ids, _ = encode_conversation(tokenizer, "plain", turns, 999)
-    assert ids == reference.apply_chat_template(as_messages(turns), return_dict=False)
+    ids, _ = encode_conversation(tokenizer, "plain", TURNS)
+    assert ids == reference.apply_chat_template(as_messages(TURNS), return_dict=False)
 
 
 def test_every_control_token_of_a_template_is_known_to_the_tokenizer():
