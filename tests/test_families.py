@@ -30,12 +30,13 @@ def test_config_of_transformers_4_is_that_of_transformers_5(case, checkpoint):
     assert ModelConfig.from_hf(old).hf == old
 
 
-def test_config_reads_token_ids_and_dropout():
-    config = ModelConfig.from_hf(
-        LLAMA | {"eos_token_id": [3, 4], "bos_token_id": 1, "attention_dropout": 0.1}
-    )
+def test_config_reads_token_ids_and_dropout_and_ignores_what_is_off_or_harmless():
+    fields = {"num_local_experts": None, "use_mrope": False, "transformers_version": "4.40.0"}
+    ids = {"eos_token_id": [3, 4], "bos_token_id": 1}
+    config = ModelConfig.from_hf(LLAMA | fields | ids | {"attention_dropout": 0.1})
     assert (config.bos_id, config.eos_ids) == (1, (3, 4))
     assert config.ignored_dropout == ("attention_dropout",)
+    assert ModelConfig.from_hf(LLAMA | fields) == ModelConfig.from_hf(LLAMA)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +133,3 @@ def test_published_models_have_their_published_number_of_parameters(name):
     config = ModelConfig.from_hf(BOOKKEEPING | MODELS.get(name, {}) | fields)
     shapes = parameter_shapes(config).values()
     assert sum(torch.Size(shape).numel() for shape in shapes) == n_parameters
-
-
-def test_config_ignores_what_is_off_or_harmless():
-    fields = {"num_local_experts": None, "use_mrope": False, "transformers_version": "4.40.0"}
-    assert ModelConfig.from_hf(LLAMA | fields) == ModelConfig.from_hf(LLAMA)

@@ -10,14 +10,7 @@ import unicodedata
 
 import pytest
 
-from hf.templates import (
-    TEMPLATES,
-    chat_template,
-    encode_conversations,
-    render_prompt,
-    save_tokenizer,
-    stop_ids,
-)
+from hf.templates import TEMPLATES, encode_conversations, render_prompt, save_tokenizer, stop_ids
 from hf.tokenizer import TEMPLATE_TOKENS, BytePairCodec, byte_tokenizer, load_tokenizer
 
 hf = pytest.importorskip("tokenizers")
@@ -229,11 +222,6 @@ TURNS = [
 CONTROL = sorted({name for style in TEMPLATES.values() for name in style.control})
 
 
-@pytest.fixture
-def chat_tokenizer(vocabulary):
-    return vocabulary("chat")
-
-
 def encode_conversation(tokenizer, template, turns, max_length=10_000):
     return encode_conversations(tokenizer, template, [turns], max_length)[0]
 
@@ -263,8 +251,6 @@ def test_templates_match_transformers_chat_template(template, name, vocabulary, 
     tokenizer = vocabulary(name)
     reference = transformers_tokenizer(tokenizer, tmp_path, template)
     assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
-    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert saved["chat_template"] == chat_template(template, add_bos=True)
     for turns in [*CONVERSATIONS, WITH_INPUT][: None if template == "alpaca" else -1]:
         messages = as_messages(turns)
         ids, _ = encode_conversation(tokenizer, template, turns)
@@ -296,30 +282,26 @@ def test_alpaca_prompts_are_stanfords(turns, with_input, question):
 
 
 @pytest.mark.parametrize("template", sorted(set(TEMPLATES) - {"alpaca"}))
-def test_input_joins_the_question_elsewhere(template, chat_tokenizer):
+def test_input_joins_the_question_elsewhere(template, vocabulary):
+    tokenizer = vocabulary("chat")
     joined = [("user", "Translate.\nGuten Tag"), WITH_INPUT[2]]
-    with_input = encode_conversation(chat_tokenizer, template, WITH_INPUT)
-    assert with_input == encode_conversation(chat_tokenizer, template, joined)
+    with_input = encode_conversation(tokenizer, template, WITH_INPUT)
+    assert with_input == encode_conversation(tokenizer, template, joined)
 
 
 def trained_text(tokenizer, ids, has_loss):
     """The maximal stretches with loss, as text, and whether each has an end token."""
-    out, run = [], []
-    for i, loss in [*zip(ids, has_loss, strict=True), (None, False)]:
-        if loss:
-            run.append(i)
-        elif run:
-            ended = run[-1] in tokenizer.special.values()
-            out.append((tokenizer.decode(run), ended))
-            run = []
-    return out
+    stretches = itertools.groupby(zip(ids, has_loss, strict=True), lambda pair: pair[1])
+    trained = [[i for i, _ in run] for loss, run in stretches if loss]
+    return [(tokenizer.decode(run), run[-1] in tokenizer.special.values()) for run in trained]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_loss_is_on_answers_and_their_ends_only(template, chat_tokenizer):
-    sample = encode_conversation(chat_tokenizer, template, TURNS)
+def test_loss_is_on_answers_and_their_ends_only(template, vocabulary):
+    tokenizer = vocabulary("chat")
+    sample = encode_conversation(tokenizer, template, TURNS)
     expected = [(text, True) for role, text in TURNS if role == "assistant"]
-    assert trained_text(chat_tokenizer, *sample) == expected
+    assert trained_text(tokenizer, *sample) == expected
 
 
 @pytest.mark.parametrize("answer", ["4", " 4", "Größe", "👍🏽 ok", "▁x", "x  ", "\nx", "e\u0301"])
@@ -337,13 +319,14 @@ def test_sentencepiece_masks_are_never_off_by_one(template, answer, vocabulary):
     assert has_loss.index(True) == len(prompt)
 
 
-def test_truncated_answers_have_no_end(chat_tokenizer):
+def test_truncated_answers_have_no_end(vocabulary):
+    tokenizer = vocabulary("chat")
     turns = [("user", "Count."), ("assistant", "one two three four")]
-    ids, has_loss = encode_conversation(chat_tokenizer, "chatml", turns)
-    end = chat_tokenizer.special["<|im_end|>"]
+    ids, has_loss = encode_conversation(tokenizer, "chatml", turns)
+    end = tokenizer.special["<|im_end|>"]
     assert ids[-1] == end and has_loss[-1]
     for cut in range(1, len(ids)):
-        assert encode_conversation(chat_tokenizer, "chatml", turns, cut) == (
+        assert encode_conversation(tokenizer, "chatml", turns, cut) == (
             ids[:cut], has_loss[:cut]
         )
 
@@ -368,10 +351,11 @@ def test_missing_control_token_is_named(template, name):
         assert name in str(error.value)
 
 
-def test_stop_ids_are_the_templates_and_the_vocabularys(chat_tokenizer):
-    special = chat_tokenizer.special
-    assert stop_ids(chat_tokenizer, "plain") == [special["</s>"]]
-    assert stop_ids(chat_tokenizer, "chatml") == [special["<|im_end|>"], special["</s>"]]
+def test_stop_ids_are_the_templates_and_the_vocabularys(vocabulary):
+    tokenizer = vocabulary("chat")
+    special = tokenizer.special
+    assert stop_ids(tokenizer, "plain") == [special["</s>"]]
+    assert stop_ids(tokenizer, "chatml") == [special["<|im_end|>"], special["</s>"]]
 
 
 def test_byte_tokenizer_saved_opens_in_transformers_with_the_same_ids(tmp_path):
