@@ -78,11 +78,8 @@ def hf_key(config: ModelConfig, name: str) -> Key:
     """Where the parameter `name` is in the files of its family."""
     family, keys = config.family, KEYS[config.family]
     module, kind = name.rsplit(".", 1)
-    if in_block := re.fullmatch(r"blocks\.(\d+)\.(.+)", module):
-        number, module = in_block.groups()
-        path = f"{keys['blocks.{}'].format(number)}.{keys[module]}"
-    else:
-        path = keys[module]
+    number, module = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", module).groups()
+    path = f"{keys['blocks.{}'].format(number)}.{keys[module]}" if number else keys[module]
     fused = family in ("gpt2", "gpt_neox") and module in FUSED
     transposed = family == "gpt2" and kind == "weight" and module in CONV1D
     return Key(f"{path}.{kind}", FUSED.index(module) if fused else None, transposed)
@@ -155,8 +152,7 @@ def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, Stored], list[
             files = sorted({directory / name for name in index.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return {}, [f"{directory}: has neither {WEIGHTS} nor an index of such files ({error}); "
-                        "weights in *.bin, a pickle that can run any code, are not opened: convert "
-                        "them"]
+                        "*.bin files, pickles that can run any code, are not opened: convert them"]
     for file in files:
         try:
             with safe_open(file, "pt") as handle:
