@@ -193,14 +193,14 @@ def byte_tokenizer() -> Tokenizer:
 def byte_spec() -> dict:
     """The tokenizer.json of `byte_tokenizer`."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    names = {"<bos>": 256, "<eos>": 257}
+    options = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     bos = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
     text = [{"Sequence": {"id": letter, "type_id": 0}} for letter in "AB"]
     return {
         "version": "1.0",
         "added_tokens": [
-            {"id": i, "content": name, "special": True, "single_word": False, "lstrip": False,
-             "rstrip": False, "normalized": False} for name, i in names.items()
+            {"id": 256, "content": "<bos>", "special": True, **options},
+            {"id": 257, "content": "<eos>", "special": True, **options},
         ],
         "normalizer": None,
         "pre_tokenizer": {**byte_level, "use_regex": True},
