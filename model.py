@@ -51,6 +51,7 @@ from torch.utils.checkpoint import checkpoint
 from hf import pretrained
 from hf.families import ModelConfig
 
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What losses, norms and RoPE tables are computed in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
