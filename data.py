@@ -372,8 +372,11 @@ class MixtureBatches(Batches):
     Every sample comes once an epoch; the last batch of an epoch is what is left for it.
     """
 
-    def __init__(self, sources: list[Dataset], batch_size: int, *rest, **more):
-        super().__init__(sources, None, batch_size, 0, *rest, **more)
+    def __init__(
+        self, sources: list[Dataset], batch_size: int, micro_batch_size: int, seed: int,
+        rank: int = 0, world: int = 1,
+    ):  # fmt: skip
+        super().__init__(sources, None, batch_size, 0, micro_batch_size, seed, rank, world)
         self.ends = np.cumsum([len(source) for source in sources])  # in the mixture, of each source
 
     def step(self, t: int) -> tuple[list[MicroBatch], list[MicroBatch], torch.Tensor]:
