@@ -3,6 +3,7 @@
 import gzip
 import json
 import multiprocessing
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -46,14 +47,9 @@ def load(path, cache_dir, template="plain", max_length=64):
     return load_dataset(path, TOKENIZER, template, max_length, cache_dir)
 
 
-# ---------------------------------------------------------------------------------------------
 # Reading
 
-
-def sharegpt(key):
-    return {key: [{"from": "human", "value": "Say hi"}, {"from": "gpt", "value": "hi"}], "id": 7}
-
-
+SHAREGPT = [{"from": "human", "value": "Say hi"}, {"from": "gpt", "value": "hi"}]
 CHAT = {"messages": [{"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "hi"}]}
 
 
@@ -62,8 +58,8 @@ CHAT = {"messages": [{"role": "user", "content": "Say hi"}, {"role": "assistant"
     ({"instruction": "Say hi", "output": "hi", "text": "ignored"}, TURNS),
     ({**ALPACA, "input": None}, TURNS),
     ({**ALPACA, "input": "now"}, [TURNS[0], ("input", "now"), TURNS[1]]),
-    (sharegpt("conversations"), TURNS),
-    (sharegpt("items"), TURNS),
+    ({"conversations": SHAREGPT, "id": 7}, TURNS),
+    ({"items": SHAREGPT}, TURNS),
     (CHAT, TURNS),
     ({"text": "Say hi"}, [("text", "Say hi")]),
 ])
@@ -83,11 +79,9 @@ def test_arrays_and_lines_are_recognised_by_content(write):
     """A record goes by its line in JSON Lines, by its number in an array."""
     for content, second in (
         (f"{GOOD}\n\n{GOOD}", 3),
-        (f"{GOOD}\r\n\r\n{GOOD}\r\n", 3),
-        (f"\ufeff{GOOD}\n\n{GOOD}\n", 3),
+        (f"\ufeff{GOOD}\r\n\r\n{GOOD}\r\n", 3),
         (f"[{GOOD},\n\n{GOOD}]", 2),
         (f"\ufeff \n[{GOOD}\r\n,\r\n {GOOD}]\r\n\r\n", 2),
-        (json.dumps([ALPACA] * 2, indent=1), 2),
     ):
         expected = [(1, TURNS), (second, TURNS)]
         assert read_records(write(content)) == expected
@@ -96,36 +90,25 @@ def test_arrays_and_lines_are_recognised_by_content(write):
 
 @pytest.mark.parametrize("content, place, problem", [
     (f'{GOOD}\n{{"instruction": \n{GOOD}', ":2", "broken JSON"),
-    (f'[{GOOD},\n{{"instruction": 1,,}}]', ":2", "broken JSON"),
-    (f"[{GOOD}]\n{GOOD}", ":2", "broken JSON"),
     (f'[{GOOD},\n{{"output": "cut', ":2", "broken JSON: Unterminated string"),
     (f'{GOOD}\n{{"question": "x", "answer": "y"}}', ":2", "lacks 'instruction'"),
     ('\n{"question": "x", "answer": "y"}', ":2", "unknown record, of keys 'question', 'answer'"),
     (f'[{GOOD}, {GOOD}, {{"instruction": "a"}}]', ": record 3", "lacks 'output'"),
     (f"{GOOD}\n17", ":2", "the record is int, not an object"),
-    (f"[{GOOD}, 17]", ": record 2", "the record is int, not an object"),
     ("{}", ":1", "unknown record, of keys none"),
     (json.dumps({"data": [ALPACA]}, indent=1), ":1", "an object over several lines"),
     (f'{GOOD}\n{{"instruction": 3, "output": "x"}}', ":2", "'instruction' is int, not a string"),
-    (f'{GOOD}\n{{"instruction": "a", "output": null}}', ":2", "'output' is NoneType"),
-    (f'{GOOD}\n{{"instruction": "a", "input": [], "output": "b"}}', ":2", "'input' is list"),
     ('{"text": "\\ud800"}', ":1", "lone surrogate"),
     (b'{"text": "a"}\n{"text": "\xff"}', ":2", "broken UTF-8"),
-    (b'[{"text": "a"},\n{"text": "\xff"}]', ": record 2", "broken UTF-8"),
     ('{"conversations": []}', ":1", "'conversations' is not a list of messages"),
-    ('{"messages": {"role": 1}}', ":1", "'messages' is not a list of messages"),
     ('{"messages": [7]}', ":1", "'messages[0]' is int, not an object"),
     ('{"messages": [{"role": "user"}]}', ":1", "lacks 'messages[0].content'"),
     ('{"messages": [{"role": "user", "content": [{}]}]}', ":1", "'messages[0].content' is list"),
-    ('{"messages": [{"content": "x"}]}', ":1", "messages[].role"),
     ('{"items": [{"from": "tool", "value": "x"}]}', ":1", "'items[0].from' is 'tool', not one of"),
     (f'{GOOD}\n{{"text": {DEEP}}}', ":2", "nested too deep"),
-    (f"[{GOOD},\n{DEEP}", ":1", "nested too deep"),
     (f'{GOOD}\n{{"text": {"1" * 5000}}}', ":2", "broken JSON: Exceeds the limit"),
-    (f'[{GOOD},\n{{"text": {"1" * 5000}}}]', ":1", "broken JSON: Exceeds the limit"),
     (b'{"text": "a"}\n\0\0', ":2", "broken JSON"),
     ("", "", "no records"),
-    (" \n \n", "", "no records"),
     ("[ ]", "", "no records"),
     (gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-20], "", "end-of-stream"),
     (b"\x1f\x8bnot gzip", "", "Unknown compression"),
@@ -191,25 +174,18 @@ def test_any_record_is_kept_counted_or_named(tmp_path_factory, records, as_array
     path = directory / "x.json"
     as_array = as_array or isinstance((records or [0])[0], list)  # "[" opens an array
     path.write_text(json.dumps(records) if as_array else "\n".join(map(json.dumps, records)))
-    named, dataset = [], None
-    try:
+    problems, again, dataset = Problems(), Problems(), None
+    with problems.collecting():
         dataset = load(path, directory / "cache", template, max_length=40)
-    except ValueError as error:
-        named = str(error).splitlines()
-        assert all(line.startswith(str(path)) for line in named)
-    problems = Problems()
-    read = sum(1 for _ in iter_records(path, problems))
-    assert read + problems.count == max(1, len(records))  # "no records" is a problem
-    if dataset is None:
-        assert named
-    else:
-        assert problems.count == 0
+    assert all(line.startswith(str(path)) for line in problems.lines)
+    read = len(list(iter_records(path, again)))
+    assert read + again.count == max(1, len(records))  # "no records" is a problem
+    if dataset is not None:
+        assert again.count == 0
         assert len(dataset) + sum(dataset.dropped.values()) == len(records)
 
 
-# ---------------------------------------------------------------------------------------------
 # Datasets and the cache
-
 
 def test_examples_are_the_encoded_conversations(write, tmp_path):
     path = write([{**ALPACA, "instruction": f"Say {i}", "output": "é" * i} for i in range(1, 50)])
@@ -278,11 +254,12 @@ def flipped(content):
     ("*.bin", flipped),
     ("*.bin", lambda content: content[:-1]),
     ("*.bin", None),
-    ("meta.json", lambda content: b"[]"),
     ("meta.json", lambda content: b""),
     ("meta.json", lambda content: content.replace(b'answer": 1', b'answer": 2')),
 ])
-def test_damaged_cache_is_rebuilt(pattern, damage, write, tmp_path):
+def test_damaged_cache_is_rebuilt_and_what_a_killed_build_left_is_cleared(
+    pattern, damage, write, tmp_path
+):
     path, cache = write([ALPACA] * 3 + [{**ALPACA, "output": ""}]), tmp_path / "cache"
     whole = vars(load(path, cache))
     entry, = cache.glob("*/")
@@ -292,46 +269,30 @@ def test_damaged_cache_is_rebuilt(pattern, damage, write, tmp_path):
         if damage:
             assert damage(content) != content
             file.write_bytes(damage(content))
+        shutil.copytree(entry, entry.with_suffix(".tmp"))
         for name, value in vars(load(path, cache)).items():
             assert np.array_equal(value, whole[name]), name
         assert file.read_bytes() == content
         assert list(cache.glob("*/")) == [entry]
 
 
-def test_leftovers_of_a_killed_build_are_cleared(write, tmp_path):
-    path, cache = write([ALPACA]), tmp_path / "cache"
-    load(path, cache)
-    entry, = cache.glob("*/")
-    temporary = entry.rename(entry.with_suffix(".tmp"))
-    (temporary / "tokens.bin").write_bytes(b"x")
-    assert len(load(path, cache)) == 1 and list(cache.glob("*/")) == [entry]
-
-
-def _load_and_count(path, cache, builds, start):
-    build = data._build_entry
-
-    def counted(*args):
-        with builds.get_lock():
-            builds.value += 1
-        return build(*args)
-
-    data._build_entry = counted
-    start.wait()
-    assert len(load(path, cache)) == 500
-
-
-def test_one_process_builds_and_the_others_wait(write, tmp_path):
+def test_one_process_builds_and_the_others_wait(write, tmp_path, monkeypatch):
     path = write([{"text": f"{i}"} for i in range(500)])
     context = multiprocessing.get_context("fork")
-    builds, start = context.Value("i", 0), context.Barrier(4)
-    arguments = path, tmp_path / "cache", builds, start
-    workers = [context.Process(target=_load_and_count, args=arguments) for _ in range(4)]
+    builds, start, build = context.Queue(), context.Barrier(4), data._build_entry
+    monkeypatch.setattr(data, "_build_entry", lambda *args: builds.put(1) or build(*args))
+
+    def load_once():
+        start.wait()
+        assert len(load(path, tmp_path / "cache")) == 500
+
+    workers = [context.Process(target=load_once) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
-    assert builds.value == 1
+    assert builds.get() and builds.empty()
 
 
 def test_a_file_written_to_while_it_is_read_is_named(write, tmp_path, monkeypatch):
@@ -354,9 +315,7 @@ def test_unwritable_cache_is_named(write):
         load(path, path)  # a file where the directory should be
 
 
-# ---------------------------------------------------------------------------------------------
 # Batches
-
 
 def source(n, letter="a", max_length=64):
     """n records of different lengths that can be told apart by their tokens."""
@@ -388,7 +347,7 @@ def plain(step):
     )
 
 
-@pytest.mark.parametrize("batch", [6, 8, 10])
+@pytest.mark.parametrize("batch", [6, 8])
 def test_batches_are_stratified(batch):
     batches, total = make(batch=batch), Counter()
     assert batches.steps_per_epoch == -(-38 // batch)
@@ -481,34 +440,19 @@ def test_micro_batches_are_padded_to_a_multiple_within_max_length():
     assert short.step(0)[0][0].tokens.shape[1] == 13
 
 
-def test_one_source_without_validation_is_plain_shuffling():
-    batches = make(sizes=(10,), val=None, batch=5)
-    train, val, counts = batches.step(0)
-    assert val == [] and counts.tolist() == [5, 0]
-    assert sorted(rows(train) + rows(batches.step(1)[0])) == sorted(
-        rows(eval_batches(source(10, "a"), 3))
-    )
-
-
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("n", [1, 2, 10, 12])
 def test_evaluation_sees_each_sample_once(n, world):
     dataset = source(n)
     parts = [list(eval_batches(dataset, 2, rank, world)) for rank in range(world)]
     assert len({tuple(len(b.group) for b in part) for part in parts}) == 1
-    real = [
-        row for part in parts
-        for row, group in zip(rows(part), torch.cat([b.group for b in part]), strict=True)
-        if group >= 0
-    ]
-    assert sorted(real) == sorted(
-        TOKENIZER.decode(dataset.example(i)[0].tolist()) for i in range(n)
-    )
+    groups = torch.cat([batch.group for part in parts for batch in part]).tolist()
+    real = [row for row, group in zip(rows(sum(parts, [])), groups, strict=True) if group >= 0]
+    every = [TOKENIZER.decode(dataset.example(i)[0].tolist()) for i in range(n)]
+    assert sorted(real) == sorted(every)
 
 
-# ---------------------------------------------------------------------------------------------
 # Tasks
-
 
 @pytest.mark.parametrize("name", TASKS)
 def test_tasks_are_deterministic_short_and_held_out(name):
@@ -518,9 +462,8 @@ def test_tasks_are_deterministic_short_and_held_out(name):
     records = {key: {tuple(turns) for turns in part} for key, part in parts.items()}
     for key, part in parts.items():
         assert len(records[key]) == len(part)  # no duplicates
-        assert all(text for turns in part for _, text in turns)
-        longest = max(part, key=lambda turns: sum(len(text) for _, text in turns))
-        assert Dataset.from_records([longest], TOKENIZER, "plain", 64).lengths.max() <= 36
+        sizes = [[len(text) for _, text in turns] for turns in part]
+        assert min(map(min, sizes)) > 0 and max(map(sum, sizes)) + 3 <= 36  # with BOS, EOS, "\n"
         for held in {"val", "test"} - {key}:
             assert not records[key] & records[held]
 
