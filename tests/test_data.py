@@ -295,7 +295,9 @@ def test_one_process_builds_and_the_others_wait(write, tmp_path, monkeypatch):
     assert builds.get() and builds.empty()
 
 
-def test_a_file_written_to_while_it_is_read_is_named(write, tmp_path, monkeypatch):
+def test_a_file_written_to_while_it_is_read_and_an_unwritable_cache_are_named(
+    write, tmp_path, monkeypatch
+):
     path, read = write([ALPACA]), iter_records
 
     def and_write(*args):
@@ -307,10 +309,6 @@ def test_a_file_written_to_while_it_is_read_is_named(write, tmp_path, monkeypatc
     with pytest.raises(ValueError, match="was written to while it was read"):
         load(path, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*/"))
-
-
-def test_unwritable_cache_is_named(write):
-    path = write([ALPACA])
     with pytest.raises(ValueError, match="cannot write the cache"):
         load(path, path)  # a file where the directory should be
 
@@ -338,6 +336,14 @@ def rows(micro_batches):
     ]
 
 
+def real(parts):
+    """The samples of all ranks without fillers, sorted. All ranks make the same forwards."""
+    assert len({tuple(len(batch.group) for batch in part) for part in parts}) == 1
+    whole = [batch for part in parts for batch in part]
+    groups = torch.cat([batch.group for batch in whole])
+    return sorted(row for row, group in zip(rows(whole), groups, strict=True) if group >= 0)
+
+
 def plain(step):
     """A step as lists, to be compared."""
     train, val, counts = step
@@ -347,21 +353,22 @@ def plain(step):
     )
 
 
-@pytest.mark.parametrize("batch", [6, 8])
-def test_batches_are_stratified(batch):
-    batches, total = make(batch=batch), Counter()
-    assert batches.steps_per_epoch == -(-38 // batch)
-    for t in range(30):
+@pytest.mark.parametrize("sizes, batch", [((7, 20, 11), 6), ((7, 20, 11), 8), ((5,) * 7, 3)])
+def test_batches_are_stratified_and_sources_take_turns(sizes, batch):
+    S, batches, seen = len(sizes), make(sizes, batch=batch), []
+    assert batches.steps_per_epoch == -(-sum(sizes) // batch)
+    for t in range(5 * S):
         train, val, counts = batches.step(t)
-        assert counts.sum() == batch + 4 and counts[3] == 4 and counts.dtype == torch.int64
-        assert counts[:3].max() - counts[:3].min() <= 1
-        groups = torch.cat([b.group for b in train])
-        assert torch.equal(torch.bincount(groups, minlength=4)[:3], counts[:3])
-        assert all((b.group == 3).all() for b in val)
-        names = Counter("abc".index(row[0]) for row in rows(train))
-        assert [names[i] for i in range(3)] == counts[:3].tolist()
-        total.update(names)
-    assert len(set(total.values())) == 1  # 30 steps: the remainder went round evenly
+        assert counts.sum() == batch + 4 and counts[S] == 4 and counts.dtype == torch.int64
+        groups = torch.cat([micro.group for micro in train])
+        assert torch.equal(torch.bincount(groups, minlength=S + 1)[:S], counts[:S])
+        assert all((micro.group == S).all() for micro in val)
+        assert ["abcdefg"[group] for group in groups] == [row[0] for row in rows(train)]
+        seen.append(counts[:S])
+    seen = torch.stack(seen)
+    assert (seen.max(1).values - seen.min(1).values).max() <= 1
+    for t in range(4 * S):
+        assert (seen[t : t + S].sum(0) == batch).all()
 
 
 def test_each_epoch_of_a_source_is_a_permutation():
@@ -370,18 +377,10 @@ def test_each_epoch_of_a_source_is_a_permutation():
     for letter, n in zip("abcv", (7, 20, 11, 9), strict=True):
         times = [count for row, count in seen.items() if row[0] == letter]
         assert len(times) == n and max(times) - min(times) <= 1
-    order = [batches._samples(1, 20 * e, 20 * e + 20) for e in range(3)]
-    assert all(sorted(i for _, i in epoch) == list(range(20)) for epoch in order)
-    assert order[0] != order[1] != order[2]
-
-
-def test_sources_rotate_fairly_when_the_batch_is_smaller():
-    batches = make(sizes=(5,) * 7, batch=3, val=None)
-    present = torch.stack([batches.step(t)[2][:7] for t in range(70)])
-    assert (present.sum(1) == 3).all() and present.max() == 1
-    assert (present.sum(0) == 30).all()
-    for t in range(60):  # and within any 7 steps
-        assert (present[t : t + 7].sum(0) == 3).all()
+    one = make(sizes=(20,), val=None, batch=10)
+    halves = [set(rows(one.step(t)[0])) for t in range(6)]
+    assert all(len(halves[t] | halves[t + 1]) == 20 for t in (0, 2, 4))
+    assert halves[0] != halves[2] != halves[4]
 
 
 def test_step_is_a_pure_function():
@@ -402,10 +401,7 @@ def test_global_batch_does_not_depend_on_ranks_or_micro_batches(world, micro):
     for t in range(5):
         whole, parts = make().step(t), [batches.step(t) for batches in ranks]
         for which in (0, 1):
-            shares = [rows(part[which]) for part in parts]
-            assert sorted(sum(shares, [])) == sorted(rows(whole[which]))
-            assert len({len(share) for share in shares}) == 1
-            assert len({len(part[which]) for part in parts}) == 1
+            assert real([part[which] for part in parts]) == sorted(rows(whole[which]))
             assert max(len(b.group) for part in parts for b in part[which]) <= micro
         assert all(torch.equal(part[2], whole[2]) for part in parts)
 
@@ -445,17 +441,35 @@ def test_micro_batches_are_padded_to_a_multiple_within_max_length():
 def test_evaluation_sees_each_sample_once(n, world):
     dataset = source(n)
     parts = [list(eval_batches(dataset, 2, rank, world)) for rank in range(world)]
-    assert len({tuple(len(b.group) for b in part) for part in parts}) == 1
-    groups = torch.cat([batch.group for part in parts for batch in part]).tolist()
-    real = [row for row, group in zip(rows(sum(parts, [])), groups, strict=True) if group >= 0]
     every = [TOKENIZER.decode(dataset.example(i)[0].tolist()) for i in range(n)]
-    assert sorted(real) == sorted(every)
+    assert real(parts) == sorted(every)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_each_sample_of_a_mixture_comes_once_an_epoch_whatever_the_number_of_ranks(world):
+    sources, epochs = [source(17, "a"), source(9, "b")], []
+    ranks = [data.MixtureBatches(sources, 6, 2, 5, rank, world) for rank in range(world)]
+    one = data.MixtureBatches(sources, 6, 6, 5)
+    assert one.steps_per_epoch == 5
+    for t in range(10):
+        trains, vals, counts = zip(*(batches.step(t) for batches in ranks), strict=True)
+        samples, (whole, _, expected) = real(trains), one.step(t)
+        assert samples == sorted(rows(whole)) and not any(vals)
+        assert all(torch.equal(each, expected) for each in counts)
+        names = [row[0] for row in samples]
+        assert expected.tolist() == [names.count("a"), names.count("b"), 0]
+        assert len(samples) == (6 if t % 5 < 4 else 2)
+        epochs += [[]] if t % 5 == 0 else []
+        epochs[-1] += samples
+    assert all(len(set(epoch)) == len(epoch) == 26 for epoch in epochs) and epochs[0] != epochs[1]
 
 
 # Tasks
 
 @pytest.mark.parametrize("name", TASKS)
 def test_tasks_are_deterministic_short_and_held_out(name):
+    with pytest.raises(ValueError, match="'x': expected one of .*" + name):
+        task("x", 0)
     sources, val, test = made = task(name, 3)
     assert made == task(name, 3) and val != task(name, 4)[1]
     parts = {**sources, "val": val, "test": test}
@@ -497,8 +511,3 @@ def test_instruction_answers_the_same_questions_well_and_poorly():
     right = sum(poor[q][1] == f"hm, {a[1]}" for q, a in good.items()) / len(good)
     assert right == pytest.approx(0.5, abs=0.06)
     assert not any(answer[1].startswith("hm") for _, answer in val)
-
-
-def test_unknown_task_is_named():
-    with pytest.raises(ValueError, match="'x': expected one of denoising"):
-        task("x", 0)

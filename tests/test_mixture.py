@@ -1,4 +1,4 @@
-"""From weights to a mixture: what --weights may say, what is drawn, and in which batches."""
+"""From weights to a mixture: what --weights may say, and what is drawn."""
 
 import json
 from collections import Counter
@@ -121,33 +121,3 @@ def test_a_draw_is_without_replacement_and_depends_on_its_own_source_alone():
     samples = [json.loads(line) for line in mixture.as_jsonl(drawn).splitlines()]
     assert samples[0] == {"source": "a", "record": drawn["a"].numbers[0]}
     assert [sample["source"] for sample in samples] == ["a"] * 20 + ["b"] * 20
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_each_sample_comes_once_an_epoch_whatever_the_number_of_ranks(world):
-    sources = [dataset(17), dataset(9, "b")]
-    ranks = [data.MixtureBatches(sources, 6, 2, 5, rank, world) for rank in range(world)]
-    assert ranks[0].steps_per_epoch == 5
-    orders = []
-    for epoch in range(2):
-        seen = []
-        for t in range(5):
-            parts = [batches.step(5 * epoch + t) for batches in ranks]
-            assert len({tuple(counts.tolist()) for _, _, counts in parts}) == 1
-            shapes = {tuple(len(micro.group) for micro in train) for train, _, _ in parts}
-            assert len(shapes) == 1  # all ranks make the same forwards
-            train = [micro for part, _, _ in parts for micro in part]
-            groups = [group for micro in train for group in micro.group.tolist()]
-            texts = [tuple(row[row > 0].tolist()) for micro in train for row in micro.tokens]
-            batch = [text for text, group in zip(texts, groups, strict=True) if group >= 0]
-            counts = parts[0][2].tolist()
-            assert [groups.count(0), groups.count(1), 0] == counts
-            assert sum(counts) == len(batch) == (6 if t < 4 else 2)
-            seen.append(sorted(batch))
-        flat = [sample for batch in seen for sample in batch]
-        assert len(flat) == len(set(flat)) == 26
-        orders.append(seen)
-    assert orders[0] != orders[1]
-    one = data.MixtureBatches(sources, 6, 6, 5)
-    batch = one.step(3)[0][0]
-    assert orders[0][3] == sorted(tuple(r[r > 0].tolist()) for r in batch.tokens)
