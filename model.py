@@ -158,22 +158,15 @@ class Rows(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a block is told beside the residual stream.
+    """What a block is told beside the residual stream."""
 
-    rows    the P rows of x on entry
-    out     the rows of x on return: the same, or M of them
-    keep    (M,), the places of `out` among the P rows; None: all
-    rope    from rope_tables, where positions are rotated
-    mask    from causal_mask; None: causal
-    cache   takes the keys and the values of these positions, each (B, T, K, H), and returns both of
-            all positions so far, (2, B, L, K, H); see Cache
-    """
-
-    rows: Rows
-    out: Rows
-    keep: Tensor | None = None
-    rope: tuple[Tensor, Tensor] | None = None
-    mask: Tensor | None = None
+    rows: Rows  # the P rows of x on entry
+    out: Rows  # the rows of x on return: the same, or M of them
+    keep: Tensor | None = None  # (M,), the places of `out` among the P rows; None: all
+    rope: tuple[Tensor, Tensor] | None = None  # from rope_tables, where positions are rotated
+    mask: Tensor | None = None  # from causal_mask; None: causal
+    # Takes the keys and the values of these positions, each (B, T, K, H), and returns both of all
+    # positions so far, (2, B, L, K, H); see Cache.
     cache: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def trim(self, x: Tensor) -> Tensor:
@@ -447,10 +440,9 @@ class Transformer(nn.Module):
         elif last is not None:
             keep = torch.arange(B, device=tokens.device) * T + last
             out = Rows((B, T), keep)
-        masks = {}
+        slots, masks = T if cache is None else cache.slots, {}
         for window in set(c.windows):
             free = cache is None and c.score_cap is None and (window is None or window >= T)
-            slots = T if cache is None else cache.slots
             masks[window] = None if free else causal_mask(times, slots, window)
         x = self.embed(rows.pick(tokens), rows.pick(times.expand(B, T)))  # (P, D)
         at = Context(rows, rows, rope=rope_tables(c, times, wide(x.dtype)) if c.rotary else None)
@@ -523,8 +515,7 @@ def generate(
     limit = model.config.max_positions
     bad = [i for i, p in enumerate(prompts) if not 0 < len(p) < limit]
     if bad or not prompts:
-        raise ValueError(f"prompts {bad}: each needs 1 to {limit - 1} tokens: there are {limit} "
-                         "positions")
+        raise ValueError(f"prompts {bad}: permitted are 1 to {limit - 1} tokens")
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature}, top_p {top_p}: must be >= 0, and in (0, 1]")
     device = next(model.parameters()).device
@@ -550,7 +541,7 @@ def generate(
         fed, last = tokens[rows, lengths - 1][:, None], torch.zeros_like(lengths)
     stops = set(ends.tolist())
     texts = zip(prompts, tokens.tolist(), lengths.tolist(), strict=True)
-    replies = [row[len(prompt) : length] for prompt, row, length in texts]
+    replies = (row[len(prompt) : length] for prompt, row, length in texts)
     return [list(takewhile(lambda token: token not in stops, reply)) for reply in replies]
 
 
