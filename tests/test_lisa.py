@@ -232,34 +232,6 @@ def test_equal_copies_stay_equal_through_write_back():
     assert equal(w, u)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied"])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_no_gradient_enters_a_transformer_below_its_lowest_active_block(family, recompute):
-    config = ModelConfig.from_hf(FAMILIES[family])
-    model = build(config, random_weights(config, 0))
-    model.recompute = recompute
-    opt = Lisa(model, n_active=1, interval=1, ends="frozen")
-    reached = set()
-
-    def watch(block, _, y):
-        if y.requires_grad:
-            y.register_hook(lambda _: reached.add(number[block]))
-
-    number = {block: i for i, block in enumerate(model.blocks)}
-    for block in model.blocks:
-        block.register_forward_hook(watch)
-    tokens, lowest = torch.arange(32).view(2, 16), set()
-    for step in range(12):
-        opt.switch(step)
-        reached.clear()
-        model(tokens, tokens).sum().backward()
-        assert reached == set(range(min(opt.active), config.n_layers))
-        lowest |= opt.active
-        opt.zero_grad()
-    assert len(lowest) == config.n_layers
-    assert model.embed.weight.grad is None and model.norm.weight.grad is None
-
-
 def test_bad_settings_are_named():
     for bad in {"n_active": 7}, {"n_active": 2, "ends": "some"}:
         with pytest.raises(ValueError, match="permitted are"):

@@ -69,7 +69,7 @@ def trajectory(
     """Every parameter of w and u, and λ, after a few steps of train.py's own loop, on the records
     beside the checkpoint."""
     settings = dtype, micro, pad_to, steps, dist.get_world_size(), shard.GATHER_ONCE_BYTES
-    out = Path(checkpoint) / "-".join(map(str, [*settings, *flags]))
+    out = Path(checkpoint, "-".join(map(str, [*settings, *flags])))
     records = Path(checkpoint).with_name("records")
     args = train.parse(
         f"--model {checkpoint} --train {records} --val {records}/val.jsonl "
@@ -82,13 +82,11 @@ def trajectory(
     inputs = train.prepare(args, dist.get_world_size())
     dist.barrier()  # no rank writes before all have looked
     out.mkdir(exist_ok=True)
-    batches = data.Batches
-    data.Batches = functools.partial(batches, pad_to=pad_to)
-    if flags:  # stopped after the first step, and gone on with
-        with contextlib.suppress(train.Stopped):
-            train.train(args, inputs, torch.device("cpu"), signals=[signal.SIGTERM])
-    penalty = train.train(args, inputs, torch.device("cpu"))
-    data.Batches = batches
+    with mock.patch("data.padding", lambda: pad_to):
+        if flags:  # stopped after the first step, and gone on with
+            with contextlib.suppress(train.Stopped):
+                train.train(args, inputs, torch.device("cpu"), signals=[signal.SIGTERM])
+        penalty = train.train(args, inputs, torch.device("cpu"))
     parameters = {}
     for which, model in ("w", penalty.w), ("u", penalty.u):
         shard.move_to_device(model)
@@ -141,7 +139,7 @@ def compiled(_: str) -> tuple[float, float, int]:
             opt.step()
             opt.zero_grad()
         worst = max(worst, difference(losses[:1], losses[1:]))
-    ends = difference(*(sharded_parameters(model) for model, _ in models))
+    ends = difference(*(model.parameters() for model, _ in models))
     return worst, ends, counters["stats"]["unique_graphs"]
 
 
@@ -187,8 +185,8 @@ def dense(_: str) -> dict:
         differ[(*key, "loss")] = difference(losses[:1], losses[1:])
         for model in (cut, whole):
             backward(model, 0, 1)
-        full = [shard.full(p.grad) for p in cut.parameters()]
-        differ[(*key, "gradients")] = difference(full, [p.grad for p in whole.parameters()])
+        grads = ([p.grad for p in model.parameters()] for model in (cut, whole))
+        differ[(*key, "gradients")] = difference(*grads)
         for model in (cut, whole):
             model.zero_grad()
         differ[(*key, "after evaluation, switch, step")] = interleaved(*pairs)
@@ -218,7 +216,7 @@ def interleaved(cut: list, whole: list) -> float:
             # All ranks hold the same samples here, so the objective counts each as many times.
             counts = torch.tensor([6, 6, 6]) * dist.get_world_size()
             penalty.step([batch(step), batch(step + 20)], [val], counts)
-    return max(worst, difference(sharded_parameters(cut[0]), whole[0].parameters()))
+    return max(worst, difference(cut[0].parameters(), whole[0].parameters()))
 
 
 def bf16(_: str) -> dict:
@@ -227,7 +225,7 @@ def bf16(_: str) -> dict:
     result = {}
     for gather_once in (True, False):
         (cut,), (whole,) = models("llama", gather_once, torch.bfloat16)
-        start = [p.detach().clone() for p in whole.parameters()]
+        start = flat(whole.parameters())
         for model in (cut, whole):
             opt = Lisa(model, 1, interval=1, seed=5, lr=1e-2, ends="sampled")
             for step in range(6):
@@ -236,19 +234,19 @@ def bf16(_: str) -> dict:
                 opt.step()
                 opt.zero_grad()
             opt.finish(6)
-        a, b, start = (torch.cat([p.detach().flatten() for p in x]).float() for x in (
-            sharded_parameters(cut), whole.parameters(), start))  # fmt: skip
+        a, b = flat(cut.parameters()), flat(whole.parameters())
         result[gather_once] = ((a - b).norm() / (b - start).norm()).item()
     return result
 
 
-def sharded_parameters(model) -> list[torch.Tensor]:
-    return [shard.full(p) for p in model.parameters()]
+def flat(tensors) -> torch.Tensor:
+    """All of them, whether sharded or not, in float64."""
+    return torch.cat([shard.full(t).flatten() for t in tensors]).double()
 
 
 def difference(a, b) -> float:
     """‖a − b‖ / ‖b‖ over all tensors."""
-    a, b = (torch.cat([t.detach().flatten() for t in x]) for x in (a, b))
+    a, b = flat(a), flat(b)
     return ((a - b).norm() / b.norm()).item()
 
 
