@@ -246,7 +246,7 @@ def generate_command(args: argparse.Namespace) -> Work:
     def work(device: torch.device) -> int:
         new = generate(
             replies.load(c, args.dtype, device), prompts, args.max_new_tokens, args.temperature,
-            args.top_p, stops, args.seed, device=device,
+            args.top_p, stops, args.seed,
         )  # fmt: skip
         for prompt, ids in zip(args.prompt, new, strict=True):
             say(f"{prompt}{joint}{tok.decode(ids)}\n")

@@ -112,7 +112,6 @@ def answer_batch(
     new = generate(
         model, [prompts[i] for i in own], max_new_tokens, temperature, eos_id=c.stops,
         seed=seed + own[0], stop_when=all_finished if world > 1 else bool,
-        device=next(model.parameters()).device,
     )  # fmt: skip
     every = [None] * world
     dist.all_gather_object(every, dict(zip(own, new, strict=True)))
