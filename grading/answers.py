@@ -63,10 +63,6 @@ EXEMPLARS = {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------
-# Questions
-
-
 class Problem(NamedTuple):
     question: str
     solution: str  # worked out, as the file has it
@@ -90,14 +86,11 @@ def read_problems(path: str | os.PathLike) -> list[Problem]:
     return convert_rows(path, problem, keys)
 
 
-def as_turns(exemplars: list[tuple[str, str]], instruction: str) -> Turns:
+def as_turns(exemplars: list[Problem] | list[tuple[str, str]], instruction: str) -> Turns:
     """Questions and solutions as turns of a conversation."""
-    return [turn for question, solution in exemplars
+    return [turn for question, solution, *_ in exemplars
             for turn in (("user", f"{question}\n{instruction}"), ("assistant", solution))]
 
-
-# ---------------------------------------------------------------------------------------------
-# Final answers
 
 SECONDS = 5  # for one parse or comparison; math-verify keeps it by SIGALRM, in the main thread
 LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
