@@ -1,6 +1,5 @@
 """evaluate.py: losses with their standard errors, accuracy, generation, as a user starts them."""
 
-import dataclasses
 import gzip
 import json
 import math
@@ -19,7 +18,6 @@ from huggingface_hub import errors
 import data
 import evaluate
 import grading
-import shard
 from grading import answers, replies
 from grading.replies import Journal, read
 from hf import templates
@@ -31,29 +29,24 @@ from tests.worker import FAMILIES
 ROOT = Path(__file__).parents[1]
 
 
-def make_checkpoint(folder: Path, template: str, seed: int = 0) -> Path:
+def make_checkpoint(folder: Path, seed: int = 0, **changes) -> Path:
     """A tiny random model with the byte tokenizer."""
-    config = ModelConfig.from_hf(FAMILIES["llama"])
+    config = ModelConfig.from_hf(FAMILIES["llama"] | changes)
     save_pretrained(build(config, random_weights(config, seed)), folder / "model")
-    templates.save_tokenizer(data.byte_tokenizer(), folder / "model", template)
+    templates.save_tokenizer(data.byte_tokenizer(), folder / "model", "plain")
     return folder / "model"
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), "plain")
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("other"), "plain", seed=1)
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture
-def records(tmp_path):
+def records():
     words = ["a", "some", "longer words here", "four", "and five", "x" * 50, "seven"]
-    (tmp_path / "val.jsonl").write_text("".join(json.dumps({"text": w}) + "\n" for w in words))
-    return tmp_path / "val.jsonl"
+    Path("val.jsonl").write_text("".join(json.dumps({"text": w}) + "\n" for w in words))
+    return Path("val.jsonl")
 
 
 @pytest.fixture(autouse=True)
@@ -114,17 +107,22 @@ def test_standard_error_of_the_token_mean_matches_the_jackknife():
     assert evaluate.summarise(x, tokens).token_mean_se == pytest.approx(jackknife, rel=0.02)
 
 
-def test_loss_of_a_built_in_task(checkpoint, here):
-    code, table, _ = here("loss", "--model", checkpoint, "--data", "instruction-seed3")
+def test_data_is_a_file_a_directory_of_sources_or_a_built_in_task(checkpoint, records, here):
+    Path("sources").mkdir()
+    for name in ("math", "code"):
+        Path(f"sources/train_{name}.jsonl").write_text(records.read_text())
+    code, out, _ = here("loss", "--model", checkpoint, "--data", "sources", records,
+                        "instruction-seed3")  # fmt: skip
+    rows = [line.split() for line in out.splitlines()[1:]]
+    assert code == 0 and [row[0] for row in rows] == ["code", "math", "val", "instruction-seed3"]
     _, _, test = tasks.task("instruction", 3)
-    assert code == 0
     dataset = data.Dataset.from_records(test, data.byte_tokenizer(), "plain", 128)
     expected = evaluate.loss(from_pretrained(checkpoint), dataset).mean
-    row = ["instruction-seed3", str(checkpoint), str(len(test)), f"{expected:.4f}"]
-    assert table.splitlines()[-1].split()[:4] == row
+    assert rows[3][2:4] == [str(len(test)), f"{expected:.4f}"]
 
 
-def test_loss_table_is_the_same_on_one_process_and_two(checkpoint, other, records, here):
+def test_loss_table_is_the_same_on_one_process_and_two(checkpoint, records, here):
+    other = make_checkpoint(Path(), seed=1)
     mixture = [{"text": "x" * n, "source": "short" if n < 9 else "long"} for n in range(3, 20)]
     Path("mix.json").write_text(json.dumps(mixture))
     args = ("loss", "--model", checkpoint, other, "--data", records, "both=mix.json",
@@ -132,30 +130,18 @@ def test_loss_table_is_the_same_on_one_process_and_two(checkpoint, other, record
     (code, one, _), two = here(*args), run(*args, ranks=2)
     assert code == two.returncode == 0, two.stderr
     assert one == two.stdout
-    rows = [line.replace("±", "").split() for line in one.splitlines()]
-    assert rows[0] == "data model samples mean sample loss perplexity".split()
+    rows = [line.replace("±", "").split() for line in one.splitlines()[1:]]
     models = [str(checkpoint), str(other)]
-    assert [row[:2] for row in rows[1:]] == [
+    assert [row[:2] for row in rows] == [
         [label, name] for label in ("val", "both", "long", "short") for name in models
     ]
-    for label, name, *values in rows[1:]:
-        if label in ("both", "short"):
-            texts = [row["text"] for row in mixture if label in ("both", row["source"])]
-            turns = [[("text", text)] for text in texts]
-            dataset = data.Dataset.from_records(turns, data.byte_tokenizer(), "plain", 128)
-            r = evaluate.loss(from_pretrained(name), dataset)
-            p = math.exp(r.token_mean)
-            wanted = [r.n, r.mean, r.mean_se, p, p * r.token_mean_se]
-            assert [float(x) for x in values] == pytest.approx(wanted, abs=6e-4)
-
-
-def test_loss_takes_a_directory_of_sources(checkpoint, records, here):
-    Path("sources").mkdir()
-    for name in ("math", "code"):
-        Path(f"sources/train_{name}.jsonl").write_text(records.read_text())
-    code, out, _ = here("loss", "--model", checkpoint, "--data", "sources", records)
-    assert code == 0
-    assert [line.split()[0] for line in out.splitlines()[1:]] == ["code", "math", "val"]
+    for label, name, *values in rows[2:4] + rows[6:]:
+        turns = [[("text", r["text"])] for r in mixture if label in ("both", r["source"])]
+        dataset = data.Dataset.from_records(turns, data.byte_tokenizer(), "plain", 128)
+        r = evaluate.loss(from_pretrained(name), dataset)
+        p = math.exp(r.token_mean)
+        wanted = [r.n, r.mean, r.mean_se, p, p * r.token_mean_se]
+        assert [float(x) for x in values] == pytest.approx(wanted, abs=6e-4)
 
 
 def test_the_template_is_told_by_the_models_files(tmp_path):
@@ -187,7 +173,6 @@ def test_generation_goes_on_from_each_prompt(checkpoint, here):
 
 
 def test_a_story_by_a_real_model(asset, here):
-    pytest.importorskip("tokenizers")
     _, out, _ = here("generate", "--model", asset("model/stories260K-hf"), "--prompt",
                      "Once upon a time", "--max-new-tokens", 30)  # fmt: skip
     assert "there was a little girl named Lily" in out
@@ -202,8 +187,8 @@ def sums():
     """A file of sums, some of which have the same length."""
     problems = [{"question": f"{a} + {a * a}?", "answer": f"So.\n#### {a + a * a}"}
                 for a in range(1, 12)]  # fmt: skip
-    Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
-    return "sums.jsonl"
+    Path("sums.json").write_text(json.dumps(problems))
+    return "sums.json"
 
 
 FLAGS = ("--instruction", "Go.", "--max-new-tokens", 6, "--batch-size", 2, "--template", "plain")
@@ -232,9 +217,9 @@ def test_gsm8k_is_the_same_on_two_ranks_and_goes_on_where_it_was_cut(
         (alone,) = generate(model, [prompt], 6, eos_id=tok.eos_id)
         assert row["output"] == tok.decode(alone).strip() and row["tokens"] == len(alone)
 
-    whole = Path("one/gsm8k.jsonl").read_bytes()
-    Path("one/gsm8k.jsonl").write_bytes(whole[: len(whole) * 2 // 3])  # within a line
-    left, inner, asked = len(read(Path("one/gsm8k.jsonl"))), generate, []
+    file = Path("one/gsm8k.jsonl")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])  # within a line
+    left, inner, asked = len(read(file)), generate, []
     assert 0 < left < 11
 
     def counted(model, prompts, *args, **kwargs):
@@ -242,44 +227,66 @@ def test_gsm8k_is_the_same_on_two_ranks_and_goes_on_where_it_was_cut(
         return inner(model, prompts, *args, **kwargs)
 
     monkeypatch.setattr(replies, "generate", counted)
-    assert here(*args, "one")[1] == out and of_index("one/gsm8k.jsonl") == rows
+    assert here(*args, "one")[1] == out and of_index(file) == rows
     assert len(asked) == 11 - left
     monkeypatch.setattr(replies, "generate", None)  # what is complete needs no generation
     assert here(*args, "one")[1] == out
-    assert here("gsm8k", "--rescore", "one/gsm8k.jsonl")[1] == "".join(out.splitlines(True)[:-1])
+    assert here("gsm8k", "--rescore", file)[1] == "".join(out.splitlines(True)[:-1])
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """says(reply): every model replies so from here on, or as reply(prompt) where it is a function;
+    returns the prompts that come, as text."""
+
+    def set_up(reply):
+        tok, seen = data.byte_tokenizer(), []
+
+        def generate(model, prompts, *args, **kwargs):
+            texts = [tok.decode(p) for p in prompts]
+            seen.extend(texts)
+            return [tok.encode(reply(text) if callable(reply) else reply) for text in texts]
+
+        monkeypatch.setattr(replies, "generate", generate)
+        return seen
+
+    return set_up
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "math"])
-def test_accuracy_of_a_model_that_knows_every_third_answer(checkpoint, task, here, monkeypatch):
+def test_accuracy_of_a_model_that_knows_every_third_answer(checkpoint, task, here, says):
     rows = [{"problem": f"{a} + 2?", "solution": f"\\boxed{{{a + 2}}}"} for a in range(30)]
+    rows += [{"question": "2" * 300, "answer": "#### 2"}]
     Path("p.json").write_text(json.dumps(rows))
-    tok = data.byte_tokenizer()
 
-    def knows(model, prompts, *args, **kwargs):
-        numbers = [int(tok.decode(p).rsplit("\n", 2)[-3].split()[0]) for p in prompts]
-        return [tok.encode(f"It is {n + 2 + (n % 3 > 0)}.") for n in numbers]
+    def third(prompt):
+        n = int(prompt.split()[0])
+        return f"It is {n + 2 + (n % 3 > 0)}."
 
-    monkeypatch.setattr(replies, "generate", knows)
-    code, out, _ = here(task, "--model", checkpoint, "--data", "p.json", *FLAGS, "--shots", 0)
-    se = math.sqrt(1 / 3 * 2 / 3 / 29)
-    assert code == 0 and f"accuracy 0.3333 ± {se:.4f} (10 of 30)" in out and "math-verify" in out
+    says(third)
+    code, out, _ = here(task, "--model", checkpoint, "--data", "p.json", *FLAGS)
+    se = math.sqrt(10 / 31 * 21 / 31 / 30)
+    assert code == 0 and f"accuracy {10 / 31:.4f} ± {se:.4f} (10 of 31)" in out
+    assert "math-verify" in out and "1 questions too long for the model" in out
+    assert of_index(f"runs/eval-checkpoint0/{task}.jsonl")[30]["end"] == "no room"
 
 
-def test_exemplars_are_turns_before_the_question(checkpoint, sums, here, monkeypatch):
-    asked = {}
+def test_exemplars_are_turns_before_the_question(sums, here, says):
+    prompts, model = says("2"), make_checkpoint(Path(), max_position_embeddings=2048)
+    args = ("gsm8k", "--model", model, "--data", sums, *FLAGS, "--shots", 2)
+    assert here(*args, "--out", "a")[0] == here(*args, "--exemplars", sums, "--out", "b")[0] == 0
+    first = answers.EXEMPLARS["gsm8k"][0]
+    for prompt, solution in ((prompts[0], first[1]), (prompts[-1], "So.\n#### 2")):
+        assert prompt.count("\nGo.\n") == 3 and f"\nGo.\n{solution}" in prompt
+    for exemplars in answers.EXEMPLARS.values():
+        assert len(exemplars) >= 4 and all("\\boxed" in solution for _, solution in exemplars)
 
-    def respond(model, c, users, before, *sizes):
-        asked.update(users=users, before=before)
-        return ((n, [replies.Reply("2", 1, "stop")]) for n in range(len(users)))
 
-    monkeypatch.setattr(replies, "respond", respond)
-    assert here("gsm8k", "--model", checkpoint, "--data", sums, *FLAGS, "--shots", 2)[0] == 0
-    assert asked["users"][0] == ("1 + 1?\nGo.",)
-    assert [role for role, _ in asked["before"]] == ["user", "assistant"] * 2
-    assert asked["before"][0][1].endswith("\nGo.")
-    for task, exemplars in answers.EXEMPLARS.items():
-        assert len(exemplars) >= 4, task
-        assert all("\\boxed" in solution for _, solution in exemplars)
+def test_replies_end_where_the_model_goes_on_with_a_question_of_its_own(sums, here, says):
+    says("4\n\n### Instruction:\n5?")
+    model = make_checkpoint(Path(), max_position_embeddings=512)
+    assert here("gsm8k", "--model", model, "--data", sums, "--template", "alpaca")[0] == 0
+    assert {row["output"] for row in of_index("runs/eval-model/gsm8k.jsonl").values()} == {"4"}
 
 
 def test_without_math_verify_the_command_says_what_to_install(here, monkeypatch):
@@ -290,42 +297,23 @@ def test_without_math_verify_the_command_says_what_to_install(here, monkeypatch)
     assert code == 2 and err.count("\n") == 1 and "pip install math-verify" in err
 
 
-def test_questions_too_long_for_the_model_count_as_wrong(checkpoint, here):
-    rows = [{"question": "1?", "answer": "#### 1"}, {"question": "2" * 300, "answer": "#### 2"}]
-    Path("p.json").write_text(json.dumps(rows))
-    code, out, _ = here("gsm8k", "--model", checkpoint, "--data", "p.json", *FLAGS)
-    assert code == 0 and "of 2)" in out and "1 questions too long for the model" in out
-    assert of_index("runs/eval-checkpoint0/gsm8k.jsonl")[1]["end"] == "no room"
-
-
-def test_replies_end_where_the_model_goes_on_with_a_question_of_its_own(checkpoint, monkeypatch):
-    tok = data.byte_tokenizer()
-    said = tok.encode("4\n\n### Instruction:\n5?")
-    monkeypatch.setattr(replies, "generate", lambda *a, **k: [said])
-    c = replies.open_model(str(checkpoint), "alpaca")
-    c = c._replace(config=dataclasses.replace(c.config, max_positions=512))
-    shard.start(60)
-    found = dict(replies.respond(torch.nn.Linear(1, 1), c, [("?",)], [], 8, 4))
-    torch.distributed.destroy_process_group()
-    assert found[0][0].text == "4"
-
-
 def test_other_settings_and_other_questions_are_refused(checkpoint, sums, here):
     args = ("gsm8k", "--model", checkpoint, "--data", sums, *FLAGS, "--out", "out")
     assert here(*args, "--limit", 2)[0] == 0
     before = Path("out/gsm8k.jsonl").read_bytes()
-    code, _, err = here(*args, "--shots", 3, "--dtype", "fp64")
-    assert code == 2 and [line.split(": ")[1] for line in err.splitlines()] == [
-        "dtype was 'auto', now 'fp64'", err.splitlines()[1].split(": ")[1], "shots was 0, now 3"]
+
+    def refused(*flags):
+        code, _, err = here(*args, *flags)
+        assert code == 2 and Path("out/gsm8k.jsonl").read_bytes() == before
+        return [line.split(": ")[1].split(" was ")[0] for line in err.splitlines()]
+
+    assert refused("--shots", 3, "--dtype", "fp64") == ["dtype", "exemplars", "shots"]
     Path(sums).write_text(Path(sums).read_text().replace("1 + 1?", "1 plus 1?"))
-    code, _, err = here(*args)
-    assert code == 2 and "holds answers to other questions" in err
-    assert Path("out/gsm8k.jsonl").read_bytes() == before
+    assert refused() == ["questions"]
 
 
 def test_from_sources_to_accuracy_on_real_data(asset, here):
     """Learn the weights of five real sources, fine-tune on them, then losses and 50 questions."""
-    pytest.importorskip("tokenizers")
     model, sources = asset("model/stories260K-hf"), asset("scalebio/math_exp")
     common = (f"--model {model} --train {sources} --template alpaca --max-length 192 "
               "--batch-size 20 --micro-batch-size 20 --lr-w 1e-3").split()  # fmt: skip
