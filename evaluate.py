@@ -49,8 +49,8 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 
 
 def mean_se(sums: Tensor, counts: Tensor) -> tuple[float, float]:
-    """A mean over all that n independent samples hold, of which each has a sum and a count, (n,);
-    and its standard error, of a ratio of sums to first order: nan for one sample."""
+    """The mean over what n independent samples hold, each a sum and a count, (n,), and its standard
+    error, of a ratio of sums to first order: nan for one sample."""
     n, count = len(sums), counts.sum()
     mean = sums.sum() / count
     spread = (sums - counts * mean).norm() / count
@@ -250,8 +250,26 @@ def problems_command(args: argparse.Namespace, device: torch.device) -> int:
         rows = replies.read(args.rescore)
         if not rows or any({"index", "answer", "output", "settings"} - row.keys() for row in rows):
             raise ValueError(f"--rescore {args.rescore}: not a file of generations")
-        say(*accuracy(rows, args.command))
+    else:
+        rows = answer_problems(args, device)
+    if dist.get_rank() != 0:
         return 0
+    rows = list({row["index"]: row for row in rows}.values())
+    found = [answers.extract(row["output"], row["answer"]) for row in rows]
+    right = [answers.equal(row["answer"], x) for row, x in zip(rows, found, strict=True)]
+    x = torch.tensor(right, dtype=torch.float64)
+    cut, tight = (sum(row.get("end") == end for row in rows) for end in ("length", "no room"))
+    say(f"{args.command}: accuracy {plus_minus(*mean_se(x, torch.ones_like(x)))} "
+        f"({sum(right)} of {len(rows)})   {rows[0]['settings']['model']}",
+        f"compared by math-verify {version('math-verify')}; {found.count(None)} replies without an "
+        f"answer, {cut} cut by length; {tight} questions too long for the model")  # fmt: skip
+    return 0
+
+
+def answer_problems(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """A row for each problem, on rank 0."""
+    from grading import answers
+
     Problems(f"--{x} is missing" for x in ("model", "data") if not getattr(args, x)).raise_if_any()
     problems, exemplars = Problems(), answers.EXEMPLARS[args.command]
     with problems.collecting():
@@ -269,7 +287,6 @@ def problems_command(args: argparse.Namespace, device: torch.device) -> int:
     settings = replies.settings_of(c, args.max_new_tokens, args.dtype, [p.question for p in every])
     settings |= {"shots": args.shots, "instruction": args.instruction,
                  "exemplars": replies.fingerprint(before)}  # fmt: skip
-
     asked = [
         replies.Asked({"index": i, "question": p.question, "answer": p.answer},
                       [f"{p.question}\n{args.instruction}"])
@@ -278,27 +295,8 @@ def problems_command(args: argparse.Namespace, device: torch.device) -> int:
     out = out_directory(args) / f"{args.command}.jsonl"
     rows = replies.answer(out, c, asked, settings, lambda said: said[0]._asdict(), device,
                           args.batch_size, before)  # fmt: skip
-    if dist.get_rank() == 0:
-        say(*accuracy([row for row in rows if row["index"] < len(asked)], args.command))
-        say(f"{out} keeps every reply; --rescore {out} scores them again")
-    return 0
-
-
-def accuracy(rows: list[dict], task: str) -> list[str]:
-    """The report on generations."""
-    from grading import answers
-
-    rows = list({row["index"]: row for row in rows}.values())
-    found = [answers.extract(row["output"], row["answer"]) for row in rows]
-    right = [answers.equal(row["answer"], x) for row, x in zip(rows, found, strict=True)]
-    right = torch.tensor(right, dtype=torch.float64)
-    cut, tight = (sum(row.get("end") == end for row in rows) for end in ("length", "no room"))
-    return [
-        f"{task}: accuracy {plus_minus(*mean_se(right, torch.ones_like(right)))} "
-        f"({int(right.sum())} of {len(rows)})   {rows[0]['settings']['model']}",
-        f"compared by math-verify {version('math-verify')}; {found.count(None)} replies without an "
-        f"answer; {cut} replies cut by length; {tight} questions too long for the model",
-    ]
+    say(f"{out} keeps every reply; --rescore {out} scores them again")
+    return [row for row in rows if row["index"] < len(asked)]
 
 
 def mtbench_command(args: argparse.Namespace, device: torch.device) -> int:
@@ -430,6 +428,8 @@ def from_to(least: float, most: float = math.inf) -> Callable[[str], float]:
 
 COUNT, SEED = {"type": from_to(1)}, {"type": from_to(0)}
 SEVERAL = {"nargs": "+", "required": True}
+FILE = {"type": Path, "metavar": "FILE"}
+ASKING, RUNNING = "gsm8k math mt-bench", "loss gsm8k math mt-bench generate"
 COMMANDS = {
     "loss": (loss_command, "mean sample loss and perplexity"),
     "gsm8k": (problems_command, "accuracy on GSM8K"),
@@ -444,45 +444,40 @@ FLAGS = [  # commands, flag, default, help, and what argparse takes beside
      "train_*.json(l), TASK or TASK-seedN for the test records of a built-in task", SEVERAL),
     ("loss", "--max-length", 512, "tokens of a sample, at most the model's positions", COUNT),
     ("loss", "--micro-batch-size", 8, "samples of a forward", COUNT),
-    ("gsm8k math mt-bench", "--model", None, "a directory or hub id", {}),
+    (ASKING, "--model", None, "a directory or hub id", {}),
     ("generate", "--model", None, "a directory or hub id", {"required": True}),
-    ("generate", "--prompt", None, "put as users' turns with --template; else text to go on with",
-     SEVERAL),
-    ("gsm8k math", "--data", None, "JSON or JSONL of {question, answer} or {problem, solution}, or "
-     "owner/dataset/file of the hub", {}),
+    ("generate", "--prompt", None, "users' turns with --template, else text to continue", SEVERAL),
+    ("gsm8k math", "--data", None, "JSON or JSONL of {question, answer} or {problem, solution}; may "
+     "be owner/dataset/file of the hub", {}),
     ("gsm8k math", "--shots", 0, "worked examples before each question", SEED),
     ("gsm8k math", "--exemplars", None, "a file to take them from, like --data [4 of our own]", {}),
     ("gsm8k math", "--instruction", INSTRUCTION, "what follows a question", {}),
-    ("gsm8k math", "--rescore", None, "score the replies of an earlier run again; needs no model "
-     "and no other flag", {"type": Path, "metavar": "FILE"}),
-    ("mt-bench", "--questions", None, "question.jsonl in FastChat's format, or owner/dataset/file "
-     "of the hub", {}),
-    ("mt-bench", "--reference", None, "reference answers for reasoning, math and coding, like "
-     "FastChat's gpt-4.jsonl [those in --questions]", {}),
-    ("mt-bench", "--answers", None, "grade these instead of a --model's, in FastChat's format",
-     {}),
+    ("gsm8k math", "--rescore", None, "score these replies again; needs no other flag", FILE),
+    ("mt-bench", "--questions", None, "FastChat's question.jsonl; may be owner/dataset/file", {}),
+    ("mt-bench", "--reference", None, "FastChat's gpt-4.jsonl or its like [from --questions]", {}),
+    ("mt-bench", "--answers", None, "grade these, in FastChat's format, not a --model's", {}),
     ("mt-bench", "--judge-url", None, "an OpenAI-compatible endpoint; its key, if it needs one, is "
      "read from the environment variable JUDGE_API_KEY", {}),
     ("mt-bench", "--judge-model", None, "the endpoint's name of the judge", {}),
     ("mt-bench", "--judge-concurrency", 4, "requests at a time", COUNT),
     ("mt-bench", "--judge-timeout", 120, "seconds without a byte", {"type": from_to(1e-3)}),
     ("mt-bench", "--judge-tries", 8, "of a request, before giving up", COUNT),
-    ("gsm8k math mt-bench", "--limit", None, "take the first so many questions [all]", COUNT),
-    ("gsm8k math mt-bench", "--max-new-tokens", 1024, "of a reply", COUNT),
+    (ASKING, "--limit", None, "take the first so many questions [all]", COUNT),
+    (ASKING, "--max-new-tokens", 1024, "of a reply", COUNT),
     ("generate", "--max-new-tokens", 128, "of a reply", COUNT),
-    ("gsm8k math mt-bench", "--batch-size", 16, "replies at a time, on each rank", COUNT),
+    (ASKING, "--batch-size", 16, "replies at a time, on each rank", COUNT),
     ("generate", "--temperature", 0.0, "0 is the likeliest token", {"type": from_to(0.0)}),
     ("generate", "--top-p", 1.0, "nucleus of the distribution", {"type": from_to(1e-6, 1)}),
     ("mt-bench generate", "--seed", 0, "of the draws at temperature > 0", SEED),
-    ("loss gsm8k math mt-bench generate", "--dtype", "auto", "of the parameters; auto: "
-     "bf16 on GPUs, fp32 on CPUs", {"choices": ("auto", *DTYPES)}),
-    ("loss gsm8k math mt-bench generate", "--template", None, "[that of the model, as far as its "
-     "files tell, else alpaca]", {"choices": templates.TEMPLATES}),
-    ("gsm8k math mt-bench", "--out", None, "directory of the replies [runs/eval-<model>]", {}),
+    (RUNNING, "--dtype", "auto", "of parameters; auto: bf16 on GPUs, fp32 on CPUs",
+     {"choices": ("auto", *DTYPES)}),
+    (RUNNING, "--template", None, "[what the model's files tell, else alpaca]",
+     {"choices": templates.TEMPLATES}),
+    (ASKING, "--out", None, "directory of the replies [runs/eval-<model>]", {}),
     ("plot", "run", None, "directories of train.py; runs that differ in their seed alone are drawn "
      "together", {"nargs": "+", "type": Path}),
     ("plot", "--out", None, "png, pdf or svg [weights.png, in the run's directory if there is one]",
-     {"type": Path, "metavar": "FILE"}),
+     FILE),
 ]  # fmt: skip
 
 
