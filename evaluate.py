@@ -283,7 +283,9 @@ def answer_problems(args: argparse.Namespace, device: torch.device) -> list[dict
             raise ValueError(f"--shots {args.shots}: there are {len(exemplars)} exemplars: "
                              "--exemplars names a file with more")  # fmt: skip
     problems.raise_if_any()
-    before = answers.as_turns(exemplars[: args.shots], args.instruction)
+    before = []
+    for question, solution, *_ in exemplars[: args.shots]:
+        before += [("user", f"{question}\n{args.instruction}"), ("assistant", solution)]
     settings = replies.settings_of(c, args.max_new_tokens, args.dtype, [p.question for p in every])
     settings |= {"shots": args.shots, "instruction": args.instruction,
                  "exemplars": replies.fingerprint(before)}  # fmt: skip
@@ -447,8 +449,8 @@ FLAGS = [  # commands, flag, default, help, and what argparse takes beside
     (ASKING, "--model", None, "a directory or hub id", {}),
     ("generate", "--model", None, "a directory or hub id", {"required": True}),
     ("generate", "--prompt", None, "users' turns with --template, else text to continue", SEVERAL),
-    ("gsm8k math", "--data", None, "JSON or JSONL of {question, answer} or {problem, solution}; may "
-     "be owner/dataset/file of the hub", {}),
+    ("gsm8k math", "--data", None, "JSON or JSONL of {question, answer} or {problem, solution}, or "
+     "owner/dataset/file of the hub", {}),
     ("gsm8k math", "--shots", 0, "worked examples before each question", SEED),
     ("gsm8k math", "--exemplars", None, "a file to take them from, like --data [4 of our own]", {}),
     ("gsm8k math", "--instruction", INSTRUCTION, "what follows a question", {}),

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlparse
 
+from tqdm import tqdm
+
 from grading.replies import Journal, Reply, convert_rows, read
 
 TEMPERATURES = {  # of the answers, by category: FastChat's
@@ -216,9 +218,10 @@ def grade(
         about = {"question_id": q.id, "turn": turn + 1, "category": q.category}
         journal.append({**about, "judge": judge.model, **result, "messages": messages})
 
-    with Journal(file, len(missing)) as journal, ThreadPoolExecutor(judge.concurrency) as pool:
+    with Journal(file) as journal, ThreadPoolExecutor(judge.concurrency) as pool:
         try:
-            for future in [pool.submit(one, q, turn) for q, turn in missing]:
+            waiting = [pool.submit(one, q, turn) for q, turn in missing]
+            for future in tqdm(waiting, disable=not missing, mininterval=5):
                 future.result()
         except BaseException:  # Ctrl-C: what is being asked is still kept, what waits is not asked
             judge.stop.set()

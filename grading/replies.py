@@ -95,10 +95,12 @@ def answer(
     name = next(iter(asked[0].about))
     done = shard.broadcast_from_rank0(lambda: {row[name] for row in rows})
     todo = [q for q in asked if q.about[name] not in done]
-    with Journal(file, len(todo)) as journal:
+    with Journal(file) as journal:
         model = load(c, settings["dtype"], device) if todo else None
         sizes = settings["max_new_tokens"], batch_size
-        for q, said in respond(model, c, todo, before, *sizes, seed):
+        answered = respond(model, c, todo, before, *sizes, seed)
+        quiet = not todo or dist.get_rank() > 0
+        for q, said in tqdm(answered, total=len(todo), disable=quiet, mininterval=5):
             journal.append({**q.about, **as_row(said), "settings": settings})
     return journal.rows
 
@@ -168,10 +170,6 @@ def all_finished(finished: bool) -> bool:
     return bool(flag)
 
 
-# --------------------------------------------------------------------------------------------------
-# Files of rows
-
-
 def convert_rows(path: str | os.PathLike, convert: Callable[[dict], object], lacks: str) -> list:
     """`convert` of each row of a JSON array or JSON Lines. Where it raises because of what the row
     is, one ValueError has a line "path:line: lacks …" for each."""
@@ -202,41 +200,34 @@ def read(path: Path) -> list[dict]:
 
 class Journal:
     """JSON Lines that grow row by row and survive being cut off: the rows so far, and the only
-    writer of more. Threads may append at once. On other ranks than the first it does nothing."""
+    writer of more. Threads may append at once. Other ranks than the first write nothing."""
 
-    def __init__(self, path: Path, total: int = 0):
-        """total: of rows to come, for a progress bar. Raises ValueError if another process writes
-        to the file, and what `read` does."""
-        self.lock, self.file, self.rows = threading.Lock(), None, []
+    def __init__(self, path: Path):
+        """Raises ValueError if another process writes to the file, and what `read` does."""
         first = not dist.is_initialized() or dist.get_rank() == 0
-        self.bar = tqdm(total=total, disable=not (first and total), mininterval=5)  # seconds
-        if not first:
-            return
+        self.lock, self.rows = threading.Lock(), []
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "ab")  # noqa: SIM115 (see __exit__)
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file closes
-        except BlockingIOError:
-            raise ValueError(f"{path}: another process is writing to it") from None
-        self.rows = read(path)
-        self.file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        self.file = open(path if first else os.devnull, "ab")  # noqa: SIM115 (see __exit__)
+        if first:
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed
+            except BlockingIOError:
+                raise ValueError(f"{path}: another process is writing to it") from None
+            self.rows = read(path)
+            self.file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
     def append(self, row: dict) -> None:
         """Add a row; once this returns, killing the process does not lose it."""
         with self.lock:
-            if self.file:
-                self.file.write(json.dumps(row).encode() + b"\n")
-                self.file.flush()
+            self.file.write(json.dumps(row).encode() + b"\n")
+            self.file.flush()
             self.rows.append(row)
-            self.bar.update()
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_) -> None:
-        self.bar.close()
-        if self.file:
-            self.file.close()
+        self.file.close()
 
 
 def settings_of(c: Checkpoint, max_new_tokens: int, dtype: str, questions: list) -> dict:

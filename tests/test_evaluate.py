@@ -3,9 +3,7 @@
 import gzip
 import json
 import math
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,15 +15,14 @@ from huggingface_hub import errors
 import data
 import evaluate
 import grading
+import train
 from grading import answers, replies
 from grading.replies import Journal, read
 from hf import templates
 from model import ModelConfig, build, from_pretrained, generate, random_weights, save_pretrained
 from sources import tasks
-from tests.forked import done
+from tests.forked import done, finish, start
 from tests.worker import FAMILIES
-
-ROOT = Path(__file__).parents[1]
 
 
 def make_checkpoint(folder: Path, seed: int = 0, **changes) -> Path:
@@ -54,11 +51,14 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def run(*args, ranks: int = 0) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *(launcher if ranks else []), str(ROOT / "evaluate.py")]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *map(str, args)], env=env, capture_output=True, text=True)
+def judge() -> None:
+    """In a process of tests/forked.py: run evaluate.py instead of train.py."""
+    train.main = evaluate.main
+
+
+def on_two_ranks(*args) -> tuple[int, str]:
+    """(exit code, all that was printed) of evaluate.py."""
+    return finish(start([*map(str, args)], ranks=2, faults={0: judge, 1: judge}, flags=[]))
 
 
 @pytest.fixture
@@ -125,9 +125,8 @@ def test_loss_table_is_the_same_on_one_process_and_two(checkpoint, records, here
     Path("mix.json").write_text(json.dumps(mixture))
     args = ("loss", "--model", checkpoint, other, "--data", records, "both=mix.json",
             "--micro-batch-size", 2)  # fmt: skip
-    (code, one, _), two = here(*args), run(*args, ranks=2)
-    assert code == two.returncode == 0, two.stderr
-    assert one == two.stdout
+    code, one, _ = here(*args)
+    assert (code, one) == (0, one) == on_two_ranks(*args)
     rows = [line.replace("±", "").split() for line in one.splitlines()[1:]]
     models = [str(checkpoint), str(other)]
     assert [row[:2] for row in rows] == [
@@ -200,12 +199,11 @@ def test_gsm8k_is_the_same_on_two_ranks_and_goes_on_where_it_was_cut(
     checkpoint, sums, here, monkeypatch
 ):
     args = ("gsm8k", "--model", checkpoint, "--data", sums, *FLAGS, "--out")
-    two = run(*args, "two", ranks=2)
-    assert two.returncode == 0, two.stderr
+    code_of_two, printed = on_two_ranks(*args, "two")
     code, out, _ = here(*args, "one")
+    assert code == code_of_two == 0 and out.replace("one/", "two/") in printed
     rows = of_index("one/gsm8k.jsonl")
-    assert code == 0 and rows == of_index("two/gsm8k.jsonl") and rows.keys() == set(range(11))
-    assert out.replace("one/", "two/") == two.stdout
+    assert rows == of_index("two/gsm8k.jsonl") and rows.keys() == set(range(11))
     model = from_pretrained(checkpoint)
     tok = data.byte_tokenizer()
     for row in rows.values():  # the batch and its padding make no difference
@@ -376,26 +374,27 @@ def test_bad_input_is_a_line_for_each_problem_and_writes_nothing(checkpoint, rec
     packed = bytearray(gzip.compress(b'{"question": "1 + 1?", "answer": "2"}\n' * 1000))
     packed[30:60] = bytes(30)
     Path("broken.gz").write_bytes(packed)
+    loss, no_model, mt = ("loss", "--model", checkpoint, "--data"), ("--model", "no/x"), "mt-bench"
+    say = "generate", "--model", checkpoint, "--prompt", "Hi"
     for n, args in (
-        (3, ("loss", "--model", "no/such/model", checkpoint, "--data", "missing.json", "no.json")),
-        (1, ("loss", "--model", checkpoint, checkpoint, "--data", "a=missing.json")),
-        (1, ("loss", "--model", checkpoint, "--data", records, records)),
-        (1, ("loss", "--model", checkpoint, "--data", "nothing*.json")),
-        (1, ("generate", "--model", checkpoint, "--prompt", "Hi", "--template", "llama3")),
-        (1, ("generate", "--model", checkpoint, "--prompt", "Hi", "word " * 999)),
-        (1, ("loss", "--model", checkpoint, "--data", "denoising", "--max-length", 2)),
+        (3, ("loss", *no_model, checkpoint, "--data", "missing.json", "no.json")),
+        (1, (*loss, "a=missing.json")),
+        (1, (*loss, records, records)),
+        (1, (*loss, "nothing*.json")),
+        (1, (*loss, "denoising", "--max-length", 2)),
+        (1, (*say, "--template", "llama3")),
+        (1, (*say, "word " * 999)),
         (2, ("gsm8k",)),
-        (3, ("gsm8k", "--model", "no/such", "--data", "bad.jsonl", "--shots", 9)),
+        (3, ("gsm8k", *no_model, "--data", "bad.jsonl", "--shots", 9)),
+        (1, ("gsm8k", "--model", checkpoint, "--data", "broken.gz")),
         (1, ("math", "--rescore", "bad.jsonl")),
         (1, ("math", "--rescore", "folder")),
-        (1, ("gsm8k", "--model", checkpoint, "--data", "broken.gz")),
-        (1, ("mt-bench", "--model", checkpoint)),
-        (3, ("mt-bench", "--model", "no/such", "--questions", "bad.jsonl", "--judge-url", "x")),
-        (3, ("mt-bench", "--answers", "no", "--questions", "none", "--judge-url", "x",
-             "--judge-model", "y")),
-    ):  # fmt: skip
+        (1, (mt, "--model", checkpoint)),
+        (3, (mt, *no_model, "--questions", "bad.jsonl", "--judge-url", "x")),
+        (3, (mt, "--answers", "no", "--questions", "no", "--judge-url", "x", "--judge-model", "y")),
+    ):
         code, out, err = here(*args)
         assert code == 2 and out == "" and len(err.splitlines()) == n, (args, err)
-    code, _, err = here("loss", "--model", checkpoint, "--data", "long.jsonl", "bad.jsonl")
+    code, _, err = here(*loss, "long.jsonl", "bad.jsonl")
     assert code == 2 and len(err.splitlines()) == 61 and err.endswith("… and 41 more\n")
     assert not Path("runs").exists()

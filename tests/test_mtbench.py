@@ -20,7 +20,7 @@ import evaluate
 from grading import mtbench
 from grading.mtbench import Judge, Question
 from grading.replies import read
-from tests.test_evaluate import make_checkpoint, run
+from tests.test_evaluate import make_checkpoint, on_two_ranks
 
 QUESTIONS = [
     Question(n, category, (f"Q{n} first?", f"Q{n} second?"), reference)
@@ -256,10 +256,10 @@ def test_answers_and_grades_from_two_ranks(server, tmp_path, monkeypatch, capsys
     args = ("mt-bench", "--model", model, "--questions", "q.json", "--batch-size", 2,
             "--max-new-tokens", 8, "--judge-model", "m", "--out", "out")  # fmt: skip
     server.fault = 401
-    done = run(*args, "--judge-url", server.url, ranks=2)
+    code, printed = on_two_ranks(*args, "--judge-url", server.url)
     file = Path("out/mt-bench-answers.jsonl")
     kept, rows = file.read_text(), read(file)
-    assert done.returncode == 1 and "401" in done.stderr and "sk-secret" not in done.stderr
+    assert code == 1 and "401" in printed and "sk-secret" not in printed
     assert mtbench.read_answers(file).keys() == {q.id for q in QUESTIONS}
     temperatures = {row["question_id"]: row["temperature"] for row in rows}
     assert temperatures == {q.id: mtbench.TEMPERATURES[q.category] for q in QUESTIONS}
