@@ -23,7 +23,7 @@ from urllib.parse import urlparse
 
 from tqdm import tqdm
 
-from grading.replies import Journal, Reply, convert_rows, read
+from grading.replies import Journal, Reply, convert_rows
 
 TEMPERATURES = {  # of the answers, by category: FastChat's
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
@@ -202,43 +202,36 @@ def grade(
     questions: list[Question], answers: dict[int | str, tuple[str, str]], judge: Judge, file: Path
 ) -> tuple[dict[tuple[int | str, int], float], str | None]:
     """Ask for every score that the file lacks, and append each as it comes. Returns all scores of
-    these questions, and why it ended early, None if it did not."""
-    have = scores(questions, answers, judge.model, read(file))
-    missing = [(q, turn) for q in questions for turn in (0, 1) if (q.id, turn) not in have]
+    these questions by (id, turn 0 or 1), and why it ended early, None if it did not."""
+    asked = {(q.id, turn): judge_messages(q, answers[q.id], turn)
+             for q in questions for turn in (0, 1)}  # fmt: skip
+    category = {q.id: q.category for q in questions}
     failures = []
 
-    def one(q: Question, turn: int) -> None:
-        messages = judge_messages(q, answers[q.id], turn)
+    def scores() -> dict[tuple[int | str, int], float]:
+        """Of the rows that grade these answers as would be asked today."""
+        rows = [row for row in journal.rows if row.get("judge") == judge.model]
+        keys = [(row["question_id"], row["turn"] - 1) for row in rows]
+        return {key: row["score"] for key, row in zip(keys, rows, strict=True)
+                if row["score"] is not None and row["messages"] == asked.get(key)}  # fmt: skip
+
+    def one(key: tuple[int | str, int]) -> None:
         try:
-            result = judge.score(messages)
+            result = judge.score(asked[key])
         except Unreachable as error:
             failures.append(str(error))
             judge.stop.set()
             return
-        about = {"question_id": q.id, "turn": turn + 1, "category": q.category}
-        journal.append({**about, "judge": judge.model, **result, "messages": messages})
+        about = {"question_id": key[0], "turn": key[1] + 1, "category": category[key[0]]}
+        journal.append({**about, "judge": judge.model, **result, "messages": asked[key]})
 
     with Journal(file) as journal, ThreadPoolExecutor(judge.concurrency) as pool:
+        done = scores()
         try:
-            waiting = [pool.submit(one, q, turn) for q, turn in missing]
-            for future in tqdm(waiting, disable=not missing, mininterval=5):
+            waiting = [pool.submit(one, key) for key in asked if key not in done]
+            for future in tqdm(waiting, disable=not waiting, mininterval=5):
                 future.result()
         except BaseException:  # Ctrl-C: what is being asked is still kept, what waits is not asked
             judge.stop.set()
             raise
-    return scores(questions, answers, judge.model, journal.rows), (failures or [None])[0]
-
-
-def scores(
-    questions: list[Question], answers: dict, judge_model: str, rows: list[dict]
-) -> dict[tuple[int | str, int], float]:
-    """{(question id, turn 0 or 1): score} of the rows that grade these answers as asked today."""
-    asked = {(q.id, turn): judge_messages(q, answers[q.id], turn)
-             for q in questions for turn in (0, 1)}  # fmt: skip
-    found = {}
-    for row in rows:
-        key = row.get("question_id"), row.get("turn", 0) - 1
-        asked_so = row.get("judge") == judge_model and row.get("messages") == asked.get(key)
-        if asked_so and row.get("score") is not None:
-            found.setdefault(key, row["score"])
-    return found
+        return scores(), (failures or [None])[0]

@@ -106,10 +106,10 @@ def ask(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_not_for_judges")
     monkeypatch.setenv(mtbench.KEY, "sk-secret")
 
-    def grade(**options):
+    def grade(answers=ANSWERS, model="the-judge", **options):
         options = {"timeout": 2, "first_wait": 0.01, "tries": 4, "concurrency": 3} | options
         file = tmp_path / "scores.jsonl"
-        _, why = mtbench.grade(QUESTIONS, ANSWERS, Judge(server.url, "the-judge", **options), file)
+        _, why = mtbench.grade(QUESTIONS, answers, Judge(server.url, model, **options), file)
         return why, read(file)
 
     return grade
@@ -184,17 +184,17 @@ def test_an_address_that_is_none_and_nobody_at_one(ask, server):
 
 
 def test_a_score_counts_only_for_the_answer_that_was_graded(server, ask):
-    _, rows = ask()
-    changed = ANSWERS | {81: ("first of 81", "another")}
-    kept = mtbench.scores(QUESTIONS, changed, "the-judge", rows)
-    assert kept.keys() == {(n, t - 1) for n, t in EVERY - {(81, 2)}}
-    assert mtbench.scores(QUESTIONS, ANSWERS, "another judge", rows) == {}
+    ask()
+    ask(ANSWERS | {81: ("first of 81", "another")})
+    assert server.asked == Counter([*EVERY, (81, 2)])
+    ask(model="another judge")
+    assert server.asked == Counter([*EVERY, *EVERY, (81, 2)])
 
 
 def test_the_key_is_sent_and_never_written_and_no_other(server, ask, tmp_path, monkeypatch):
     ask()
     _, _, path, body, _ = server.log[0]
-    assert path == "/v1/chat/completions" and body["model"] == "the-judge"
+    assert (path, body["model"]) == ("/v1/chat/completions", "the-judge")
     assert body["temperature"] == 0
     assert all("Bearer sk-secret" in headers.values() for *_, headers in server.log)
     assert "sk-secret" not in (tmp_path / "scores.jsonl").read_text()
