@@ -158,11 +158,11 @@ def test_the_template_is_told_by_the_models_files(tmp_path):
 
 
 def test_generation_goes_on_from_each_prompt(checkpoint, here):
-    code, out, _ = here("generate", "--model", checkpoint, "--prompt", "Hi", "Tell me more",
-                        "--max-new-tokens", 8)  # fmt: skip
-    model, tok = from_pretrained(checkpoint), data.byte_tokenizer()
+    prompts, model, tok = ("Hi", "Tell me more"), from_pretrained(checkpoint), data.byte_tokenizer()
+    code, out, _ = here("generate", "--model", checkpoint, "--max-new-tokens", 8,
+                        "--prompt", *prompts)  # fmt: skip
     assert code == 0
-    for text in ("Hi", "Tell me more"):
+    for text in prompts:
         prompt = [tok.bos_id] * tok.add_bos + tok.encode(text)
         (new,) = generate(model, [prompt], 8, eos_id=tok.eos_id)
         assert f"{text}{tok.decode(new)}\n" in out
@@ -272,8 +272,6 @@ def test_exemplars_are_turns_before_the_question(sums, here, says):
     first = answers.EXEMPLARS["gsm8k"][0]
     for prompt, solution in ((prompts[0], first[1]), (prompts[-1], "So.\n#### 2")):
         assert prompt.count("\nGo.\n") == 3 and f"\nGo.\n{solution}" in prompt
-    for exemplars in answers.EXEMPLARS.values():
-        assert len(exemplars) >= 4 and all("\\boxed" in solution for _, solution in exemplars)
 
 
 def test_replies_end_where_the_model_goes_on_with_a_question_of_its_own(sums, here, says):
