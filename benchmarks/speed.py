@@ -342,7 +342,8 @@ def flop_count(case: Case, step: int, passes: list[data.MicroBatch]) -> int:
     with torch.device("meta"):
         model = Transformer(case.config)
     model.head.logits_bytes = math.inf
-    train.make_lisa(case.flags, model, 0.0, 0).switch(step)
+    f = case.flags
+    lisa.Lisa(model, f.lisa_layers, f.lisa_interval, f.seed, f.lisa_ends).switch(step)
     total, counted = 0, {}  # by what decides
     for batch in passes:
         kind = batch.tokens.shape, (batch.labels == data.IGNORE).numpy().tobytes()
