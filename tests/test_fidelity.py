@@ -49,7 +49,6 @@ class Recorded(SourceWeights):
         (self.grad,) = torch.autograd.grad(self.probs(), self.lam, gap)
 
 
-# ---------------------------------------------------------------------------------------------
 # Closed form: g_λ against the implicit function theorem, on quadratics
 
 ALPHAS = np.geomspace(1e2, 1e4, 5)
@@ -107,7 +106,6 @@ def test_gradient_of_lambda_matches_implicit_function_theorem(seed):
     assert errors[-1] <= 1e-3
 
 
-# ---------------------------------------------------------------------------------------------
 # Exact optimum: ridge regressions, against a search over the simplex
 
 RIDGE = 0.05
@@ -189,9 +187,7 @@ def test_weights_match_the_optimum_found_by_search(seed):
         assert L1(best + 0.02 / far * (p - best)) < 1.001 * L1(best)
 
 
-# ---------------------------------------------------------------------------------------------
 # The experiments of fidelity.py, small
-
 
 def test_weights_of_samples_find_the_wrong_labels():
     pytest.importorskip("sklearn")
