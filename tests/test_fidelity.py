@@ -202,14 +202,14 @@ def cells(tmp_path_factory):
     """The directory of a cell of each task, and of short ones: one of each setting that is no flag
     of train.py, and two that fail, of which is told while the others go on."""
     out = tmp_path_factory.mktemp("fidelity")
-    (graded,), *others = (fidelity.learn(task, fidelity.COUPLED, range(1))
-                          for task in ("graded", "instruction", "multilingual"))  # fmt: skip
-    short = [replace(cell, flags=f"{cell.flags} --steps 2") for setting in fidelity.REPLACED
-             for cell in fidelity.learn("graded", setting, range(1))]  # fmt: skip
+    names = "graded", "instruction", "multilingual"
+    graded, *others = (fidelity.learn(task, fidelity.COUPLED) for task in names)
+    short = [fidelity.learn("graded", setting) for setting in fidelity.REPLACED]
+    short = [replace(cell, flags=f"{cell.flags} --steps 2") for cell in short]
     wrong = [replace(graded, task="a", flags="--steps nonsense"), replace(graded, task="b", flags=(
         f"{short[0].flags} --train x={out}/none --val y"))]  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        assert not fidelity.run([*wrong, graded, *sum(others, []), *short], out, workers=1)
+        assert not fidelity.run([*wrong, graded, *others, *short], out, workers=1)
     failed = ["failed: see" in line for line in said.getvalue().splitlines()]
     assert failed == [True] * 2 + [False] * 6, said.getvalue()
     return out
@@ -240,7 +240,7 @@ def test_mixtures_are_paired_by_seed(tmp_path):
     losses = {"learned": [0.5, 1.0, 9.0], "uniform": [1.5, 1.5, 9.0], "best alone": [0.25, 0.25]}
     for name, values in losses.items():
         for seed, loss in enumerate(values):
-            folder = fidelity.Cell("graded", f"mixture {name}", seed, "").folder(tmp_path)
+            folder = fidelity.Cell("graded", f"mixture {name}", seed).folder(tmp_path)
             (folder / "model").mkdir(parents=True)
             (folder / "metrics.jsonl").write_text(f'{{}}\n{{"test_loss": {loss}}}\n')
     header, learned, *_ = fidelity.tables(tmp_path)["fine-tuning on a mixture"]
