@@ -516,7 +516,8 @@ def write_files(folder: Path, shape: str, n: int) -> None:
     config = ModelConfig.from_hf(SHAPES[shape])
     save_pretrained(build(config, random_weights(config, 0)), folder / "model")
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([], special_tokens=["<|endoftext|>"])  # bytes, and no merges
+    only_bytes = {"special_tokens": ["<|endoftext|>"], "show_progress": False}
+    bpe.train_from_iterator([], **only_bytes)
     bpe.save(str(folder / "model/tokenizer.json"))
     tok, cached, rng = tokenizer.load_tokenizer(folder / "model"), [], random.Random(0)
     for name in ("a", "b", "val"):
