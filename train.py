@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import os
 import signal
@@ -337,19 +336,7 @@ def show_plan(flags: Flags) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    settings = plan.settings(flags, flags.gpus, dtype_of(flags.dtype, "cuda"))
-    needed, fix = plan.plan(config, **settings), None
-    too_much = flags.gpu_memory is not None and not plan.fits(needed, flags.gpu_memory)
-    if too_much:
-        fix = plan.first_fix(config, flags.gpu_memory, **settings)
-    if flags.json:
-        print(json.dumps(plan.as_dict(needed, flags.gpu_memory) | {"fix": fix}))
-    else:
-        print(f"{flags.model} on {flags.gpus} GPUs, bytes per GPU:")
-        print(plan.render(needed, flags.gpu_memory))
-        if too_much:
-            print(f"would fit with: {fix}" if fix else "no flag makes it fit")
-    return int(too_much)
+    return plan.command(flags, config)
 
 
 def catch_signals() -> list[int]:
