@@ -452,27 +452,26 @@ def draw_row(figure, runs: list[Run]) -> None:
     from matplotlib import colormaps
 
     run, others = runs[0], f" and {len(runs) - 1} more of other seeds" if len(runs) > 1 else ""
-    title = shorten(str(run.path), 120) + others
-    figure.suptitle(title, x=0.01, ha="left", fontsize="medium", parse_math=False)
+    figure.suptitle(shorten(str(run.path), 120) + others, fontsize="medium", parse_math=False)
     left, middle, right = figure.subplots(1, 3)
     tab20 = colormaps["tab20"].colors  # every second one is light
     colours = dict(zip(run.names, itertools.cycle(tab20[::2] + tab20[1::2]), strict=False))
 
-    def of_sources(key: str) -> list[tuple]:
-        return [(key, name, colour, None) for name, colour in colours.items()]
-
+    weights, losses = (
+        [(key, name, colour, None) for name, colour in colours.items()]
+        for key in ("weights", "source_loss_w")
+    )
     train, val, test = (
         (f"{key}_loss", None, colour, label) for key, colour, label in
         (("train", "C0", "training"), ("val", "black", "validation"), ("test", "C3", "test"))
     )  # fmt: skip
+    what = "loss under w (nats), running mean"
     if run.shares is None:
-        draw_curves(left, runs, "weight", of_sources("weights"))
+        draw_curves(left, runs, "weight", weights)
     else:
-        draw_curves(left, runs, "loss (nats), running mean", [train, val, test])
-    draw_curves(middle, runs, "loss under w (nats), running mean", [*of_sources("source_loss_w"), val])
+        draw_curves(left, runs, what, [train, val, test])
+    draw_curves(middle, runs, what, [*losses, val])
     draw_bars(right, runs, colours)
-    for axes in (left, middle, right):
-        axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_curves(axes, runs: list[Run], what: str, curves: list[tuple]) -> None:

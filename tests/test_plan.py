@@ -66,7 +66,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FLAGS = {
     "ranks": 8, "dtype": torch.bfloat16, "micro_batch_size": 1, "max_length": 1024,
     "lisa_layers": 2, "lisa_ends": "always", "activation_checkpointing": False,
-    "cpu_offload": False,
+    "cpu_offload": False, "copies": 2, "batch_size": 512, "val_batch_size": 512,
 }  # fmt: skip
 EVERYTHING = {"lisa_layers": 0}  # trains, as AdamW without LISA does
 
@@ -74,40 +74,34 @@ EVERYTHING = {"lisa_layers": 0}  # trains, as AdamW without LISA does
 # What the processes run
 
 
-def batch(config: ModelConfig, B: int, T: int, group: int) -> SimpleNamespace:
-    tokens = torch.randint(0, config.vocab, (B, T), generator=torch.Generator().manual_seed(group))
-    return SimpleNamespace(tokens=tokens, labels=tokens, group=torch.full((B,), group))
-
-
 def penalty_step(
-    config: ModelConfig,
-    dtype: torch.dtype,
-    n_active: int,
-    ends: str,
-    interval: int = 100,
-    seed: int = 3,
-    offload: bool = False,
-) -> PenaltyStep:
+    config: ModelConfig, dtype: torch.dtype, n_active: int, ends: str, interval: int = 100,
+    seed: int = 3, offload: bool = False,
+) -> PenaltyStep:  # fmt: skip
     """Both copies, sharded, as train.py makes them."""
-    device = torch.device("cpu")
-    moved, opts = shard.Offload(device) if offload else None, []
-    w = shard.build(config, dtype, device, moved)
-    shard.fill(w, random_weights(config, 0))
-    u = shard.build(config, dtype, device, moved)
-    shard.copy_shards(u, w)
-    for model in (w, u):
+    device, copies = torch.device("cpu"), []
+    moved = shard.Offload(device) if offload else None
+    for _ in range(2):
+        model = shard.build(config, dtype, device, moved)
+        shard.fill(model, random_weights(config, 0))
         move_to_device = functools.partial(shard.move_to_device, model)
-        opts.append(Lisa(model, n_active, interval, seed, ends, move_to_device=move_to_device))
+        opt = Lisa(model, n_active, interval, seed, ends, move_to_device=move_to_device)
         if offload:
-            moved.follow(model, opts[-1].state_tensors)
-    return PenaltyStep(w, u, *opts, SourceWeights(1), 10.0, on_micro=shard.once_per_pass)
+            moved.follow(model, opt.state_tensors)
+        copies.append((model, opt))
+    (w, opt_w), (u, opt_u) = copies
+    return PenaltyStep(w, u, opt_w, opt_u, SourceWeights(1), 10.0, on_micro=shard.once_per_pass)
 
 
 def one_step(penalty: PenaltyStep, config: ModelConfig, B: int, T: int, n_train: int = 2) -> None:
     """`n_train` training micro-batches and one of validation."""
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, config.vocab, (B, T), generator=rng)
+    train, val = (
+        SimpleNamespace(tokens=tokens, labels=tokens, group=torch.full((B,), g)) for g in (0, 1)
+    )
     counts = torch.tensor([n_train * B, B]) * dist.get_world_size()
-    train = [batch(config, B, T, 0) for _ in range(n_train)]
-    penalty.step(train, [batch(config, B, T, 1)], counts)
+    penalty.step([train] * n_train, [val], counts)
 
 
 def n_bytes(tensors) -> int:
@@ -236,16 +230,11 @@ def rss() -> list:
 MEASURES = {f.__name__: f for f in (state, turns, peak, flat, rss)}
 
 
-def run(out: Path, what: str, ranks: int = 1, pretended: str = "1", **env: str) -> list[dict]:
+def run(out: Path, what: str, ranks: int = 1, pretended: str = "", **env: str) -> list[dict]:
     """Results of this file run as a script, {what: result} of each rank."""
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        pretended = ""
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
-    done = subprocess.run(
-        [*command, __file__, what, str(out), pretended], env=env, capture_output=True, text=True
-    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *torchrun * (ranks > 1), __file__, what, str(out), pretended]
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(Path(f"{out}.{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -266,16 +255,12 @@ def skip_unless_measured(peaks) -> None:
 
 
 def test_state_of_live_tensors_equals_the_plan_to_the_byte(alone, tmp_path):
-    """bf16 and fp32, tied and untied, all that LISA may do with the ends; uneven shards."""
-    for results in alone, *run(tmp_path / "results", "state", ranks=2):
-        assert len(results["state"]) == 2 * 2 * 3
-        for what, live, planned in results["state"]:
-            assert live == planned, what
-
-
-def test_state_of_copies_that_take_turns_equals_the_plan_to_the_byte(alone):
-    """One copy on the device, one on the host."""
-    for what, live, planned in alone["turns"]:
+    """bf16 and fp32, tied and untied, all that LISA may do with the ends; uneven shards; one copy
+    on the device and one on the host."""
+    ranks = run(tmp_path / "results", "state", ranks=2)
+    results = [r["state"] for r in (alone, *ranks)]
+    assert [len(r) for r in results] == [2 * 2 * 3] * 3 and len(alone["turns"]) == 2 * 2
+    for what, live, planned in sum(results, alone["turns"]):
         assert live == planned, what
 
 
@@ -302,37 +287,25 @@ def test_peak_is_flat_over_twenty_periods(alone):
     assert second == last
 
 
-@pytest.mark.parametrize(
-    "name, n",
-    [
-        ("GPT-2", 124_439_808), ("LLaMA-3-8B", 8_030_261_248), ("Gemma-2-9B", 9_241_705_984),
-        ("GPT-NeoX-20B", 20_554_567_680), ("Qwen-2.5-32B", 32_763_876_352),
-        ("Yi-34B", 34_388_917_248), ("LLaMA-3-70B", 70_553_706_496),
-    ],
-)  # fmt: skip
-def test_models_have_their_published_parameter_counts(name, n):
-    assert n_parameters(CONFIGS[name]) == n
+def test_models_have_their_published_parameter_counts():
+    assert {name: n_parameters(config) for name, config in CONFIGS.items()} == {
+        "GPT-2": 124_439_808, "LLaMA-3-8B": 8_030_261_248, "Gemma-2-9B": 9_241_705_984,
+        "GPT-NeoX-20B": 20_554_567_680, "Qwen-2.5-32B": 32_763_876_352,
+        "Yi-34B": 34_388_917_248, "LLaMA-3-70B": 70_553_706_496,
+    }  # fmt: skip
 
 
 def test_34b_fits_eight_gpus_of_48_gb_and_70b_eight_of_80_gb():
     checkpointed = FLAGS | {"activation_checkpointing": True}
     yi, llama = CONFIGS["Yi-34B"], CONFIGS["LLaMA-3-70B"]
-    assert planning.fits(planning.plan(yi, **FLAGS), 48)  # without checkpointing even
-    assert planning.fits(planning.plan(llama, **checkpointed), 80)
+    assert fits(planning.plan(yi, **FLAGS), 48)  # without checkpointing even
+    assert fits(planning.plan(llama, **checkpointed), 80)
     # (4 P + 2 A (4 + 8 + 4)) / D, of both copies
     assert round(planning.plan(yi, **checkpointed).persistent / 1e9, 1) == 25.3
     assert round(planning.plan(llama, **checkpointed).persistent / 1e9, 1) == 50.5
-    for config, card in ((yi, 141), (llama, 141)):
-        assert not planning.fits(planning.plan(config, **checkpointed | EVERYTHING), card)
+    for config in (yi, llama):
+        assert not fits(planning.plan(config, **checkpointed | EVERYTHING), 141)
 
-
-def test_too_small_a_gpu_is_told_by_how_much():
-    p = planning.plan(CONFIGS["LLaMA-3-70B"], **FLAGS)
-    short = p.peak + planning.RESERVED - 60e9
-    assert not planning.fits(p, 60) and planning.fits(p, (p.peak + planning.RESERVED) / 1e9)
-    assert f"does not fit: {short / 1e9:.2f} GB too much" in planning.render(p, 60)
-    assert planning.as_dict(p, 60)["fits"] is False
-    assert sum(p.components.values()) == p.peak > p.persistent
 
 
 @pytest.mark.parametrize(
@@ -348,9 +321,8 @@ def test_too_small_a_gpu_is_told_by_how_much():
     ],
 )
 def test_first_fix_names_the_first_flag_that_is_enough(name, card, change, fix):
-    flags = FLAGS | change
-    config = CONFIGS[name]
-    assert not planning.fits(planning.plan(config, **flags), card)
+    flags, config = FLAGS | change, CONFIGS[name]
+    assert not fits(planning.plan(config, **flags), card)
     assert planning.first_fix(config, card, **flags) == fix
 
 
@@ -369,13 +341,12 @@ def test_checkpointing_offload_and_frozen_ends_need_less():
 
 def test_validation_pass_is_what_larger_validation_micro_batches_add():
     """Of 8 samples on 8 GPUs each has one, of 64 it fills its micro-batches of 4."""
+    llama = functools.partial(planning.plan, CONFIGS["LLaMA-3-8B"])
     flags = FLAGS | {"micro_batch_size": 4, "batch_size": 8, "val_batch_size": 64}
-    p = planning.plan(CONFIGS["LLaMA-3-8B"], **flags)
-    assert p.components["validation pass"] > 0
-    assert p.peak == planning.plan(CONFIGS["LLaMA-3-8B"], **FLAGS | {"micro_batch_size": 4}).peak
-    smaller = planning.plan(CONFIGS["LLaMA-3-8B"], **flags | {"val_batch_size": 8})
-    assert smaller.components["validation pass"] == 0
-    assert smaller.peak == planning.plan(CONFIGS["LLaMA-3-8B"], **FLAGS).peak
+    p, smaller = llama(**flags), llama(**flags | {"val_batch_size": 8})
+    assert p.components["validation pass"] > 0 == smaller.components["validation pass"]
+    assert p.peak == llama(**FLAGS | {"micro_batch_size": 4}).peak
+    assert smaller.peak == llama(**FLAGS).peak
 
 
 def test_most_helpful_flags_of_a_run():
@@ -384,6 +355,10 @@ def test_most_helpful_flags_of_a_run():
           for device in ("cuda", "cpu")}  # fmt: skip
     assert on["cuda"][1] == "--cpu-offload" and on["cuda"][0].startswith("--nproc_per_node")
     assert on["cpu"][1] == "--activation-checkpointing"
+
+
+def fits(p: planning.Plan, card: float) -> bool:
+    return p.peak <= planning.room(card)
 
 
 def n_parameters(config: ModelConfig) -> int:
@@ -402,7 +377,7 @@ def table() -> str:
             for change in ({}, EVERYTHING):
                 flags = FLAGS | {"activation_checkpointing": True, "ranks": ranks} | change
                 p = planning.plan(config, **flags)
-                card = next((f"{n} GB" for n in (24, 48, 80, 141) if planning.fits(p, n)), "–")
+                card = next((f"{n} GB" for n in (24, 48, 80, 141) if fits(p, n)), "–")
                 cells += [f"{p.persistent / 1e9:.1f}", f"{p.peak / 1e9:.1f}", card]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
