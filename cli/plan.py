@@ -167,10 +167,6 @@ def head_pass(c: ModelConfig, dtype: torch.dtype, n: int, active: bool) -> Cost:
     return cost(lambda x: model.head(model.norm(x), targets), c, dtype, n, given)
 
 
-# --------------------------------------------------------------------------------------------------
-# State
-
-
 Shapes = list[torch.Size]
 
 
@@ -228,20 +224,10 @@ class Plan:
 
 
 def plan(
-    config: ModelConfig,
-    *,
-    ranks: int,
-    dtype: torch.dtype,
-    micro_batch_size: int,
-    max_length: int,
-    lisa_layers: int,
-    lisa_ends: str,
-    activation_checkpointing: bool,
-    cpu_offload: bool,
-    copies: int,
-    batch_size: int,
-    val_batch_size: int,
-) -> Plan:
+    config: ModelConfig, *, ranks: int, dtype: torch.dtype, micro_batch_size: int, max_length: int,
+    lisa_layers: int, lisa_ends: str, activation_checkpointing: bool, cpu_offload: bool,
+    copies: int, batch_size: int, val_batch_size: int,
+) -> Plan:  # fmt: skip
     """The peak of w's pass, while u's gradients wait for the update, in the worst of LISA's draws.
 
     copies            of the model: 2 learn weights, 1 is fine-tuned
@@ -278,11 +264,10 @@ def settings(flags, ranks: int, dtype: torch.dtype) -> dict:
         "cpu_offload", "batch_size",
     )  # fmt: skip
     given = {name: getattr(flags, name) for name in names}
-    one = flags.mode == "finetune"  # evaluates by itself: nothing of it is alive meanwhile
-    val = flags.batch_size if one else flags.val_batch_size
-    return given | {
-        "ranks": ranks, "dtype": dtype, "copies": 1 if one else 2, "val_batch_size": val,
-    }  # fmt: skip
+    # Fine-tuning has no validation in a step.
+    given["val_batch_size"] = flags.val_batch_size or flags.batch_size
+    copies = 1 if flags.mode == "finetune" else 2
+    return given | {"ranks": ranks, "dtype": dtype, "copies": copies}
 
 
 class Pass:
@@ -311,7 +296,7 @@ class Pass:
         block, _, _, both = (held(s, 1) for s in shapes)
         self.alone = ranks == 1
         self.once = (config.n_layers * block + both) * self.size <= shard.GATHER_ONCE_BYTES
-        largest = max(map(math.prod, shapes[1]))
+        largest = max(map(math.prod, shapes[1]))  # one rank adds one to the sum at a time
         self.embed_grads = self.size * (largest if self.alone else self.embed)
         self.context = sum(t.nbytes for t in tensors(shared_by_blocks(*of)))
         self.x = B * T * config.width * self.size
@@ -341,7 +326,7 @@ class Pass:
         yield self.at(head + ahead, saved, self.loss.backward - head_grads, head_grads)
         if not tied:
             held_on = buffered * head_grads  # the head's gradients are, until it has been reduced
-            yield from self.leave(head, self.ends, ahead, saved + self.x, after=held_on)
+            yield from self.leave(head, self.ends, ahead, saved + self.x, 0, held_on)
 
         grads = 0 if self.alone or not self.n_active else self.block * self.size
         for i, kept in enumerate(self.kept):
@@ -357,12 +342,11 @@ class Pass:
         if self.ends:
             grads = self.embed_grads + waiting
             yield self.at(first, self.x, 0, grads, self.input)
-            yield from self.leave(first, True, 0, 0)
+            yield from self.leave(first, True, 0, 0, 0, 0)
 
     def leave(
-        self, n: int, trained: bool, gathered: int, activations: int, before: int = 0,
-        after: int = 0,
-    ) -> Iterator[dict[str, int]]:  # fmt: skip
+        self, n: int, trained: bool, gathered: int, activations: int, before: int, after: int
+    ) -> Iterator[dict[str, int]]:
         """A group of n elements is resharded. If it was trained, its gradients are copied into a
         buffer; then the buffer is reduced in fp32, and cast to the stored dtype. Other unsharded
         gradients take `before` and `after` bytes meanwhile."""
@@ -401,10 +385,6 @@ class Pass:
         }
 
 
-# --------------------------------------------------------------------------------------------------
-# Answers
-
-
 def room(gpu_memory: float) -> float:
     """Bytes that a run may use of a GPU of `gpu_memory` GB."""
     return gpu_memory * GB - RESERVED
@@ -429,12 +409,12 @@ def first_fix(config: ModelConfig, gpu_memory: float, **settings) -> str | None:
     """Flags that make a run fit, given as `plan` takes it: the first change that does so alone;
     else the fewest kinds of change together, from the start of that order; None if no number of
     GPUs helps."""
-    candidates, joint, base = [], [], {}
+    alone, together, base = [], [], {}
     for kind in remedies(settings):
-        candidates += kind
-        joint += [base | change for change in kind]
-        base = base | kind[-1]
-    for change in candidates + joint:
+        alone += kind
+        together += [base | change for change in kind]
+        base = together[-1]
+    for change in alone + together:
         if plan(config, **settings | change).peak <= room(gpu_memory):
             return as_flags(change, ranks="gpus")
     return None

@@ -40,7 +40,6 @@ BATCHES = 10  # batch means, for standard errors of series that are autocorrelat
 SETTLED = 0.1  # largest drift of a logit over the last fifth of a run that has settled
 NEAR = 0.02  # a weight as close as this to 0 or 1 has arrived, however far its logit goes on
 MIXTURE = 10_000  # samples in the mixture that the report proposes
-NEEDS = "pictures need matplotlib: pip install matplotlib"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -433,14 +432,14 @@ def figure_of(runs: list[Run]):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError(NEEDS) from None
+        raise ValueError("pictures need matplotlib: pip install matplotlib") from None
 
     groups = {}
     for run in runs:
         groups.setdefault(run.kind, []).append(run)
-    heights = [max(3.2, 1.2 + 0.22 * len(group[0].names)) for group in groups.values()]
-    figure = Figure(figsize=(15, sum(heights)), layout="constrained")
-    parts = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
+    height = max(3.2, 1.2 + 0.22 * max(len(run.names) for run in runs))
+    figure = Figure(figsize=(15, height * len(groups)), layout="constrained")
+    parts = figure.subfigures(len(groups), 1, squeeze=False)[:, 0]
     for part, group in zip(parts, groups.values(), strict=True):
         draw_row(part, group)
     return figure
@@ -461,10 +460,9 @@ def draw_row(figure, runs: list[Run]) -> None:
         [(key, name, colour, None) for name, colour in colours.items()]
         for key in ("weights", "source_loss_w")
     )
-    train, val, test = (
-        (f"{key}_loss", None, colour, label) for key, colour, label in
-        (("train", "C0", "training"), ("val", "black", "validation"), ("test", "C3", "test"))
-    )  # fmt: skip
+    train = "train_loss", None, "C0", "training"
+    val = "val_loss", None, "black", "validation"
+    test = "test_loss", None, "C3", "test"
     what = "loss under w (nats), running mean"
     if run.shares is None:
         draw_curves(left, runs, "weight", weights)
