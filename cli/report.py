@@ -463,7 +463,7 @@ def draw_row(figure, runs: list[Run]) -> None:
     train = "train_loss", None, "C0", "training"
     val = "val_loss", None, "black", "validation"
     test = "test_loss", None, "C3", "test"
-    what = "loss under w (nats), running mean"
+    what = "loss under w, running mean"
     if run.shares is None:
         draw_curves(left, runs, "weight", weights)
     else:
