@@ -58,6 +58,9 @@ class Log:
         self.out, self.about, self.main = out, about, main
         self.rows = read_rows(origin, start) if main else []
         if main:
+            if len(self.rows) < start:
+                print(f"note: {start - len(self.rows)} of the {start} steps before are missing in "
+                      f"{origin}/metrics.jsonl")  # fmt: skip
             replace(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         often = dict.fromkeys(["mininterval", "maxinterval"], 0.5 if sys.stderr.isatty() else 20)
         self.bar = tqdm(total=total, initial=start, disable=not main, **often)
