@@ -30,19 +30,14 @@ import numpy as np
 import torch
 
 from hf.templates import encode_conversations
-from hf.tokenizer import Tokenizer, Turns, byte_tokenizer, load_tokenizer
+from hf.tokenizer import Tokenizer, Turns, byte_tokenizer, load_tokenizer  # noqa: F401 (public)
 from sources.records import ANSWERS, Problems, iter_records
-
-__all__ = ["Batches", "Dataset", "MicroBatch", "MixtureBatches", "byte_tokenizer", "cache_dir",
-           "eval_batches", "load_dataset", "load_tokenizer", "overlap", "prefetch"]
 
 FORMAT_VERSION = 3  # of a cache entry; raise it when the arrays or the tokenisation change
 IGNORE = -100  # label of a position without loss
 
 
-# ---------------------------------------------------------------------------------------------
 # Datasets
-
 
 @dataclass
 class Dataset:
@@ -80,8 +75,7 @@ class Dataset:
         cls, records: Iterable[Turns], tokenizer: Tokenizer, template: str, max_length: int
     ) -> Dataset:
         """Tokenise records in memory."""
-        dropped = Counter()
-        numbered = enumerate(records, start=1)
+        dropped, numbered = Counter(), enumerate(records, start=1)
         parts = list(_tokenise(numbered, tokenizer, template, max_length, dropped))
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in ARRAYS}
         digest = hashlib.sha256(arrays["hashes"].tobytes()).hexdigest()
@@ -99,7 +93,6 @@ def _unpack(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(stored < 0, ~stored, stored), np.where(stored < 0, IGNORE, stored)
 
 
-TRUNCATED = "no response token left after truncation"
 ARRAYS = {"tokens": np.int32, "lengths": np.int64, "hashes": np.uint64, "numbers": np.int64}
 
 
@@ -109,21 +102,21 @@ def _tokenise(
     template: str,
     max_length: int,
     dropped: Counter,
-    size: int = 4096,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The arrays of a Dataset, a part of `size` records at a time."""
+    """The arrays of a Dataset, in parts; counts in `dropped` what is left out."""
     records = iter(records)
     yield {name: np.zeros(0, dtype) for name, dtype in ARRAYS.items()}  # there may be no records
-    while part := list(itertools.islice(records, size)):
+    while part := list(itertools.islice(records, 4096)):
         answered = []
         for number, turns in part:
-            turns = _up_to_last_answer(turns)
+            while turns and turns[-1][0] not in ANSWERS:  # nothing after the last answer has loss
+                turns = turns[:-1]
             if turns and all(text.strip() for role, text in turns if role in ANSWERS):
                 answered.append((number, turns))
         dropped["empty answer"] += len(part) - len(answered)
         samples = encode_conversations(tokenizer, template, [t for _, t in answered], max_length)
         kept = [n for n, (_, has_loss) in enumerate(samples) if any(has_loss)]
-        dropped[TRUNCATED] += len(answered) - len(kept)
+        dropped["no response token left after truncation"] += len(answered) - len(kept)
         stored = [np.where(samples[n][1], samples[n][0], ~np.array(samples[n][0])) for n in kept]
         yield {
             "tokens": np.concatenate([np.zeros(0, np.int32), *stored]).astype(np.int32),
@@ -133,15 +126,9 @@ def _tokenise(
         }
 
 
-def _up_to_last_answer(turns: Turns) -> Turns:
-    """A conversation without what follows its last answer: nothing there has loss."""
-    ends = [n for n, (role, _) in enumerate(turns, start=1) if role in ANSWERS]
-    return turns[: ends[-1]] if ends else []
-
-
 def _record_hash(turns: Turns) -> int:
-    text = json.dumps(turns, ensure_ascii=True).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    digest = hashlib.blake2b(json.dumps(turns).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def overlap(train: Dataset, other: Dataset) -> np.ndarray:
@@ -149,9 +136,7 @@ def overlap(train: Dataset, other: Dataset) -> np.ndarray:
     return np.isin(train.hashes, other.hashes)
 
 
-# ---------------------------------------------------------------------------------------------
 # The cache: a directory per (file contents, tokenizer, template, max_length)
-
 
 def cache_dir() -> Path:
     """Where tokenised data is kept: $XDG_CACHE_HOME/scalebio, by default in ~/.cache."""
@@ -176,8 +161,7 @@ def load_dataset(
         raise ValueError(f"{path}: {error.strerror}") from None
     key = json.dumps([FORMAT_VERSION, digest, tokenizer.fingerprint, template, max_length])
     entry = Path(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:32]
-    found = _map_entry(entry)
-    if not found:
+    if not (found := _map_entry(entry)):
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
             with open(entry.with_suffix(".lock"), "w") as lock:
@@ -213,8 +197,7 @@ def _build_entry(
                     file.write(array.tobytes())
         if not n_samples and not problems.count:
             reasons = ", ".join(f"{n} dropped: {reason}" for reason, n in dropped.items() if n)
-            cut = f" to {max_length} tokens" * bool(dropped[TRUNCATED])  # the last reason
-            problems.add(f"{path}: no records left: {reasons}{cut}")
+            problems.add(f"{path}: no records left: {reasons} (at --max-length {max_length})")
         if not problems.count and _sha256(path) != digest:
             problems.add(f"{path}: was written to while it was read")
         problems.raise_if_any()
@@ -254,9 +237,7 @@ def _sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------
 # Batches
-
 
 @dataclass
 class MicroBatch:
@@ -339,13 +320,10 @@ class Batches:
 
         counts (S + 1,): samples of each source in the global batch, then of validation.
         """
-        S = self.n_sources
+        S, n_val = self.n_sources, self.val_batch_size
         starts, stops = self._taken(t), self._taken(t + 1)
-        present = np.flatnonzero(stops > starts).tolist()
-        train = [sample for i in present for sample in self._samples(i, starts[i], stops[i])]
-        val = []
-        if len(self.datasets) > S:
-            val = self._samples(S, t * self.val_batch_size, (t + 1) * self.val_batch_size)
+        train = [s for i in range(S) for s in self._samples(i, starts[i], stops[i])]
+        val = self._samples(S, t * n_val, (t + 1) * n_val) if len(self.datasets) > S else []
         counts = torch.tensor([*(stops - starts).tolist(), len(val)])
         tokens = [0] * self.world
         return self._deal(train, tokens), self._deal(val, tokens), counts
@@ -395,14 +373,9 @@ class MixtureBatches(Batches):
     """
 
     def __init__(
-        self,
-        sources: list[Dataset],
-        batch_size: int,
-        micro_batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-    ):
+        self, sources: list[Dataset], batch_size: int, micro_batch_size: int, seed: int,
+        rank: int = 0, world: int = 1,
+    ):  # fmt: skip
         super().__init__(sources, None, batch_size, 0, micro_batch_size, seed, rank, world)
         self.ends = np.cumsum([len(source) for source in sources])  # in the mixture, of each source
 
@@ -435,11 +408,9 @@ def eval_batches(
 
     Every rank makes the same number of micro-batches: fillers, of group -1, complete the last.
     """
-    order = np.argsort(-dataset.lengths, kind="stable")
-    places = -(-len(order) // world) * world
-    own = range(rank, places, world)
+    places = [(i, 0) for i in np.argsort(-dataset.lengths, kind="stable").tolist()]
+    places += [(i, -1) for i, _ in places[-1:]] * (-len(places) % world)
+    own = places[rank::world]
     for n in range(0, len(own), micro_batch_size):
-        part = own[n : n + micro_batch_size]
-        samples = [(0, int(order[min(place, len(order) - 1)])) for place in part]
-        groups = [0 if place < len(order) else -1 for place in part]
-        yield _collate([dataset], samples, padding(), groups)
+        indices, groups = zip(*own[n : n + micro_batch_size], strict=True)
+        yield _collate([dataset], [(0, i) for i in indices], padding(), groups)

@@ -9,10 +9,7 @@
 
 Runs on one process, or under torchrun with the model sharded by FSDP2 over the ranks. Whatever is
 generated is appended to a file as it comes: the same command goes on from there, and a file can be
-scored again without a model.
-
-A command first checks all its input, and then returns its work, which starts once the ranks are
-connected. Commands import what they alone need, for train.py imports this module for its losses.
+scored again without a model. Before loading a model a command checks all its input.
 
 n samples, b of one micro-batch.
 """
@@ -28,7 +25,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,15 +35,11 @@ from torch import Tensor
 import data
 import shard
 from cli.flags import Parser
+from grading import mtbench, replies
 from hf import templates
 from model import DTYPES, Transformer, generate
 from sources import tasks
 from sources.records import Problems, located_values, source_paths
-
-if TYPE_CHECKING:
-    from grading import mtbench, replies
-
-Work = Callable[[torch.device], int]  # what a command does once all is checked: its exit code
 
 # What ScaleBiO's evaluation puts after a question of GSM8K or MATH.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -56,8 +49,8 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 
 
 def mean_se(sums: Tensor, counts: Tensor) -> tuple[float, float]:
-    """A mean over all that n independent samples hold, of which each has a sum and a count, (n,);
-    and its standard error, of a ratio of sums to first order: nan for one sample."""
+    """The mean over what n independent samples hold, each a sum and a count, (n,), and its standard
+    error, of a ratio of sums to first order: nan for one sample."""
     n, count = len(sums), counts.sum()
     mean = sums.sum() / count
     spread = (sums - counts * mean).norm() / count
@@ -133,12 +126,12 @@ def data_paths(items: list[str]) -> dict[str, Path]:
     paths, problems = {}, Problems()
     for item in items:
         name, _, path = item.rpartition("=")
-        found = {name or Path(path).stem: Path(path)}
-        if not name and (Path(path).is_dir() or re.search(r"[*?[]", path)):
-            try:
-                found = source_paths([path])
-            except ValueError as error:
-                problems.add(str(error).replace("--train", "--data"))
+        several = not name and (Path(path).is_dir() or re.search(r"[*?[]", path))
+        try:
+            found = source_paths([path]) if several else {name or Path(path).stem: Path(path)}
+        except ValueError as error:
+            problems.add(str(error).replace("--train", "--data"))
+            continue
         for label in found.keys() & paths.keys():
             problems.add(f"--data {found[label]}: the name {label} is used twice: give NAME=PATH")
         paths |= found
@@ -165,10 +158,8 @@ def source_of_record(path: Path) -> dict[int, str]:
     return sources if all(isinstance(s, str) for s in sources.values()) else {}
 
 
-def loss_command(args: argparse.Namespace) -> Work:
+def loss_command(args: argparse.Namespace, device: torch.device) -> int:
     """Each model's losses on every file, and on every source within a file."""
-    from grading import replies
-
     problems, paths, checkpoints, datasets = Problems(), {}, [], {}
     with problems.collecting():
         paths = data_paths(args.data)
@@ -182,30 +173,26 @@ def loss_command(args: argparse.Namespace) -> Work:
                 datasets[c.name, label] = open_records(path, c, length)
     problems.raise_if_any()
     sources = {label: source_of_record(path) for label, path in paths.items()}
-
-    def work(device: torch.device) -> int:
-        results: dict[tuple[str, str, str], Loss] = {}  # of (file, source or "", model)
-        for c in checkpoints:
-            model = replies.load(c, args.dtype, device)
-            for label in paths:
-                dataset = datasets[c.name, label]
-                x, tokens = sample_losses(model, dataset, args.micro_batch_size)
-                results[label, "", c.name] = summarise(x, tokens)
-                names = np.array([sources[label].get(n, "") for n in dataset.numbers.tolist()])
-                for source in {*names} - {""}:
-                    mine = torch.from_numpy(names == source)
-                    results[label, source, c.name] = summarise(x[mine], tokens[mine])
-            del model  # before the next one is loaded
-        say(*loss_table(results))
-        say(*(f"note: {name}, {label}: {count} records left out: {reason}"
-              for (name, label), dataset in datasets.items()
-              for reason, count in dataset.dropped.items() if count))  # fmt: skip
-        if len({c.template for c in checkpoints}) > 1:
-            used = ", ".join(f"{c.name} {c.template}" for c in checkpoints)
-            say(f"note: the templates differ: {used}; --template sets one for all")
-        return 0
-
-    return work
+    results: dict[tuple[str, str, str], Loss] = {}  # of (file, source or "", model)
+    for c in checkpoints:
+        model = replies.load(c, args.dtype, device)
+        for label in paths:
+            dataset = datasets[c.name, label]
+            x, tokens = sample_losses(model, dataset, args.micro_batch_size)
+            names = np.array([sources[label].get(n, "") for n in dataset.numbers.tolist()])
+            for source in {"", *names}:
+                mine = torch.from_numpy((names == source) | (source == ""))
+                results[label, source, c.name] = summarise(x[mine], tokens[mine])
+        del model  # before the next one is loaded
+    say(*loss_table(results))
+    for (name, label), dataset in datasets.items():
+        for reason, count in dataset.dropped.items():
+            if count:
+                say(f"note: {name}, {label}: {count} records left out: {reason}")
+    if len({c.template for c in checkpoints}) > 1:
+        used = ", ".join(f"{c.name} {c.template}" for c in checkpoints)
+        say(f"note: the templates differ: {used}; --template sets one for all")
+    return 0
 
 
 def loss_table(results: dict[tuple[str, str, str], Loss]) -> list[str]:
@@ -225,10 +212,8 @@ def loss_table(results: dict[tuple[str, str, str], Loss]) -> list[str]:
 # Generation
 
 
-def generate_command(args: argparse.Namespace) -> Work:
+def generate_command(args: argparse.Namespace, device: torch.device) -> int:
     """What the model says to each prompt."""
-    from grading import replies
-
     c = replies.open_model(args.model, args.template)
     tok = c.tokenizer
     if args.template:
@@ -242,186 +227,134 @@ def generate_command(args: argparse.Namespace) -> Work:
         f"--prompt {text[:40]!r}: {len(ids)} tokens: permitted are 1 to {room - 1}"
         for text, ids in zip(args.prompt, prompts, strict=True) if not 0 < len(ids) < room
     ).raise_if_any()  # fmt: skip
-
-    def work(device: torch.device) -> int:
-        new = generate(
-            replies.load(c, args.dtype, device), prompts, args.max_new_tokens, args.temperature,
-            args.top_p, stops, args.seed, device=device,
-        )  # fmt: skip
-        for prompt, ids in zip(args.prompt, new, strict=True):
-            say(f"{prompt}{joint}{tok.decode(ids)}\n")
-        return 0
-
-    return work
+    model = replies.load(c, args.dtype, device)
+    new = generate(
+        model, prompts, args.max_new_tokens, args.temperature, args.top_p, stops, args.seed
+    )
+    for prompt, ids in zip(args.prompt, new, strict=True):
+        say(f"{prompt}{joint}{tok.decode(ids)}\n")
+    return 0
 
 
 # --------------------------------------------------------------------------------------------------
-# GSM8K and MATH
+# GSM8K, MATH and MT-Bench
 
 
-def problems_command(args: argparse.Namespace) -> Work:
+def problems_command(args: argparse.Namespace, device: torch.device) -> int:
     """Accuracy on word problems; every generation is kept, so that it can be scored again."""
     try:
-        from grading import answers, replies
+        from grading import answers
     except ImportError as error:
         raise ValueError(f"{args.command}: {error}: pip install math-verify") from None
     if args.rescore:
         rows = replies.read(args.rescore)
         if not rows or any({"index", "answer", "output", "settings"} - row.keys() for row in rows):
             raise ValueError(f"--rescore {args.rescore}: not a file of generations")
-        return lambda device: say(*accuracy(rows, args.command))
-    problems = Problems(f"--{x} is missing" for x in ("model", "data") if not getattr(args, x))
-    problems.raise_if_any()
-    asked, exemplars = [], answers.EXEMPLARS[args.command]
+    else:
+        rows = answer_problems(args, device)
+    if dist.get_rank() != 0:
+        return 0
+    rows = list({row["index"]: row for row in rows}.values())
+    found = [answers.extract(row["output"], row["answer"]) for row in rows]
+    right = [answers.equal(row["answer"], x) for row, x in zip(rows, found, strict=True)]
+    x = torch.tensor(right, dtype=torch.float64)
+    cut, tight = (sum(row.get("end") == end for row in rows) for end in ("length", "no room"))
+    say(f"{args.command}: accuracy {plus_minus(*mean_se(x, torch.ones_like(x)))} "
+        f"({sum(right)} of {len(rows)})   {rows[0]['settings']['model']}",
+        f"compared by math-verify {version('math-verify')}; {found.count(None)} replies without an "
+        f"answer, {cut} cut by length; {tight} questions too long for the model")  # fmt: skip
+    return 0
+
+
+def answer_problems(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """A row for each problem, on rank 0."""
+    from grading import answers
+
+    Problems(f"--{x} is missing" for x in ("model", "data") if not getattr(args, x)).raise_if_any()
+    problems, exemplars = Problems(), answers.EXEMPLARS[args.command]
     with problems.collecting():
         c = replies.open_model(args.model, args.template)
     with problems.collecting():
-        asked = answers.read_problems(local_file(args.data))[: args.limit]
+        every = answers.read_problems(local_file(args.data))
     with problems.collecting():
         if args.exemplars:
-            read = answers.read_problems(local_file(args.exemplars))
-            exemplars = [(p.question, p.solution) for p in read]
+            exemplars = answers.read_problems(local_file(args.exemplars))
         if args.shots > len(exemplars):
             raise ValueError(f"--shots {args.shots}: there are {len(exemplars)} exemplars: "
                              "--exemplars names a file with more")  # fmt: skip
     problems.raise_if_any()
-    exemplars = exemplars[: args.shots]
-    settings = replies.settings_of(c, args.max_new_tokens, args.dtype)
+    before = []
+    for question, solution, *_ in exemplars[: args.shots]:
+        before += [("user", f"{question}\n{args.instruction}"), ("assistant", solution)]
+    settings = replies.settings_of(c, args.max_new_tokens, args.dtype, [p.question for p in every])
     settings |= {"shots": args.shots, "instruction": args.instruction,
-                 "exemplars": replies.fingerprint(exemplars)}  # fmt: skip
+                 "exemplars": replies.fingerprint(before)}  # fmt: skip
+    asked = [
+        replies.Asked({"index": i, "question": p.question, "answer": p.answer},
+                      [f"{p.question}\n{args.instruction}"])
+        for i, p in enumerate(every[: args.limit])
+    ]  # fmt: skip
     out = out_directory(args) / f"{args.command}.jsonl"
-    for row in replies.rows_so_far(out, settings):
-        if row["index"] < len(asked) and row["question"] != asked[row["index"]].question:
-            raise ValueError(f"{out} holds answers to other questions: take another --out")
-
-    def work(device: torch.device) -> int:
-        rows = shard.broadcast_from_rank0(lambda: replies.read(out))
-        todo = sorted({*range(len(asked))} - {row["index"] for row in rows})
-        users = [(f"{asked[i].question}\n{args.instruction}",) for i in todo]
-        before = answers.as_turns(exemplars, args.instruction)
-        with replies.Journal(out, len(todo)) as journal:
-            model = replies.load(c, args.dtype, device) if todo else None
-            for n, (said,) in replies.respond(
-                model, c, users, before, args.max_new_tokens, args.batch_size
-            ):
-                p = asked[todo[n]]
-                journal.append({"index": todo[n], "question": p.question, "answer": p.answer,
-                                "output": said.text, "tokens": said.tokens, "end": said.end,
-                                "settings": settings})  # fmt: skip
-        if dist.get_rank() == 0:
-            rows = [row for row in journal.rows if row["index"] < len(asked)]
-            say(*accuracy(rows, args.command))
-            say(f"{out} keeps every reply; --rescore {out} scores them again")
-        return 0
-
-    return work
+    rows = replies.answer(out, c, asked, settings, lambda said: said[0]._asdict(), device,
+                          args.batch_size, before)  # fmt: skip
+    say(f"{out} keeps every reply; --rescore {out} scores them again")
+    return [row for row in rows if row["index"] < len(asked)]
 
 
-def accuracy(rows: list[dict], task: str) -> list[str]:
-    """The report on generations."""
-    from grading import answers
-
-    rows = list({row["index"]: row for row in rows}.values())
-    found = [answers.extract(row["output"], row["answer"]) for row in rows]
-    right = [answers.equal(row["answer"], x) for row, x in zip(rows, found, strict=True)]
-    right = torch.tensor(right, dtype=torch.float64)
-    cut, tight = (sum(row.get("end") == end for row in rows) for end in ("length", "no room"))
-    lines = [f"{task}: accuracy {plus_minus(*mean_se(right, torch.ones_like(right)))} "
-             f"({int(right.sum())} of {len(rows)})   {rows[0]['settings']['model']}",
-             f"compared by math-verify {version('math-verify')}"]  # fmt: skip
-    if found.count(None) or cut or tight:
-        lines.append(f"{found.count(None)} replies without an answer; {cut} replies cut by length; "
-                     f"{tight} questions too long for the model")  # fmt: skip
-    return lines
-
-
-# --------------------------------------------------------------------------------------------------
-# MT-Bench
-
-
-def mtbench_command(args: argparse.Namespace) -> Work:
+def mtbench_command(args: argparse.Namespace, device: torch.device) -> int:
     """Answers to both turns of every question, and what a judge thinks of them."""
-    from grading import mtbench, replies
-
     if not args.questions or not (args.model or args.answers):
         raise ValueError("needs --questions, and --model or --answers")
-    problems, questions, given, judge = Problems(), [], {}, None
+    out, problems, every, judge = out_directory(args), Problems(), [], None
+    file = Path(args.answers or out / "mt-bench-answers.jsonl")
     with problems.collecting():
         references = mtbench.read_answers(local_file(args.reference)) if args.reference else {}
-        questions = mtbench.read_questions(local_file(args.questions), references)[: args.limit]
+        every = mtbench.read_questions(local_file(args.questions), references)
+    questions = every[: args.limit]
     with problems.collecting():
-        if args.answers:
-            given = mtbench.read_answers(args.answers)
-            if lacking := [q.id for q in questions if q.id not in given]:
-                raise ValueError(f"--answers {args.answers}: lacks question {lacking[0]} (and "
-                                 f"{len(lacking) - 1} more)")  # fmt: skip
-        else:
+        if not args.answers:
             c = replies.open_model(args.model, args.template)
+        elif lacking := {q.id for q in questions} - mtbench.read_answers(file).keys():
+            raise ValueError(f"--answers {file}: lacks {len(lacking)} of the questions")
     with problems.collecting():
-        if bool(args.judge_url) != bool(args.judge_model):
-            raise ValueError("--judge-url and --judge-model go together")
-        if args.answers and not args.judge_url:
-            raise ValueError("--answers needs a judge: --judge-url and --judge-model")
+        if bool(args.judge_url) != bool(args.judge_model) or args.answers and not args.judge_url:
+            raise ValueError("--judge-url and --judge-model go together; --answers needs them")
         if args.judge_url:
             judge = mtbench.Judge(args.judge_url, args.judge_model, args.judge_timeout,
-                                  args.judge_tries, concurrency=args.judge_concurrency)  # fmt: skip
+                                  args.judge_tries, args.judge_concurrency)  # fmt: skip
     problems.raise_if_any()
-    out = out_directory(args)
-    file = out / "mt-bench-answers.jsonl"
-    settings = None if given else replies.settings_of(c, args.max_new_tokens, args.dtype)
-    if settings:
-        replies.rows_so_far(file, settings)
-
-    def work(device: torch.device) -> int:
-        said = given or answer_questions(args, c, settings, questions, file, device)
-        if dist.get_rank() != 0:
-            return 0
-        if not judge:
-            return say(f"{file} holds the answers; --judge-url has them graded")
-        bare = [q.id for q in questions if q.category in mtbench.WITH_REFERENCE and not q.reference]
-        if bare:
-            say(f"note: {len(bare)} questions of {', '.join(mtbench.WITH_REFERENCE)} are graded "
-                "without a reference answer: --reference gives them")  # fmt: skip
-        scores = out / "mt-bench-scores.jsonl"
-        scored, failure = mtbench.grade(questions, said, judge, scores)
-        say(*score_table(questions, scored), f"graded by {judge.model}; {scores} keeps every "
-            "judgement")  # fmt: skip
-        if lacking := 2 * len(questions) - len(scored):
-            why = failure or f"no grade in {judge.readings} replies of the judge"
-            print(f"{lacking} scores are missing ({why}); the same command asks for them again",
-                  file=sys.stderr)  # fmt: skip
-        return int(lacking > 0)
-
-    return work
+    if not args.answers:
+        settings = replies.settings_of(c, args.max_new_tokens, args.dtype, [q.turns for q in every])
+        asked = [
+            replies.Asked({"question_id": q.id, "model_id": c.name, "questions": q.turns,
+                           "temperature": q.temperature}, q.turns, q.temperature)
+            for q in questions
+        ]  # fmt: skip
+        replies.answer(file, c, asked, settings, mtbench.as_row, device, args.batch_size,
+                       seed=args.seed)  # fmt: skip
+    return judged(questions, file, judge, out) if dist.get_rank() == 0 else 0
 
 
-def answer_questions(
-    args: argparse.Namespace, c: replies.Checkpoint, settings: dict,
-    questions: list[mtbench.Question], file: Path, device: torch.device,
-) -> dict[int | str, tuple[str, str]]:  # fmt: skip
-    """{question id: both answers}, those that are kept and the rest. Collective."""
-    from grading import replies
-
-    asked = {q.id: list(q.turns) for q in questions}
-    rows = shard.broadcast_from_rank0(lambda: replies.read(file))
-    given = {row["question_id"]: tuple(row["choices"][0]["turns"]) for row in rows
-             if asked.get(row["question_id"]) == row["questions"]}  # fmt: skip
-    todo = [q for q in questions if q.id not in given]
-    with replies.Journal(file, len(todo)) as journal:
-        model = replies.load(c, args.dtype, device) if todo else None
-        for temperature in dict.fromkeys(q.temperature for q in todo):
-            group = [q for q in todo if q.temperature == temperature]
-            options = args.max_new_tokens, args.batch_size, temperature, args.seed
-            for i, said in replies.respond(model, c, [q.turns for q in group], [], *options):
-                q, turns = group[i], tuple(reply.text for reply in said)
-                given[q.id] = turns
-                journal.append({
-                    "question_id": q.id, "model_id": c.name, "tstamp": time.time(),
-                    "choices": [{"index": 0, "turns": turns}], "questions": q.turns,
-                    "ends": [reply.end for reply in said], "temperature": temperature,
-                    "settings": settings,
-                })  # fmt: skip
-    return given
+def judged(
+    questions: list[mtbench.Question], file: Path, judge: mtbench.Judge | None, out: Path
+) -> int:
+    """Have the answers in a file graded, and report. Returns 1 if scores are missing."""
+    if not judge:
+        say(f"{file} holds the answers; --judge-url has them graded")
+        return 0
+    bare = [q for q in questions if q.category in mtbench.WITH_REFERENCE and not q.reference]
+    if bare:
+        say(f"note: {len(bare)} questions of {', '.join(mtbench.WITH_REFERENCE)} are graded "
+            "without a reference answer: --reference gives them")  # fmt: skip
+    scores = out / "mt-bench-scores.jsonl"
+    scored, failure = mtbench.grade(questions, mtbench.read_answers(file), judge, scores)
+    say(*score_table(questions, scored))
+    say(f"graded by {judge.model}; {scores} keeps every judgement")
+    lacking = 2 * len(questions) - len(scored)
+    if lacking:
+        print(f"{lacking} scores are missing ({failure or 'replies without a grade'}); the same "
+              "command asks for them again", file=sys.stderr)  # fmt: skip
+    return int(lacking > 0)
 
 
 def score_table(questions: list[mtbench.Question], scored: dict) -> list[str]:
@@ -444,43 +377,39 @@ def score_table(questions: list[mtbench.Question], scored: dict) -> list[str]:
 
 def out_directory(args: argparse.Namespace) -> Path:
     """--out, by default runs/eval-<name of the model or of its run>."""
-    if args.out:
-        return Path(args.out)
     parts = [p for p in Path(args.model or args.answers or "").parts if p != "model"]
-    return Path("runs") / f"eval-{Path(parts[-1]).stem if parts else 'model'}"
+    return Path(args.out or f"runs/eval-{Path(parts[-1]).stem if parts else 'model'}")
 
 
 def local_file(name: str) -> Path:
     """A file, or one of a hub dataset: owner/name/path/in/it. Raises ValueError."""
-    like_the_hubs = re.fullmatch(r"(([\w.-]+)/[\w.-]+)/([\w./-]+)", name)
-    if Path(name).exists() or not like_the_hubs or Path(like_the_hubs[2]).is_dir():
+    owner, *rest = name.split("/", 2)
+    if len(rest) < 2 or Path(owner).is_dir() or Path(name).exists():
         return Path(name)
     from huggingface_hub import errors, hf_hub_download
-    from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # not a line for each retry
     try:
-        return Path(hf_hub_download(like_the_hubs[1], like_the_hubs[3], repo_type="dataset"))
+        return Path(hf_hub_download(f"{owner}/{rest[0]}", rest[1], repo_type="dataset"))
     except (errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:
         raise ValueError(f"{name}: there is no such file, nor one of a dataset in the hub's cache "
                          f"or on huggingface.co ({type(error).__name__})") from None  # fmt: skip
 
 
-def say(*lines: str) -> int:
-    """Print on rank 0. Returns 0, the exit code of a command that ends well."""
-    if lines and dist.get_rank() == 0:
+def say(*lines: str) -> None:
+    """Print on rank 0."""
+    if dist.get_rank() == 0:
         print(*lines, sep="\n", flush=True)
-    return 0
 
 
-def plot_command(args: argparse.Namespace) -> None:
-    """Draw runs into one picture. Needs no ranks, so there is no work left."""
+def plot_command(args: argparse.Namespace, _: None) -> int:
+    """Draw runs into one picture."""
     from cli import report
 
     folder = args.run[0] if len(args.run) == 1 else Path()
     file = args.out or folder / "weights.png"
     report.plot(args.run, file)
     print(file)
+    return 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -501,6 +430,8 @@ def from_to(least: float, most: float = math.inf) -> Callable[[str], float]:
 
 COUNT, SEED = {"type": from_to(1)}, {"type": from_to(0)}
 SEVERAL = {"nargs": "+", "required": True}
+FILE = {"type": Path, "metavar": "FILE"}
+ASKING, RUNNING = "gsm8k math mt-bench", "loss gsm8k math mt-bench generate"
 COMMANDS = {
     "loss": (loss_command, "mean sample loss and perplexity"),
     "gsm8k": (problems_command, "accuracy on GSM8K"),
@@ -510,47 +441,45 @@ COMMANDS = {
     "plot": (plot_command, "weights and losses of runs, as a picture"),
 }
 FLAGS = [  # commands, flag, default, help, and what argparse takes beside
-    ("loss", "model", None, "directories or hub ids", SEVERAL),
-    ("loss", "data", None, "records, as [NAME=]PATH; a directory or quoted glob stands for its "
+    ("loss", "--model", None, "directories or hub ids", SEVERAL),
+    ("loss", "--data", None, "records, as [NAME=]PATH; a directory or quoted glob stands for its "
      "train_*.json(l), TASK or TASK-seedN for the test records of a built-in task", SEVERAL),
-    ("loss", "max-length", 512, "tokens of a sample, at most the model's positions", COUNT),
-    ("loss", "micro-batch-size", 8, "samples of a forward", COUNT),
-    ("gsm8k math mt-bench", "model", None, "a directory or hub id", {}),
-    ("generate", "model", None, "a directory or hub id", {"required": True}),
-    ("generate", "prompt", None, "put as users' turns with --template; else text to go on with",
-     SEVERAL),
-    ("gsm8k math", "data", None, "JSON or JSONL of {question, answer} or {problem, solution}, or "
+    ("loss", "--max-length", 512, "tokens of a sample, at most the model's positions", COUNT),
+    ("loss", "--micro-batch-size", 8, "samples of a forward", COUNT),
+    (ASKING, "--model", None, "a directory or hub id", {}),
+    ("generate", "--model", None, "a directory or hub id", {"required": True}),
+    ("generate", "--prompt", None, "users' turns with --template, else text to continue", SEVERAL),
+    ("gsm8k math", "--data", None, "JSON or JSONL of {question, answer} or {problem, solution}, or "
      "owner/dataset/file of the hub", {}),
-    ("gsm8k math", "shots", 0, "worked examples before each question", SEED),
-    ("gsm8k math", "exemplars", None, "a file to take them from, like --data [4 of our own]", {}),
-    ("gsm8k math", "instruction", INSTRUCTION, "what follows a question", {}),
-    ("gsm8k math", "rescore", None, "score the replies of an earlier run again; needs no model and "
-     "no other flag", {"type": Path, "metavar": "FILE"}),
-    ("mt-bench", "questions", None, "question.jsonl in FastChat's format, or owner/dataset/file of "
-     "the hub", {}),
-    ("mt-bench", "reference", None, "reference answers for reasoning, math and coding, like "
-     "FastChat's gpt-4.jsonl [those in --questions]", {}),
-    ("mt-bench", "answers", None, "grade these, in FastChat's format, instead of a --model's", {}),
-    ("mt-bench", "judge-url", None, "an OpenAI-compatible endpoint; its key, if it needs one, is "
+    ("gsm8k math", "--shots", 0, "worked examples before each question", SEED),
+    ("gsm8k math", "--exemplars", None, "a file to take them from, like --data [4 of our own]", {}),
+    ("gsm8k math", "--instruction", INSTRUCTION, "what follows a question", {}),
+    ("gsm8k math", "--rescore", None, "score these replies again; needs no other flag", FILE),
+    ("mt-bench", "--questions", None, "FastChat's question.jsonl; may be owner/dataset/file", {}),
+    ("mt-bench", "--reference", None, "FastChat's gpt-4.jsonl or its like [from --questions]", {}),
+    ("mt-bench", "--answers", None, "grade these, in FastChat's format, not a --model's", {}),
+    ("mt-bench", "--judge-url", None, "an OpenAI-compatible endpoint; its key, if it needs one, is "
      "read from the environment variable JUDGE_API_KEY", {}),
-    ("mt-bench", "judge-model", None, "the endpoint's name of the judge", {}),
-    ("mt-bench", "judge-concurrency", 4, "requests at a time", COUNT),
-    ("mt-bench", "judge-timeout", 120, "seconds without a byte", {"type": from_to(1e-3)}),
-    ("mt-bench", "judge-tries", 8, "of a request, before giving up", COUNT),
-    ("gsm8k math mt-bench", "limit", None, "take the first so many questions [all]", COUNT),
-    ("gsm8k math mt-bench", "max-new-tokens", 1024, "of a reply", COUNT),
-    ("generate", "max-new-tokens", 128, "of a reply", COUNT),
-    ("gsm8k math mt-bench", "batch-size", 16, "replies at a time, on each rank", COUNT),
-    ("generate", "temperature", 0.0, "0 is the likeliest token", {"type": from_to(0.0)}),
-    ("generate", "top-p", 1.0, "nucleus of the distribution", {"type": from_to(1e-6, 1)}),
-    ("mt-bench generate", "seed", 0, "of the draws at temperature > 0", SEED),
-    ("loss gsm8k math mt-bench generate", "dtype", "auto", "of the parameters; auto: bf16 on GPUs, "
-     "fp32 on CPUs", {"choices": ("auto", *DTYPES)}),
-    ("loss gsm8k math mt-bench generate", "template", None, "[that of the model, as far as its "
-     "files tell, else alpaca]", {"choices": templates.TEMPLATES}),
-    ("gsm8k math mt-bench", "out", None, "directory of the replies [runs/eval-<model>]", {}),
-    ("plot", "out", None, "png, pdf or svg [weights.png, in the run's directory if there is one]",
-     {"type": Path, "metavar": "FILE"}),
+    ("mt-bench", "--judge-model", None, "the endpoint's name of the judge", {}),
+    ("mt-bench", "--judge-concurrency", 4, "requests at a time", COUNT),
+    ("mt-bench", "--judge-timeout", 120, "seconds without a byte", {"type": from_to(1e-3)}),
+    ("mt-bench", "--judge-tries", 8, "of a request, before giving up", COUNT),
+    (ASKING, "--limit", None, "take the first so many questions [all]", COUNT),
+    (ASKING, "--max-new-tokens", 1024, "of a reply", COUNT),
+    ("generate", "--max-new-tokens", 128, "of a reply", COUNT),
+    (ASKING, "--batch-size", 16, "replies at a time, on each rank", COUNT),
+    ("generate", "--temperature", 0.0, "0 is the likeliest token", {"type": from_to(0.0)}),
+    ("generate", "--top-p", 1.0, "nucleus of the distribution", {"type": from_to(1e-6, 1)}),
+    ("mt-bench generate", "--seed", 0, "of the draws at temperature > 0", SEED),
+    (RUNNING, "--dtype", "auto", "of parameters; auto: bf16 on GPUs, fp32 on CPUs",
+     {"choices": ("auto", *DTYPES)}),
+    (RUNNING, "--template", None, "[what the model's files tell, else alpaca]",
+     {"choices": templates.TEMPLATES}),
+    (ASKING, "--out", None, "directory of the replies [runs/eval-<model>]", {}),
+    ("plot", "run", None, "directories of train.py; runs that differ in their seed alone are drawn "
+     "together", {"nargs": "+", "type": Path}),
+    ("plot", "--out", None, "png, pdf or svg [weights.png, in the run's directory if there is one]",
+     FILE),
 ]  # fmt: skip
 
 
@@ -559,42 +488,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for command, (_, summary) in COMMANDS.items():
         p = commands.add_parser(command, help=summary)
-        if command == "plot":
-            p.add_argument("run", nargs="+", type=Path, help="directories of train.py; runs that "
-                           "differ in their seed alone are drawn together")  # fmt: skip
         for of, flag, default, text, options in FLAGS:
             if command in of.split():
                 text += f" [{default}]" if default is not None else ""
-                p.add_argument(f"--{flag}", default=default, help=text, **options)
+                p.add_argument(flag, default=default, help=text, **options)
     return parser.parse_args(argv)
-
-
-def refuse(error: Exception) -> int:
-    """Say what is wrong, once where all ranks find it. Returns the exit code."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(10)  # torchrun ends the other ranks when rank 0 leaves
-    print(error, file=sys.stderr)
-    return 2
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a judge that failed, 2 bad input."""
     args = parse(argv)
-    try:  # before the process group, whose ranks would time out while data is tokenised
-        work = COMMANDS[args.command][0](args)
+    command, _ = COMMANDS[args.command]
+    try:  # a picture needs no ranks, and no room on a GPU that is in use
+        device = None if command is plot_command else shard.start(shard.FILES_TIMEOUT)
+        return command(args, device)
     except (ValueError, OSError) as error:
-        return refuse(error)
-    if work is None:
-        return 0
-    device = shard.start(timeout=1800)
-    try:
-        return work(device)
-    except ValueError as error:
-        return refuse(error)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)  # all ranks find it: torchrun ends the others when rank 0 leaves
+        print(error, file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         shard.exit_now(130)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ def draw(
 ) -> set[int]:
     """The units that train in a period: block indices, and `n_blocks` itself for the ends.
 
-    A pure function of its arguments, equal on all ranks. `n_active` = 0 trains everything. Two
-    model copies draw the same blocks when `copy` is the same.
+    A pure function of its arguments, equal on all ranks and in model copies of the same `copy`.
+    `n_active` = 0 trains everything.
     """
     if n_active == 0:
         return set(range(n_blocks + (ends != "frozen")))
@@ -131,8 +131,9 @@ class Lisa:
         """Update the masters; a bf16 copy becomes its master rounded to nearest."""
         self.move_to_device()
         self.opt.step()
-        for p, master in self._stored_apart():
-            local(p).copy_(local(master))
+        for p, master in self.masters.items():
+            if master is not p:
+                local(p).copy_(local(master))
 
     def zero_grad(self) -> None:
         self.opt.zero_grad()
@@ -157,9 +158,8 @@ class Lisa:
                 raise ValueError(f"the optimiser keeps {sorted(unnamed)}: not in state_names")
             for name in self.state_names:
                 if name not in state:
-                    number = name == "step"
-                    zeros = torch.zeros((), device=p.device) if number else torch.zeros_like(master)
-                    state[name] = zeros.detach()
+                    like = torch.zeros((), device=p.device) if name == "step" else master.detach()
+                    state[name] = torch.zeros_like(like)
                 tensors[f"{i}.{name}"] = state[name]
             if master is not p:
                 tensors[f"{i}.master"] = master.detach()
@@ -168,12 +168,9 @@ class Lisa:
     def state_tensors(self) -> Iterator[Tensor]:
         """The persistent tensors of the active set on this rank: masters apart from their
         parameter, and the optimiser's state, but for single numbers."""
-        yield from (local(master) for _, master in self._stored_apart())
+        yield from (local(master) for p, master in self.masters.items() if master is not p)
         for state in self.opt.state.values():
             yield from (local(t) for t in state.values() if isinstance(t, Tensor) and t.dim())
-
-    def _stored_apart(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((p, m) for p, m in self.masters.items() if m is not p)
 
     def _admit(self, unit: int) -> None:
         for p in self.units[unit]:
@@ -195,17 +192,12 @@ class Lisa:
                 local(p).copy_(round_stochastically(local(master), generator))
 
 
-def _gradient_to(master: Tensor):
-    """A hook that adds the gradient of a bf16 parameter to its master's, in fp32.
-
-    Summing many micro-batches in bf16 would lose bits.
-    """
+def _gradient_to(master: Tensor) -> Callable[[Tensor], None]:
+    """A hook that adds the gradient of a bf16 parameter to its master's: summing many micro-batches
+    in bf16 would lose bits."""
 
     def hook(p: Tensor) -> None:
-        if master.grad is None:
-            master.grad = p.grad.float()
-        else:
-            master.grad += p.grad
+        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
         p.grad = None
 
     return hook
@@ -222,9 +214,8 @@ def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
 
     bf16 is the upper half of fp32: add a random lower half, then cut it off.
     """
-    noise = torch.randint(
-        0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32
-    )
+    options = {"generator": generator, "device": x.device, "dtype": torch.int32}
+    noise = torch.randint(0, 1 << 16, x.shape, **options)
     return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
 
 

@@ -17,12 +17,11 @@ Read it first as if the residual stream x were a batch (B, T, D), as in any tran
         x = x + mlp(norm(x))
     logits = head(norm(x))                              # (B, T, V)
 
-In training, much of that would be computed for nothing: padding predicts nothing, nor does a
-prompt, which is there only to be attended to. All but attention treats each position by itself, so
-x is a table instead, with a row for each position that is needed. Attention alone lays the rows out
-as a batch and picks them up again (`Rows`). P rows go through the blocks: of each sample those up
-to its last prediction. Once the last block's attention has seen them all, only the M rows that
-predict go on. Of two samples of prompt p, answer a and padding ·, with positions counted through:
+But neither padding nor a prompt predicts anything. All but attention treats each position by
+itself, so x is a table with a row for each position that is needed; attention alone lays the rows
+out as a batch and picks them up again (`Rows`). P rows, of each sample those up to its last
+prediction, go through the blocks; after the last block's attention only the M that predict do.
+Of two samples of prompt p, answer a and padding ·, with positions counted through:
 
     tokens (B, T)     positions            P rows        M rows: each predicts the next token, an a
     p p p a a ·       0 1 2 3  4  5        0 1 2 3       2 3
@@ -37,7 +36,6 @@ V vocabulary, L slots of the cache, P rows, M rows that predict.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import takewhile
@@ -52,9 +50,6 @@ from torch.utils.checkpoint import checkpoint
 
 from hf import pretrained
 from hf.families import ModelConfig
-
-# --------------------------------------------------------------------------------------------------
-# The model
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -128,10 +123,8 @@ def rope_tables(c: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + R/2]) of the first R features of each head, in the tables' dtype.
-
-    x (B, T, N or K, H).
-    """
+    """Turn the pairs (x[i], x[i + R/2]) of the first R features of each head, in the tables' dtype:
+    x (B, T, N or K, H)."""
     R = cos.shape[-1]
     a, rest = x[..., :R], x[..., R:]
     turned = torch.addcmul(a * cos, a.roll(R // 2, dims=-1), sin).to(x.dtype)
@@ -174,22 +167,15 @@ class Rows(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a block is told beside the residual stream.
+    """What a block is told beside the residual stream."""
 
-    rows    the P rows of x on entry
-    out     the rows of x on return: the same, or M of them
-    keep    (M,), the places of `out` among the P rows; None: all
-    rope    from rope_tables, where positions are rotated
-    mask    from causal_mask; None: causal
-    cache   takes the keys and the values of these positions, each (B, T, K, H), and returns both of
-            all positions so far, (2, B, L, K, H); see Cache
-    """
-
-    rows: Rows
-    out: Rows
-    keep: Tensor | None = None
-    rope: tuple[Tensor, Tensor] | None = None
-    mask: Tensor | None = None
+    rows: Rows  # the P rows of x on entry
+    out: Rows  # the rows of x on return: the same, or M of them
+    keep: Tensor | None = None  # (M,), the places of `out` among the P rows; None: all
+    rope: tuple[Tensor, Tensor] | None = None  # from rope_tables, where positions are rotated
+    mask: Tensor | None = None  # from causal_mask; None: causal
+    # Takes the keys and the values of these positions, each (B, T, K, H), and returns both of all
+    # positions so far, (2, B, L, K, H); see Cache.
     cache: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def trim(self, x: Tensor) -> Tensor:
@@ -233,10 +219,8 @@ class Attention(nn.Module):
         if self.groups > 1 and not flash:
             k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))  # (B, N, T or L, H)
         if self.cap is None:
-            causal, share = mask is None, flash and self.groups > 1
-            return F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=share
-            )
+            options = {"is_causal": mask is None, "enable_gqa": flash and self.groups > 1}
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale, **options)
         scores = self.cap * torch.tanh(q @ k.transpose(2, 3) * (self.scale / self.cap))
         scores = scores.masked_fill(~mask, -math.inf)  # (B, N, T, T or L)
         return torch.softmax(scores, dim=-1, dtype=wide(q.dtype)).to(q.dtype) @ v
@@ -287,6 +271,11 @@ class Block(nn.Module):
             return x + a + self.mlp(self.mlp_norm(x))
         x = x + self.attn_post_norm(a)
         return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+
+
+def capped(y: Tensor, cap: float | None) -> Tensor:
+    """Gemma-2's bound on logits."""
+    return y if cap is None else cap * torch.tanh(y / cap)
 
 
 class TokenLosses(torch.autograd.Function):
@@ -356,11 +345,6 @@ class TokenLosses(torch.autograd.Function):
         return y
 
 
-def capped(y: Tensor, cap: float | None) -> Tensor:
-    """Gemma-2's bound on logits."""
-    return y if cap is None else cap * torch.tanh(y / cap)
-
-
 class Head(nn.Module):
     """Logits, or the loss at each position."""
 
@@ -378,17 +362,14 @@ class Head(nn.Module):
             return capped(F.linear(x, self.weight).to(wide(x.dtype)), self.cap)
         # Three buffers of a chunk's size are held at once, and a little more: of each of several
         # chunks a quarter of logits_bytes.
-        n, n_bytes = 1, 4 * len(x) * len(self.weight)
-        if n_bytes > self.logits_bytes:
-            n = min(math.ceil(4 * n_bytes / self.logits_bytes), len(x))
+        share = 4 * len(x) * len(self.weight) / self.logits_bytes
+        n = min(math.ceil(4 * share), len(x)) if share > 1 else 1
         return TokenLosses.apply(x, self.weight, targets, self.cap, n, self)
 
 
 class Predictions:
-    """What labels (B, T) ask for, and the rows that takes: see the picture above.
-
-    Sizes that depend on the data are found where the labels are: on the CPU, without waiting for
-    the GPU.
+    """What labels (B, T) ask for, and the rows that takes: see the picture above. Found where the
+    labels are, on the CPU: sizes that depend on data on the GPU would have to be waited for.
 
     rows           the P rows that take part; all, where that is less than 5% too many
     out            the M rows that predict
@@ -471,14 +452,14 @@ class Transformer(nn.Module):
         out = rows
         if labels is not None:
             rows, out, keep = labels.rows, labels.out, labels.keep
+            both = (table.samples(tokens.device) for table in (rows, out))
+            self.row_samples = {len(sample): sample for sample in both}
         elif last is not None:
             keep = torch.arange(B, device=tokens.device) * T + last
             out = Rows((B, T), keep)
-        self.row_samples = {len(s): s for s in (rows.samples(tokens.device), out.samples(tokens.device))}
-        masks = {}
+        slots, masks = T if cache is None else cache.slots, {}
         for window in set(c.windows):
             free = cache is None and c.score_cap is None and (window is None or window >= T)
-            slots = T if cache is None else cache.slots
             masks[window] = None if free else causal_mask(times, slots, window)
         x = self.embed(rows.pick(tokens), rows.pick(times.expand(B, T)))  # (P, D)
         at = Context(rows, rows, rope=rope_tables(c, times, wide(x.dtype)) if c.rotary else None)
@@ -497,9 +478,7 @@ class Transformer(nn.Module):
         return labels.means(self.head(x, labels.targets))
 
 
-# --------------------------------------------------------------------------------------------------
 # Generation
-
 
 class Cache:
     """Keys and values of the tokens so far. Slot t of a row holds position t, so rows of different
@@ -540,9 +519,7 @@ def generate(
     top_p: float = 1.0,
     eos_id: int | Iterable[int] | None = None,
     seed: int = 0,
-    use_cache: bool = True,
     stop_when: Callable[[bool], bool] = bool,
-    device: torch.device | str | None = None,
 ) -> list[list[int]]:
     """Continue each prompt until EOS, `max_new_tokens` or the model's last position. Returns the
     new tokens, without EOS.
@@ -550,32 +527,25 @@ def generate(
     eos_id      one id or several
     stop_when   told after each token whether all rows are finished; returns whether to stop. Under
                 FSDP every rank must make the same number of forwards: all-reduce it there
-    device      where the model computes, if its parameters lie elsewhere
     Raises ValueError for an empty prompt, or one that leaves no position.
     """
     limit = model.config.max_positions
     bad = [i for i, p in enumerate(prompts) if not 0 < len(p) < limit]
     if bad or not prompts:
-        raise ValueError(f"prompts {bad}: each needs 1 to {limit - 1} tokens: there are {limit} "
-                         "positions")
+        raise ValueError(f"prompts {bad}: permitted are 1 to {limit - 1} tokens")
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature}, top_p {top_p}: must be >= 0, and in (0, 1]")
-    device = device or next(model.parameters()).device
+    device = next(model.parameters()).device
     ends = torch.tensor([] if eos_id is None else eos_id, dtype=torch.long, device=device).view(-1)
     rng = torch.Generator(device).manual_seed(seed)
     lengths = torch.tensor([len(p) for p in prompts], device=device)  # (B,)
     rows, longest = torch.arange(len(prompts), device=device), max(map(len, prompts))
     size = min(longest + max_new_tokens, limit)
-    padded = [p + [0] * (size - len(p)) for p in prompts]
-    tokens = torch.tensor(padded, device=device)  # (B, L)
-    cache = Cache(torch.zeros_like(lengths), tokens.shape[1]) if use_cache else None
+    tokens = torch.tensor([p + [0] * (size - len(p)) for p in prompts], device=device)  # (B, L)
+    cache = Cache(torch.zeros_like(lengths), size)
     finished = torch.zeros_like(lengths, dtype=torch.bool)
-    for n_new in range(max_new_tokens):
-        if cache is not None and n_new > 0:
-            cache.lengths = lengths - 1
-            fed, last = tokens[rows, lengths - 1][:, None], torch.zeros_like(lengths)
-        else:
-            fed, last = tokens[:, : longest + n_new], lengths - 1
+    fed, last = tokens[:, :longest], lengths - 1
+    for _ in range(max_new_tokens):
         logits = model(fed, cache=cache, last=last)[:, 0]  # (B, V)
         new = sample(logits, temperature, top_p, rng)
         goes_on = lengths < size  # a row at the end is fed its last token again, to no effect
@@ -584,15 +554,15 @@ def generate(
         finished |= torch.isin(new, ends) | (lengths == size)
         if stop_when(bool(finished.all())):
             break
+        cache.lengths = lengths - 1
+        fed, last = tokens[rows, lengths - 1][:, None], torch.zeros_like(lengths)
     stops = set(ends.tolist())
     texts = zip(prompts, tokens.tolist(), lengths.tolist(), strict=True)
-    replies = [row[len(prompt) : length] for prompt, row, length in texts]
+    replies = (row[len(prompt) : length] for prompt, row, length in texts)
     return [list(takewhile(lambda token: token not in stops, reply)) for reply in replies]
 
 
-# --------------------------------------------------------------------------------------------------
 # Weights, from a checkpoint or at random
-
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter's name and shape, in the model's own order. A tied head is not among them."""
@@ -667,13 +637,8 @@ def from_pretrained(
     return build(config, read_tensors(directory, config), dtype, device)
 
 
-def save_pretrained(
-    model: Transformer, directory: str | Path, tokenizer_dir: str | Path | None = None
-) -> None:
-    """Write an unsharded model in Hugging Face's format, with the tokenizer of `tokenizer_dir`."""
+def save_pretrained(model: Transformer, directory: str | Path) -> None:
+    """Write an unsharded model in Hugging Face's format, without a tokenizer."""
     with pretrained.written_whole(directory) as temporary:
         parameters = ((name, p.detach().cpu()) for name, p in model.named_parameters())
         pretrained.write_tensors(temporary, model.config, parameters)
-        for pattern in pretrained.TOKENIZER_FILES if tokenizer_dir else ():
-            for file in Path(tokenizer_dir).glob(pattern):
-                shutil.copy(file, temporary)

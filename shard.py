@@ -44,18 +44,17 @@ FILES_TIMEOUT = 4 * 3600.0
 CHECKSUMS = "checksums.json"
 
 
-# --------------------------------------------------------------------------------------------------
 # The process group
-
 
 def start(timeout: float) -> torch.device:
     """Join torchrun's process group, or make one of a single process. Returns this rank's device.
 
     timeout: seconds after which a collective that does not complete ends the run.
     """
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
-    if cuda:
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))
@@ -64,14 +63,9 @@ def start(timeout: float) -> torch.device:
         store = dist.PrefixStore(f"attempt {attempt}", store)
     else:
         store, rank, world = dist.HashStore(), 0, 1
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        timeout=timedelta(seconds=timeout),
-        store=store,
-        rank=rank,
-        world_size=world,
-    )
-    return torch.device(device)
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
+    return device
 
 
 def set_timeout(seconds: float) -> None:
@@ -100,9 +94,7 @@ def exit_now(code: int) -> None:
     os._exit(code)
 
 
-# --------------------------------------------------------------------------------------------------
 # A model over the ranks
-
 
 def shard(model: Transformer, device: torch.device, keep_gathered: bool) -> None:
     """Cut `model` over the ranks, in place: each block is gathered on its own when it is used.
@@ -232,8 +224,7 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Collective: every rank calls it and takes all of it.
     """
-    for name, p in model.named_parameters():
-        yield name, full(p).cpu()
+    return ((name, full(p).cpu()) for name, p in model.named_parameters())
 
 
 def full(t: Tensor) -> Tensor:
@@ -242,9 +233,7 @@ def full(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-# --------------------------------------------------------------------------------------------------
 # Copies that take turns on the device
-
 
 class Offload:
     """Copies of a model that take turns on the device (--cpu-offload): while one is at work the
@@ -266,18 +255,17 @@ class Offload:
     def follow(self, model: nn.Module, state: Callable[[], Iterable[Tensor]] = tuple) -> None:
         """Take `model` in, or from now on move what `state` lists along with its parameters."""
         self.state[model] = state
-        self.move_to_device(model)
+        self.switch(model)
 
-    def move_to_device(self, model: nn.Module) -> None:
+    def switch(self, model: nn.Module) -> None:
         """Make `model` the one on the device. All of it goes through the current stream: nothing is
         freed or read too early."""
         if self.here is model:
             return
-        arriving, gone = self.waiting.pop(model, {}), {}
-        leaving = []
+        arriving, leaving = self.waiting.pop(model, {}), []
         if self.here is not None:
             leaving = [*self.here.parameters(), *self.state[self.here]()]
-            self.waiting[self.here] = gone
+            gone = self.waiting[self.here] = {}
         # In pairs, so that neither memory holds both copies in between.
         for old, back in itertools.zip_longest(leaving, arriving.values()):
             if old is not None:
@@ -293,14 +281,13 @@ class Offload:
                 whole.copy_(host, non_blocking=True)
         self.here = model
 
-    def current_values(self, t: Tensor) -> Tensor:
+    def current_values(self, model: nn.Module, t: Tensor) -> Tensor:
         """`t`, or while it waits its values on the host, likewise sharded."""
-        moved = next((m for m in self.waiting.values() if storage_key(t) in m), None)
-        if moved is None:
+        part, (_, host) = local(t), self.waiting.get(model, {}).get(storage_key(t), (None, None))
+        if host is None:
             return t
         if self.pinned:
             torch.cuda.synchronize()
-        part, (_, host) = local(t), moved[storage_key(t)]
         host = host.as_strided(part.shape, part.stride(), part.storage_offset())
         if not isinstance(t, DTensor):
             return host
@@ -315,18 +302,15 @@ def storage_key(t: Tensor) -> int:
 def move_to_device(model: nn.Module) -> None:
     """See to it that a model's shards are on the device."""
     if model.offload is not None:
-        model.offload.move_to_device(model)
+        model.offload.switch(model)
 
 
 def current_values(model: nn.Module, t: Tensor) -> Tensor:
     """A parameter or a piece of optimiser state of `model`, wherever it is now."""
-    return t if model.offload is None else model.offload.current_values(t)
+    return t if model.offload is None else model.offload.current_values(model, t)
 
 
-# --------------------------------------------------------------------------------------------------
-# Models and checkpoints to files and back. A checkpoint is a directory step-N, which has its name
-# only once it is whole
-
+# To files and back. A checkpoint is a directory step-N, which has its name only once it is whole.
 
 def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None:
     """Write `model` in Hugging Face format to the directory `target`, whole or not at all.
@@ -399,7 +383,6 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The steps that were done when it was written."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -408,17 +391,11 @@ def damaged_files(checkpoint: Path) -> list[str]:
     try:
         sums = json.loads((checkpoint / CHECKSUMS).read_text())
         names = sorted({*sums, ".metadata", "run.pt"})[dist.get_rank() :: dist.get_world_size()]
-        bad = {name: 1 for name in names if not intact(checkpoint / name, sums.get(name))}
+        files = {name: checkpoint / name for name in names}
+        bad = {n: 1 for n, f in files.items() if not f.is_file() or crc32(f) != sums.get(n)}
     except (OSError, ValueError, TypeError, AttributeError):
         bad = {CHECKSUMS: 1}
     return sorted(gathered(bad))
-
-
-def intact(file: Path, crc: int | None) -> bool:
-    try:
-        return crc32(file) == crc
-    except OSError:
-        return False
 
 
 def newest_checkpoint(candidates: list[Path]) -> tuple[Path | None, list[str]]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import os
 import signal
@@ -269,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
         outlive(stream)
     try:
         if flags.plan:
-            return show_plan(flags)
+            return plan.command(flags, plan_inputs(flags))
         inputs = prepare(flags, int(os.environ.get("WORLD_SIZE", 1)))
         if (flags.out / "model").is_dir():
             if first:
@@ -336,24 +335,6 @@ def plan_settings(flags: Flags, inputs: Inputs, device: torch.device) -> dict:
     longest = max(int(dataset.lengths.max()) for dataset in used)
     padded = data.padding() * -(-longest // data.padding())
     return settings | {"max_length": min(flags.max_length, padded)}
-
-
-def show_plan(flags: Flags) -> int:
-    """The memory plan of these flags. Returns 0, or 1 if the memory does not do."""
-    config = plan_inputs(flags)
-    settings = plan.settings(flags, flags.gpus, dtype_of(flags.dtype, "cuda"))
-    needed, fix = plan.plan(config, **settings), None
-    too_much = flags.gpu_memory is not None and not plan.fits(needed, flags.gpu_memory)
-    if too_much:
-        fix = plan.first_fix(config, flags.gpu_memory, **settings)
-    if flags.json:
-        print(json.dumps(plan.as_dict(needed, flags.gpu_memory) | {"fix": fix}))
-    else:
-        print(f"{flags.model} on {flags.gpus} GPUs, bytes per GPU:")
-        print(plan.render(needed, flags.gpu_memory))
-        if too_much:
-            print(f"would fit with: {fix}" if fix else "no flag makes it fit")
-    return int(too_much)
 
 
 def catch_signals() -> list[int]:

@@ -18,7 +18,6 @@ import math
 import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -70,7 +69,7 @@ MIXTURES = *LEARNED, "uniform", "proportional", "best alone"
 # Real data: bytes of text, a model that has read English captions.
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "assets"
 ASSETS = Path(os.environ.get("SCALEBIO_ASSETS", BESIDE))
-CAPTIONS, N_CAPTIONS = ASSETS / "multilingual/multi30k/train.en", 29_000
+CAPTIONS = ASSETS / "multilingual/multi30k/train.en"
 READ = ("--mode finetune --weights captions=1 --samples 8000 --steps 200 "
         "--batch-size 40 --lr-w 3e-3 --max-length 96 --schedule constant")
 REAL = ("--steps 50 --batch-size 20 --val-batch-size 10 --micro-batch-size 10 --max-length 256 "
@@ -94,17 +93,12 @@ class Decayed(SourceWeights):
         self.opt = torch.optim.AdamW([self.lam], lr=self.lr, weight_decay=self.decay)
 
 
-class StronglyDecayed(Decayed):
-    decay = 1.0
-
-
 class Proportional(data.Batches):
     """Batches drawn from all sources as one set: each has what chance gives it."""
 
     def step(self, t: int):
         _, val, counts = super().step(t)
-        sizes = list(map(len, self.datasets[: self.n_sources]))
-        every = [(i, k) for i, size in enumerate(sizes) for k in range(size)]
+        every = [(i, k) for i in range(self.n_sources) for k in range(len(self.datasets[i]))]
         places = range(t * self.batch_size, (t + 1) * self.batch_size)
         order = np.random.default_rng(self.seed).permutation(len(every))
         drawn = [every[order[place % len(every)]] for place in places]
@@ -128,7 +122,9 @@ class PerMicroBatch(PenaltyStep):
 REPLACED = {
     PROPORTIONAL: {"data.Batches": Proportional, "train.PenaltyStep": PerMicroBatch},
     "λ decays by 0.01 (AdamW)": {"train.SourceWeights": Decayed},
-    "λ decays by 1 (AdamW)": {"train.SourceWeights": StronglyDecayed},
+    "λ decays by 1 (AdamW)": {
+        "train.SourceWeights": type("StronglyDecayed", (Decayed,), {"decay": 1.0}),
+    },
 }
 
 
@@ -137,21 +133,20 @@ class Cell:
     task: str
     setting: str
     seed: int
-    flags: str
+    flags: str = ""
 
     def folder(self, out: Path) -> Path:
         words = "".join(c if c.isalnum() or c in ".=" else "-" for c in self.setting)
         return out / self.task / words / f"seed{self.seed}"
 
 
-def learn(task: str, setting: str, seeds: range) -> list[Cell]:
-    flags = f"--task {task} {SIZE} {ABLATION[setting]}"
-    return [Cell(task, setting, seed, flags) for seed in seeds]
+def learn(task: str, setting: str, seed: int = 0) -> Cell:
+    return Cell(task, setting, seed, f"--task {task} {SIZE} {ABLATION[setting]}")
 
 
 def mix(task: str, seed: int, out: Path) -> list[Cell]:
     """Fine-tuning from random weights on each mixture."""
-    learned = [Cell(task, setting, seed, "").folder(out) for setting in LEARNED.values()]
+    learned = [Cell(task, setting, seed).folder(out) for setting in LEARNED.values()]
     specs = [f"{folder}/weights.json" for folder in learned]
     specs += ["uniform", "proportional", f"{BEST[task]}=1"]
     return [Cell(task, f"mixture {name}", seed, f"--task {task} {TUNE} --weights {spec}")
@@ -169,9 +164,9 @@ def real(seed: int, out: Path) -> list[Cell]:
 
 def stages(only: list[str], out: Path) -> list[list[Cell]]:
     """The runs of the experiments named. A stage needs those before it."""
-    asked = [row for name in only for row in LEARN.get(name, ())]
-    first = [cell for task, settings, n in asked for setting in settings
-             for cell in learn(task, setting, range(n))]  # fmt: skip
+    first = [learn(task, setting, seed) for name in only
+             for task, settings, n in LEARN.get(name, ())
+             for setting in settings for seed in range(n)]  # fmt: skip
     reals = [real(seed, out) for seed in range(3) if "real" in only]
     first += [reader for reader, *_ in reals]
     second = [cell for _, *then in reals for cell in then]
@@ -182,16 +177,14 @@ def stages(only: list[str], out: Path) -> list[list[Cell]]:
 
 def run_cell(cell: Cell, out: Path) -> str:
     """One run of train.py in this process. Returns what became of it."""
-    folder, began = cell.folder(out), time.perf_counter()
+    folder = cell.folder(out)
     folder.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     argv = [*cell.flags.split(), "--seed", str(cell.seed), "--out", str(folder)]
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(open(f"{folder}.log", "w"))
-        stack.enter_context(contextlib.redirect_stdout(log))
-        stack.enter_context(contextlib.redirect_stderr(log))
-        stack.enter_context(mock.patch.dict(TINY, MODEL))
-        replaced = {"shard.exit_now": sys.exit} | REPLACED.get(cell.setting, {})
+    replaced = {"shard.exit_now": sys.exit} | REPLACED.get(cell.setting, {})
+    with (open(f"{folder}.log", "w") as log, contextlib.redirect_stdout(log),
+          contextlib.redirect_stderr(log), mock.patch.dict(TINY, MODEL),
+          contextlib.ExitStack() as stack):  # fmt: skip
         for name, other in replaced.items():
             stack.enter_context(mock.patch(name, other))
         try:
@@ -200,7 +193,7 @@ def run_cell(cell: Cell, out: Path) -> str:
             code = leaving.code
         if dist.is_initialized():  # an error left it behind
             dist.destroy_process_group()
-    ended = f"{time.perf_counter() - began:.0f} s" if code == 0 else f"failed: see {folder}.log"
+    ended = "done" if code == 0 else f"failed: see {folder}.log"
     return f"{cell.task}, {cell.setting}, seed {cell.seed}: {ended}"
 
 
@@ -209,8 +202,7 @@ def run(cells: list[Cell], out: Path, workers: int) -> bool:
     """
     left = [cell for cell in cells if not (cell.folder(out) / "model").is_dir()]
     os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for n, done in enumerate(pool.map(run_cell, left, [out] * len(left)), 1):
             print(f"{n} of {len(left)}: {done}", flush=True)
     return all((cell.folder(out) / "model").is_dir() for cell in cells)
@@ -227,28 +219,20 @@ class SampleWeights(SourceWeights):
         return self.lam.sigmoid() / len(self.lam)
 
 
-def noisy_digits(seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pictures and labels of all digits, in random order; which of the first n labels are wrong."""
+def digits(seed: int) -> dict[str, float]:
+    """Half the training labels are wrong: the accuracy on clean test data of a linear classifier,
+    trained anew with each weighting of the samples, and the area under the ROC curve of the learned
+    weights as a detector of wrong labels."""
     from sklearn.datasets import load_digits
+    from sklearn.metrics import roc_auc_score
 
+    n, n_val, steps = 1000, 200, 400
     g = torch.Generator().manual_seed(seed)
     x, y = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
     order = torch.randperm(len(x), generator=g)
     x, y = (x[order] / 16).float(), y[order]
     wrong = torch.rand(n, generator=g).argsort() < n // 2
     y[:n] = torch.where(wrong, y[:n] + torch.randint(1, 10, (n,), generator=g), y[:n]) % 10
-    return x, y, wrong
-
-
-def digits(seed: int, n: int = 1000, n_val: int = 200, steps: int = 400) -> dict[str, float]:
-    """Half the training labels are wrong: what the learned weights make of it, on clean test data.
-
-    Accuracies of a linear classifier, trained anew with each weighting of the samples; and the area
-    under the ROC curve of the learned weights as a detector of wrong labels.
-    """
-    from sklearn.metrics import roc_auc_score
-
-    x, y, wrong = noisy_digits(seed, n)
     fit, val = (SimpleNamespace(x=x[p], y=y[p], group=torch.arange(p.start, p.stop).clamp(max=n))
                 for p in (slice(0, n), slice(n, n + n_val)))  # fmt: skip
 
@@ -289,7 +273,7 @@ def digits(seed: int, n: int = 1000, n_val: int = 200, steps: int = 400) -> dict
 def read(out: Path, task: str, setting: str, file: str = "weights.json") -> dict[int, dict]:
     """{seed: the last record of its `file`} of the runs that are finished."""
     found = {}
-    for folder in sorted(Cell(task, setting, 0, "").folder(out).parent.glob("seed*/")):
+    for folder in Cell(task, setting, 0).folder(out).parent.glob("seed*/"):
         if (folder / "model").is_dir():
             text = (folder / file).read_text()
             record = text.splitlines()[-1] if file.endswith("l") else text
@@ -312,7 +296,6 @@ def of_run(task: str, run: dict) -> dict:
     found = {
         f"weight of {best}": w[best],
         f"{best} ranks first": max(w, key=w.get) == best,
-        "test loss of w": run["test_loss"][1],
     }
     if task == "graded":
         found["Spearman, weight and noise"] = spearman(w)
@@ -326,13 +309,12 @@ def of_run(task: str, run: dict) -> dict:
 def mixture_rows(task: str, out: Path) -> Iterator[dict]:
     """Held-out losses after fine-tuning on each mixture, and differences paired by seed."""
     runs = {name: read(out, task, f"mixture {name}", "metrics.jsonl") for name in MIXTURES}
-    uniform, best = runs["uniform"], runs["best alone"]
     for name, of_seed in runs.items():
-        for seed in sorted(of_seed.keys() & uniform.keys() & best.keys()):
-            loss, *others = (run[seed]["test_loss"] for run in (of_seed, uniform, best))
-            yield {"task": task, "mixture": name, "seed": seed, "test loss": loss,
-                   "minus uniform's": loss - others[0],
-                   "minus best alone's": loss - others[1]}  # fmt: skip
+        for seed in sorted(of_seed.keys() & runs["uniform"].keys() & runs["best alone"].keys()):
+            loss = of_seed[seed]["test_loss"]
+            minus = {f"minus {other}'s": loss - runs[other][seed]["test_loss"]
+                     for other in ("uniform", "best alone")}  # fmt: skip
+            yield {"task": task, "mixture": name, "test loss": loss} | minus
 
 
 def pivot(rows: list[dict], *by: str) -> list[list]:
@@ -341,7 +323,7 @@ def pivot(rows: list[dict], *by: str) -> list[list]:
     groups = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in by), []).append(row)
-    figures = [name for name in rows[0] if name not in (*by, "seed")] if rows else []
+    figures = [name for name in rows[0] if name not in by] if rows else []
     return [[*by, "seeds", *figures]] + [
         [*at, len(group), *(over_seeds([row[name] for row in group]) for name in figures)]
         for at, group in groups.items()
@@ -361,17 +343,16 @@ def tables(out: Path) -> dict[str, list[list]]:
     """{title: table} of what is measured in the finished runs under `out`."""
     found = {}
     for task in (*BEST, *REAL_SETS):
-        runs = [({"setting": s, "seed": n}, run) for s in ABLATION
-                for n, run in read(out, task, s).items()]  # fmt: skip
-        if task in BEST:
-            rows = [at | of_run(task, run) for at, run in runs]
-            found[f"{task}: settings"] = pivot(rows, "setting")
-            few = [row for row in rows if row["seed"] < 5]  # the settings' common seeds
-            found[f"{task}: settings, seeds 0-4"] = pivot(few, "setting")
+        runs = {setting: read(out, task, setting) for setting in ABLATION}
+        for title, n in (("settings", 20), ("settings, seeds 0-4", 5)) if task in BEST else ():
+            found[f"{task}: {title}"] = pivot(
+                [{"setting": setting} | of_run(task, run) for setting, of_seed in runs.items()
+                 for seed, run in of_seed.items() if seed < n], "setting",
+            )  # fmt: skip
         found[f"{task}: sources ({COUPLED})"] = pivot(
-            [{"source": name, "seed": at["seed"], "weight": run["weights"][name],
-              "gap": run["gap"][name], "settled": run["settled"][name]}
-             for at, run in runs if at["setting"] == COUPLED for name in run["weights"]], "source",
+            [{"source": name, "weight": run["weights"][name], "gap": run["gap"][name],
+              "settled": run["settled"][name]}
+             for run in runs[COUPLED].values() for name in run["weights"]], "source",
         )  # fmt: skip
     found["fine-tuning on a mixture"] = pivot(
         [row for task in BEST for row in mixture_rows(task, out)], "task", "mixture"
@@ -404,19 +385,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: permitted is a whole number above 0")
-    args.out.mkdir(parents=True, exist_ok=True)
-    only = list(args.only)
-    for name, there, what in (("real", CAPTIONS.exists(), ASSETS),
-                              ("digits", find_spec("sklearn"), "scikit-learn")):  # fmt: skip
-        if name in only and not there:
-            print(f"left out, for want of {what}: {name}")
-            only.remove(name)
+    wanting = {"real": not CAPTIONS.exists() and ASSETS,
+               "digits": not find_spec("sklearn") and "scikit-learn"}  # fmt: skip
+    only = [name for name in args.only if not wanting.get(name)]
+    for name in {*args.only} - {*only}:
+        print(f"left out, for want of {wanting[name]}: {name}")
+    (args.out / "digits").mkdir(parents=True, exist_ok=True)
     if "real" in only:
-        lines = CAPTIONS.read_text().splitlines()[:N_CAPTIONS]
+        lines = CAPTIONS.read_text().splitlines()
         texts = "".join(json.dumps({"text": line}) + "\n" for line in lines)
         report.replace(args.out / "captions.jsonl", texts)
     if "digits" in only:
-        (args.out / "digits").mkdir(exist_ok=True)
         for seed in range(5):
             report.write_json(args.out / "digits" / f"seed{seed}.json", digits(seed))
     ran = [run(cells, args.out, args.workers) for cells in stages(only, args.out)]

@@ -17,6 +17,7 @@ B batch, T time, D width, N heads; 1 GB = 10⁹ bytes.
 
 from __future__ import annotations
 
+import json
 import math
 import weakref
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 import shard
 from hf.families import ModelConfig
-from model import Context, Rows, Transformer, causal_mask, rope_tables, wide
+from model import Context, Rows, Transformer, causal_mask, dtype_of, rope_tables, wide
 
 GB = 1_000_000_000
 RESERVED = 2 * GB
@@ -55,21 +56,22 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor) and t.is_meta:
-                self.follow(t.untyped_storage())
+        for storage in (t.untyped_storage() for t in tensors(out) if t.is_meta):
+            key, n_bytes = storage._cdata, storage.nbytes()
+            if key not in self.seen:
+                self.seen.add(key)
+                self.bytes += n_bytes
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self.release, key, n_bytes)
         return out
-
-    def follow(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self.seen:
-            self.seen.add(storage._cdata)
-            self.bytes += storage.nbytes()
-            self.peak = max(self.peak, self.bytes)
-            weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
 
     def release(self, key: int, n_bytes: int) -> None:
         self.seen.discard(key)
         self.bytes -= n_bytes
+
+
+def tensors(tree) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
 class Fused(torch.autograd.Function):
@@ -114,8 +116,9 @@ class Cost(NamedTuple):
     backward: int  # peak of backward, with the gradients of input and parameters
 
 
-def run(module, x: Tensor, given: list[Tensor], *args) -> Cost:
-    """Forward and backward of `module(x, *args)`, counted."""
+def cost(module, c: ModelConfig, dtype: torch.dtype, n: int, given: list[Tensor], *args) -> Cost:
+    """Of forward and backward of `module(x, *args)`, x of n rows."""
+    x = torch.empty(n, c.width, dtype=dtype, device="meta", requires_grad=True)
     with Live([x, *given]) as live, FusedKernels():
         y = module(x, *args)
         saved, forward = live.bytes, live.peak
@@ -139,11 +142,10 @@ def block_pass(
         for p in block.parameters():
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     at = shared_by_blocks(c, dtype, B, T)
-    x = torch.empty(B * T, c.width, dtype=dtype, device="meta", requires_grad=True)
     if last:
         keep = torch.arange(B * (T - 1), device="meta")
         at = at._replace(out=Rows((B, T), keep), keep=keep)
-    return run(block, x, [*block.parameters(), *tensors(at)], at)
+    return cost(block, c, dtype, B * T, [*block.parameters(), *tensors(at)], at)
 
 
 def shared_by_blocks(c: ModelConfig, dtype: torch.dtype, B: int, T: int) -> Context:
@@ -156,43 +158,29 @@ def shared_by_blocks(c: ModelConfig, dtype: torch.dtype, B: int, T: int) -> Cont
     return Context(Rows((B, T)), Rows((B, T)), rope=tables, mask=mask)
 
 
-def tensors(at: Context) -> list[Tensor]:
-    """What of it takes memory."""
-    return [t for t in tree_leaves(at) if isinstance(t, Tensor)]
-
-
 @lru_cache(maxsize=256)
 def head_pass(c: ModelConfig, dtype: torch.dtype, n: int, active: bool) -> Cost:
     """Of the final norm and the losses at n positions."""
     model = meta_model(c, dtype).requires_grad_(active)
-    x = torch.empty(n, c.width, dtype=dtype, device="meta", requires_grad=True)
     targets = torch.empty(n, dtype=torch.long, device="meta")
-    return run(lambda x: model.head(model.norm(x), targets), x, [*model.parameters()])
+    given = [*model.parameters()]
+    return cost(lambda x: model.head(model.norm(x), targets), c, dtype, n, given)
 
 
-# --------------------------------------------------------------------------------------------------
-# State
-
-
-class Sizes(NamedTuple):
-    """Shapes of the parameters of one block, the embedding, the head with the final norm, and both
-    of these, in which a tied weight counts once."""
-
-    block: list[torch.Size]
-    embed: list[torch.Size]
-    head: list[torch.Size]
-    ends: list[torch.Size]
+Shapes = list[torch.Size]
 
 
 @lru_cache(maxsize=256)
-def sizes(config: ModelConfig) -> Sizes:
+def sizes(config: ModelConfig) -> tuple[Shapes, Shapes, Shapes, Shapes]:
+    """Of the parameters of one block, the embedding, the head with the final norm, and both of
+    these, in which a tied weight counts once."""
     model = meta_model(config, torch.bfloat16)
-    parts = [*model.blocks], [model.embed], [model.norm, model.head]
-    parts = *parts, [*parts[1], *parts[2]]
-    return Sizes(*([p.shape for p in nn.ModuleList(part).parameters()] for part in parts))
+    embed, head = [model.embed], [model.norm, model.head]
+    parts = [*model.blocks], embed, head, [*embed, *head]
+    return tuple([p.shape for p in nn.ModuleList(part).parameters()] for part in parts)
 
 
-def held(shapes: list[torch.Size], ranks: int, rank: int = 0) -> int:
+def held(shapes: Shapes, ranks: int, rank: int = 0) -> int:
     """Elements that a rank holds: of each parameter ⌈n / ranks⌉ rows, or what is left of them."""
     total = 0
     for n, *rest in shapes:
@@ -206,8 +194,8 @@ def state(
 ) -> dict[str, int]:
     """Bytes of one copy on a rank that last: gradients from its pass to the update, the rest from
     step to step. `n_active` blocks train, and so do the ends if `ends`."""
-    s, full = sizes(config), wide(dtype).itemsize
-    block, both_ends = held(s.block, ranks, rank), held(s.ends, ranks, rank)
+    full = wide(dtype).itemsize
+    block, _, _, both_ends = (held(shapes, ranks, rank) for shapes in sizes(config))
     trained = n_active * block + ends * both_ends
     masters = trained if dtype.itemsize < 4 else 0  # fp32 is its own master, see lisa.py
     stored = (config.n_layers * block + both_ends) * dtype.itemsize
@@ -236,35 +224,22 @@ class Plan:
 
 
 def plan(
-    config: ModelConfig,
-    *,
-    ranks: int,
-    dtype: torch.dtype,
-    micro_batch_size: int,
-    max_length: int,
-    lisa_layers: int,
-    lisa_ends: str,
-    activation_checkpointing: bool,
-    cpu_offload: bool,
-    copies: int = 2,
-    batch_size: int | None = None,
-    val_batch_size: int | None = None,
-) -> Plan:
+    config: ModelConfig, *, ranks: int, dtype: torch.dtype, micro_batch_size: int, max_length: int,
+    lisa_layers: int, lisa_ends: str, activation_checkpointing: bool, cpu_offload: bool,
+    copies: int, batch_size: int, val_batch_size: int,
+) -> Plan:  # fmt: skip
     """The peak of w's pass, while u's gradients wait for the update, in the worst of LISA's draws.
 
     copies            of the model: 2 learn weights, 1 is fine-tuned
     cpu_offload       one copy waits on the host while the other is at work
-    batch_size, val_batch_size    samples of a step over all ranks; None: as many as fill up
-                      micro-batches. "validation pass" is what validation's, if they are larger
-                      than training's, need beyond those
+    batch_size, val_batch_size    samples of a step over all ranks. "validation pass" is what
+                      validation's need beyond training's
     """
     n = lisa_layers or config.n_layers
     draws = {"always": [(n, True)], "frozen": [(n, False)], "sampled": [(n, False), (n - 1, True)]}
-    if not lisa_layers:  # there is nothing to draw
-        draws["sampled"] = draws["always"]
 
-    def worst(batch: int | None) -> Plan:
-        B = min(micro_batch_size, max(1, batch // ranks)) if batch else micro_batch_size
+    def worst(batch: int) -> Plan:
+        B = min(micro_batch_size, max(1, batch // ranks))
         plans = []
         for draw in draws[lisa_ends]:
             one = state(config, ranks, dtype, *draw)
@@ -277,8 +252,7 @@ def plan(
                 plans.append(Plan(here | moment | {"gradients": gradients}, host))
         return max(plans, key=lambda p: p.peak)
 
-    train = worst(batch_size)
-    val = worst(val_batch_size) if copies == 2 else train
+    train, val = worst(batch_size), worst(val_batch_size)
     extra = {"validation pass": max(0, val.peak - train.peak)}
     return replace(train, components=train.components | extra)
 
@@ -287,9 +261,11 @@ def settings(flags, ranks: int, dtype: torch.dtype) -> dict:
     """What `plan` takes, from the flags of a run."""
     names = (
         "micro_batch_size", "max_length", "lisa_layers", "lisa_ends", "activation_checkpointing",
-        "cpu_offload", "batch_size", "val_batch_size",
+        "cpu_offload", "batch_size",
     )  # fmt: skip
     given = {name: getattr(flags, name) for name in names}
+    # Fine-tuning has no validation in a step.
+    given["val_batch_size"] = flags.val_batch_size or flags.batch_size
     copies = 1 if flags.mode == "finetune" else 2
     return given | {"ranks": ranks, "dtype": dtype, "copies": copies}
 
@@ -312,17 +288,15 @@ class Pass:
         self, config: ModelConfig, dtype: torch.dtype, ranks: int, B: int, T: int, n_active: int,
         ends: bool, checkpointing: bool,
     ):  # fmt: skip
-        of, s = (config, dtype, B, T), sizes(config)
+        of, shapes = (config, dtype, B, T), sizes(config)
         self.config, self.ranks, self.n_active, self.ends = config, ranks, n_active, ends
         self.size, self.full = dtype.itemsize, wide(dtype).itemsize
         # Elements, padded to equal shards.
-        self.block, self.embed, self.head, self.both = (
-            held(shapes, ranks) * ranks for shapes in s
-        )  # fmt: skip
-        n_bytes = config.n_layers * held(s.block, 1) + held(s.ends, 1)
+        self.block, self.embed, self.head, self.both = (held(s, ranks) * ranks for s in shapes)
+        block, _, _, both = (held(s, 1) for s in shapes)
         self.alone = ranks == 1
-        self.once = n_bytes * self.size <= shard.GATHER_ONCE_BYTES
-        largest = max(map(math.prod, s.embed))
+        self.once = (config.n_layers * block + both) * self.size <= shard.GATHER_ONCE_BYTES
+        largest = max(map(math.prod, shapes[1]))  # one rank adds one to the sum at a time
         self.embed_grads = self.size * (largest if self.alone else self.embed)
         self.context = sum(t.nbytes for t in tensors(shared_by_blocks(*of)))
         self.x = B * T * config.width * self.size
@@ -352,7 +326,7 @@ class Pass:
         yield self.at(head + ahead, saved, self.loss.backward - head_grads, head_grads)
         if not tied:
             held_on = buffered * head_grads  # the head's gradients are, until it has been reduced
-            yield from self.leave(head, self.ends, ahead, saved + self.x, after=held_on)
+            yield from self.leave(head, self.ends, ahead, saved + self.x, 0, held_on)
 
         grads = 0 if self.alone or not self.n_active else self.block * self.size
         for i, kept in enumerate(self.kept):
@@ -368,12 +342,11 @@ class Pass:
         if self.ends:
             grads = self.embed_grads + waiting
             yield self.at(first, self.x, 0, grads, self.input)
-            yield from self.leave(first, True, 0, 0)
+            yield from self.leave(first, True, 0, 0, 0, 0)
 
     def leave(
-        self, n: int, trained: bool, gathered: int, activations: int, before: int = 0,
-        after: int = 0,
-    ) -> Iterator[dict[str, int]]:  # fmt: skip
+        self, n: int, trained: bool, gathered: int, activations: int, before: int, after: int
+    ) -> Iterator[dict[str, int]]:
         """A group of n elements is resharded. If it was trained, its gradients are copied into a
         buffer; then the buffer is reduced in fp32, and cast to the stored dtype. Other unsharded
         gradients take `before` and `after` bytes meanwhile."""
@@ -412,26 +385,17 @@ class Pass:
         }
 
 
-# --------------------------------------------------------------------------------------------------
-# Answers
-
-
 def room(gpu_memory: float) -> float:
     """Bytes that a run may use of a GPU of `gpu_memory` GB."""
     return gpu_memory * GB - RESERVED
 
 
-def fits(p: Plan, gpu_memory: float) -> bool:
-    return p.peak <= room(gpu_memory)
-
-
 def remedies(settings: dict) -> list[list[dict]]:
     """Changes that save memory and leave alone what a run computes: of each kind, mildest first."""
-    B, ranks = settings["micro_batch_size"], settings["ranks"]
-    batches = [n for n in (settings.get("batch_size"), settings.get("val_batch_size")) if n]
-    if len(batches) == 2:  # what one rank has of them may be less than a micro-batch
-        B = min(B, max(1, max(batches) // ranks))
-    switches = ["activation_checkpointing"] + ["cpu_offload"] * (settings.get("copies") != 1)
+    ranks, batches = settings["ranks"], (settings["batch_size"], settings["val_batch_size"])
+    # What one rank has of a batch may be less than a micro-batch.
+    B = min(settings["micro_batch_size"], max(1, max(batches) // ranks))
+    switches = ["activation_checkpointing"] + ["cpu_offload"] * (settings["copies"] == 2)
     more = [ranks * 2**i for i in range(1, 8)]
     kinds = [
         [{"micro_batch_size": b} for b in range(B - 1, 0, -1)],
@@ -445,14 +409,14 @@ def first_fix(config: ModelConfig, gpu_memory: float, **settings) -> str | None:
     """Flags that make a run fit, given as `plan` takes it: the first change that does so alone;
     else the fewest kinds of change together, from the start of that order; None if no number of
     GPUs helps."""
-    candidates, joint, base = [], [], {}
+    alone, together, base = [], [], {}
     for kind in remedies(settings):
-        candidates += kind
-        joint += [base | change for change in kind]
-        base = base | kind[-1]
-    for change in candidates + joint:
-        if fits(plan(config, **settings | change), gpu_memory):
-            return as_flags(change)
+        alone += kind
+        together += [base | change for change in kind]
+        base = together[-1]
+    for change in alone + together:
+        if plan(config, **settings | change).peak <= room(gpu_memory):
+            return as_flags(change, ranks="gpus")
     return None
 
 
@@ -466,30 +430,37 @@ def most_helpful(config: ModelConfig, device_type: str, **settings) -> list[str]
     return [as_flags(change, ranks="nproc_per_node") for change in changes[:2]]
 
 
-def as_flags(change: dict, ranks: str = "gpus") -> str:
-    names = {"ranks": ranks}
-    return " ".join(
-        f"--{names.get(k, k.replace('_', '-'))}" + ("" if v is True else f" {v}")
-        for k, v in change.items()
-    )
+def as_flags(change: dict, ranks: str) -> str:
+    """The command line's form of a change, in which `ranks` is the flag for their number."""
+    words = []
+    for name, value in change.items():
+        flag = ranks if name == "ranks" else name.replace("_", "-")
+        words.append(f"--{flag}" if value is True else f"--{flag} {value}")
+    return " ".join(words)
 
 
-def as_dict(p: Plan, gpu_memory: float | None = None) -> dict:
-    """For JSON; bytes."""
+def command(flags, config: ModelConfig) -> int:
+    """Print the plan of a model by these flags, as JSON or as an aligned table of bytes. Returns 1
+    if there is a --gpu-memory and it does not do, else 0."""
+    of = settings(flags, flags.gpus, dtype_of(flags.dtype, "cuda"))
+    p, spare, fix = plan(config, **of), 0, None
     answer = {"components": p.components, "persistent": p.persistent, "peak": p.peak}
-    if gpu_memory is not None:
-        answer |= {"fits": fits(p, gpu_memory), "room": room(gpu_memory)}
-    return answer | {"host": p.host}
-
-
-def render(p: Plan, gpu_memory: float | None = None) -> str:
-    """An aligned table of bytes per rank, and whether they fit."""
-    rows = [*p.components.items(), ("persistent", p.persistent), ("peak", p.peak)]
-    rows += [("in host memory", p.host)] if p.host else []
-    lines = [f"{name:<22}{n:>18,} {n / GB:>9.2f} GB" for name, n in rows]
-    if gpu_memory is not None:
-        left = room(gpu_memory) - p.peak
-        verdict = f"fits, {left / GB:.2f} GB to spare" if left >= 0 else (
-            f"does not fit: {-left / GB:.2f} GB too much")
-        lines.append(f"{gpu_memory:g} GB GPU, {RESERVED / GB:g} GB kept back: {verdict}")
-    return "\n".join(lines)
+    if flags.gpu_memory is not None:
+        spare = room(flags.gpu_memory) - p.peak
+        answer |= {"fits": spare >= 0, "room": room(flags.gpu_memory)}
+    if spare < 0:
+        fix = first_fix(config, flags.gpu_memory, **of)
+    if flags.json:
+        print(json.dumps(answer | {"host": p.host, "fix": fix}))
+        return int(spare < 0)
+    print(f"{flags.model} on {flags.gpus} GPUs, bytes per GPU:")
+    rows = {"persistent": p.persistent, "peak": p.peak, "in host memory": p.host}
+    for name, n in (p.components | rows).items():
+        print(f"{name:<22}{n:>18,} {n / GB:>9.2f} GB")
+    if flags.gpu_memory is not None:
+        verdict = "does not fit, {:.2f} GB too much" if spare < 0 else "fits, {:.2f} GB to spare"
+        print(f"{flags.gpu_memory:g} GB GPU, {RESERVED / GB:g} GB kept back:",
+              verdict.format(abs(spare) / GB))  # fmt: skip
+    if spare < 0:
+        print(f"would fit with: {fix}" if fix else "no flag makes it fit")
+    return int(spare < 0)

@@ -2,7 +2,6 @@
 reply is right. Needs the package math-verify.
 
     problem = read_problems("test.jsonl")[0]
-    before = as_turns(EXEMPLARS["gsm8k"], "Put your answer in a box.")
     equal(problem.answer, extract(reply, problem.answer))
 
 The answer of a reply is what it boxes last; else the line after its last "####"; and of that line,
@@ -22,7 +21,6 @@ from latex2sympy2_extended.math_normalization import extract_boxed_content
 from math_verify import LatexExtractionConfig, parse, verify
 
 from grading.replies import convert_rows
-from hf.tokenizer import Turns
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs each timeout
 
@@ -63,10 +61,6 @@ EXEMPLARS = {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------
-# Questions
-
-
 class Problem(NamedTuple):
     question: str
     solution: str  # worked out, as the file has it
@@ -89,15 +83,6 @@ def read_problems(path: str | os.PathLike) -> list[Problem]:
     keys = "question and answer, or problem and solution, with a final answer"
     return convert_rows(path, problem, keys)
 
-
-def as_turns(exemplars: list[tuple[str, str]], instruction: str) -> Turns:
-    """Questions and solutions as turns of a conversation."""
-    return [turn for question, solution in exemplars
-            for turn in (("user", f"{question}\n{instruction}"), ("assistant", solution))]
-
-
-# ---------------------------------------------------------------------------------------------
-# Final answers
 
 SECONDS = 5  # for one parse or comparison; math-verify keeps it by SIGALRM, in the main thread
 LATEX = [LatexExtractionConfig(boxed_match_priority=0)]

@@ -11,26 +11,24 @@ that it was asked by, and counts only while the same would be asked: a new answe
 
 from __future__ import annotations
 
-import math
 import os
-import random
 import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlparse
 
-from grading.replies import Journal, convert_rows, read
+from tqdm import tqdm
+
+from grading.replies import Journal, Reply, convert_rows
 
 TEMPERATURES = {  # of the answers, by category: FastChat's
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
     "reasoning": 0.0, "stem": 0.1, "humanities": 0.1,
 }  # fmt: skip
-OTHER_TEMPERATURE = 0.7  # of a category that is not MT-Bench's
 WITH_REFERENCE = ("math", "reasoning", "coding")  # graded with a reference answer at hand
 KEY = "JUDGE_API_KEY"  # the environment variable
 
@@ -46,10 +44,6 @@ FORMAT = (
 )
 
 
-# ---------------------------------------------------------------------------------------------
-# Questions and answers, in FastChat's formats
-
-
 class Question(NamedTuple):
     id: int | str
     category: str
@@ -59,7 +53,7 @@ class Question(NamedTuple):
     @property
     def temperature(self) -> float:
         """Of its answers."""
-        return TEMPERATURES.get(self.category, OTHER_TEMPERATURE)
+        return TEMPERATURES.get(self.category, 0.7)
 
 
 def read_questions(path: str | os.PathLike, references: dict | None = None) -> list[Question]:
@@ -90,6 +84,12 @@ def read_answers(path: str | os.PathLike) -> dict[int | str, tuple[str, str]]:
         return row["question_id"], (first + "", second + "")
 
     return dict(convert_rows(path, answer, "question_id and choices[0].turns"))
+
+
+def as_row(replies: list[Reply]) -> dict:
+    """Replies to the turns of a question as `read_answers` reads them."""
+    turns, _, ends = zip(*replies, strict=True)
+    return {"choices": [{"index": 0, "turns": turns}], "ends": ends, "tstamp": time.time()}
 
 
 def judge_messages(q: Question, answers: tuple[str, str], turn: int) -> list[dict]:
@@ -123,16 +123,12 @@ def parse_score(reply: str) -> float | None:
     return float(found[-1]) if found and 1 <= float(found[-1]) <= 10 else None
 
 
-# ---------------------------------------------------------------------------------------------
-# The judge
-
-
 class Unreachable(Exception):
     """The endpoint does not answer, or refuses: no use in going on."""
 
 
 RETRIED = {408, 409, 425, 429}  # and 500 and above
-GARBAGE = (KeyError, TypeError, AttributeError, IndexError, ValueError)
+READINGS = 3  # replies without a grade, after which a question is left for another time
 
 
 @dataclass
@@ -143,11 +139,9 @@ class Judge:
     model: str
     timeout: float = 120.0  # seconds without a byte of the reply
     tries: int = 8  # of a request that the endpoint fails
-    readings: int = 3  # replies without a grade, after which a question is left for another time
     concurrency: int = 4
     first_wait: float = 1.0  # seconds, doubled from try to try, at most a minute
     stop: threading.Event = field(default_factory=threading.Event)
-    quiet_until: float = 0.0  # no thread asks before: the endpoint said when it may be asked again
 
     def __post_init__(self):
         """Raises ValueError for an address that is none."""
@@ -168,9 +162,11 @@ class Judge:
         """The judge's reply. Raises Unreachable."""
         from huggingface_hub import errors
 
-        for attempt in range(1, self.tries + 1):
-            self._wait(self.quiet_until - time.monotonic())
-            wait = min(60, self.first_wait * 2 ** (attempt - 1)) * random.uniform(0.75, 1.25)
+        reason, wait = "not asked any more", 0.0
+        for attempt in range(self.tries):
+            if self.stop.wait(wait):
+                break
+            wait = min(60, self.first_wait * 2**attempt)
             try:
                 reply = self.client.chat_completion(
                     messages, model=self.model, max_tokens=2048, temperature=temperature
@@ -178,24 +174,22 @@ class Judge:
                 return reply.choices[0].message.content + ""
             except errors.HfHubHTTPError as error:
                 status = error.response.status_code
-                reason = f"{status} {error.response.reason_phrase}"
+                reason = f"{status} {error.response.reason_phrase} {error.server_message or ''}"
                 if status not in RETRIED and status < 500:
-                    detail = f": {error.server_message}" if error.server_message else ""
-                    raise Unreachable(self._told(f"refuses: {reason}{detail}")) from None
-                if (asked := retry_after(error.response.headers.get("retry-after"))) is not None:
-                    wait = asked
-                    self.quiet_until = max(self.quiet_until, time.monotonic() + asked)
+                    break
+                asked = error.response.headers.get("retry-after", "")
+                if re.fullmatch(r"\d+(\.\d+)?", asked):  # seconds
+                    wait = min(float(asked), 3600)
             except (errors.HTTPError, OSError) as error:  # no connection, cut off, timed out
                 reason = type(error).__name__
-            except GARBAGE:
+            except (KeyError, TypeError, AttributeError, IndexError, ValueError):
                 reason = "its reply is not a chat completion"
-            if attempt < self.tries:
-                self._wait(wait)
-        raise Unreachable(self._told(f"{reason}, {self.tries} times"))
+        told = f"judge {self.url}: {reason} (try {attempt + 1} of {self.tries})"
+        raise Unreachable(" ".join(told.replace(self.key, "***").split()))
 
     def score(self, messages: list[dict]) -> dict:
         """{score, reply, temperature, asked}; the score is None if no reply has a grade."""
-        for reading in range(self.readings):
+        for reading in range(READINGS):
             # A judge that is deterministic would repeat what could not be read.
             temperature = 0.7 if reading else 0.0
             reply = self.ask(messages, temperature)
@@ -203,68 +197,41 @@ class Judge:
                 break
         return {"score": score, "reply": reply, "temperature": temperature, "asked": reading + 1}
 
-    def _wait(self, seconds: float) -> None:
-        if self.stop.wait(max(0, seconds)):
-            raise Unreachable(self._told("not asked any more"))
-
-    def _told(self, what: str) -> str:
-        return f"judge {self.url}: {' '.join(what.split())}".replace(self.key, "***")
-
-
-def retry_after(value: str | None) -> float | None:
-    """Seconds, from a Retry-After header in either of its forms; at most an hour."""
-    try:
-        seconds = float(value)
-    except TypeError:
-        return None
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError):
-            return None
-    return min(max(seconds, 0.0), 3600.0) if math.isfinite(seconds) else None
-
 
 def grade(
     questions: list[Question], answers: dict[int | str, tuple[str, str]], judge: Judge, file: Path
 ) -> tuple[dict[tuple[int | str, int], float], str | None]:
     """Ask for every score that the file lacks, and append each as it comes. Returns all scores of
-    these questions, and why it ended early, None if it did not."""
-    have = scores(questions, answers, judge.model, read(file))
-    missing = [(q, turn) for q in questions for turn in (0, 1) if (q.id, turn) not in have]
+    these questions by (id, turn 0 or 1), and why it ended early, None if it did not."""
+    asked = {(q.id, turn): judge_messages(q, answers[q.id], turn)
+             for q in questions for turn in (0, 1)}  # fmt: skip
+    category = {q.id: q.category for q in questions}
     failures = []
 
-    def one(q: Question, turn: int) -> None:
-        messages = judge_messages(q, answers[q.id], turn)
+    def scores() -> dict[tuple[int | str, int], float]:
+        """Of the rows that grade these answers as would be asked today."""
+        rows = [row for row in journal.rows if row.get("judge") == judge.model]
+        keys = [(row["question_id"], row["turn"] - 1) for row in rows]
+        return {key: row["score"] for key, row in zip(keys, rows, strict=True)
+                if row["score"] is not None and row["messages"] == asked.get(key)}  # fmt: skip
+
+    def one(key: tuple[int | str, int]) -> None:
         try:
-            result = judge.score(messages)
+            result = judge.score(asked[key])
         except Unreachable as error:
             failures.append(str(error))
             judge.stop.set()
             return
-        about = {"question_id": q.id, "turn": turn + 1, "category": q.category}
-        journal.append({**about, "judge": judge.model, **result, "messages": messages})
+        about = {"question_id": key[0], "turn": key[1] + 1, "category": category[key[0]]}
+        journal.append({**about, "judge": judge.model, **result, "messages": asked[key]})
 
-    with Journal(file, len(missing)) as journal, ThreadPoolExecutor(judge.concurrency) as pool:
+    with Journal(file) as journal, ThreadPoolExecutor(judge.concurrency) as pool:
+        done = scores()
         try:
-            for future in [pool.submit(one, q, turn) for q, turn in missing]:
+            waiting = [pool.submit(one, key) for key in asked if key not in done]
+            for future in tqdm(waiting, disable=not waiting, mininterval=5):
                 future.result()
         except BaseException:  # Ctrl-C: what is being asked is still kept, what waits is not asked
             judge.stop.set()
             raise
-    return scores(questions, answers, judge.model, journal.rows), (failures or [None])[0]
-
-
-def scores(
-    questions: list[Question], answers: dict, judge_model: str, rows: list[dict]
-) -> dict[tuple[int | str, int], float]:
-    """{(question id, turn 0 or 1): score} of the rows that grade these answers as asked today."""
-    asked = {(q.id, turn): judge_messages(q, answers[q.id], turn)
-             for q in questions if q.id in answers for turn in (0, 1)}  # fmt: skip
-    found = {}
-    for row in rows:
-        key = row.get("question_id"), row.get("turn", 0) - 1
-        asked_so = row.get("judge") == judge_model and row.get("messages") == asked.get(key)
-        if asked_so and row.get("score") is not None:
-            found.setdefault(key, row["score"])
-    return found
+        return scores(), (failures or [None])[0]

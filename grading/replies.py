@@ -2,10 +2,9 @@
 and the files in which the replies are kept as they come.
 
     c = open_model("runs/x/model")
-    model = load(c, "auto", device)
-    with Journal(path, total=1) as journal:
-        for i, (first, second) in respond(model, c, [("Hi!", "Why?")], [], 512, batch_size=16):
-            journal.append({"id": i, "outputs": [first.text, second.text]})
+    asked = [Asked({"id": 1}, ["Hi!", "Why?"])]
+    settings = settings_of(c, 512, "auto", ["Hi!", "Why?"])
+    rows = answer(path, c, asked, settings, lambda said: {"last": said[-1].output}, device, 16)
 """
 
 from __future__ import annotations
@@ -14,10 +13,8 @@ import fcntl
 import hashlib
 import json
 import os
-import sys
 import threading
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,11 +45,8 @@ def open_model(name: str, template: str | None = None) -> Checkpoint:
     directory, config = open_checkpoint(name)
     tok = tokenizer.load_tokenizer(directory)
     template = template or templates.trained_with(directory)
-    try:
-        stops = templates.stop_ids(tok, template)
-    except ValueError as error:
-        raise ValueError(f"--template {template}: {error}") from None
-    return Checkpoint(name, directory, config, tok, template, [*stops, *config.eos_ids])
+    stops = [*templates.stop_ids(tok, template), *config.eos_ids]
+    return Checkpoint(name, directory, config, tok, template, stops)
 
 
 def load(c: Checkpoint, dtype: str, device: torch.device) -> Transformer:
@@ -63,37 +57,80 @@ def load(c: Checkpoint, dtype: str, device: torch.device) -> Transformer:
 
 
 class Reply(NamedTuple):
-    text: str
+    output: str
     tokens: int
     # "stop"; "length": cut by --max-new-tokens or the last position; "no room": the prompt alone
     # is too long
     end: str
 
 
-def respond(
-    model: Transformer, c: Checkpoint, asked: list[tuple[str, ...]], before: Turns,
-    max_new_tokens: int, batch_size: int, temperature: float = 0.0, seed: int = 0,
-) -> Iterator[tuple[int, list[Reply]]]:  # fmt: skip
-    """(index, a reply to each turn) of each user as they are done, `batch_size` on each rank at a
-    time, the longest first. asked: what each user says turn by turn, after the turns `before`.
-    Collective: every rank calls it, takes all of it, and gets all replies."""
+class Asked(NamedTuple):
+    """A question, of one turn or several."""
 
-    def prompt(i: int, said: list[Reply]) -> list[int]:
+    about: dict  # what is kept with the replies; its first entry identifies the question
+    turns: Sequence[str]  # what the user says, turn by turn; all questions have as many
+    temperature: float = 0.0
+
+
+def answer(
+    file: Path, c: Checkpoint, asked: list[Asked], settings: dict,
+    as_row: Callable[[list[Reply]], dict], device: torch.device, batch_size: int,
+    before: Turns = (), seed: int = 0,
+) -> list[dict]:  # fmt: skip
+    """On rank 0 the rows of a file, once it has one for each question: what it lacks is answered,
+    and appended as `as_row` of the replies to the turns, beside what is kept with them.
+
+    before: turns of the conversation that come first
+    ValueError if the file is of other settings. Collective: every rank calls it.
+    """
+    rows = read(file)
+    if any("settings" not in row for row in rows):
+        raise ValueError(f"{file}: not a file of generations: take another --out")
+    old = rows[-1]["settings"] if rows else settings
+    Problems(
+        f"{file} holds generations of other settings: {key} was {old.get(key)!r}, now "
+        f"{settings.get(key)!r}: take another --out"
+        for key in sorted(old.keys() | settings.keys()) if old.get(key) != settings.get(key)
+    ).raise_if_any()  # fmt: skip
+    name = next(iter(asked[0].about))
+    done = shard.broadcast_from_rank0(lambda: {row[name] for row in rows})
+    todo = [q for q in asked if q.about[name] not in done]
+    with Journal(file) as journal:
+        model = load(c, settings["dtype"], device) if todo else None
+        sizes = settings["max_new_tokens"], batch_size
+        answered = respond(model, c, todo, before, *sizes, seed)
+        quiet = not todo or dist.get_rank() > 0
+        for q, said in tqdm(answered, total=len(todo), disable=quiet, mininterval=5):
+            journal.append({**q.about, **as_row(said), "settings": settings})
+    return journal.rows
+
+
+def respond(
+    model: Transformer, c: Checkpoint, asked: list[Asked], before: Turns, max_new_tokens: int,
+    batch_size: int, seed: int = 0,
+) -> Iterator[tuple[Asked, list[Reply]]]:  # fmt: skip
+    """Each question and a reply to each turn as they are done, `batch_size` on each rank at a time,
+    the longest first, those of a temperature together. Collective: every rank calls it, takes all
+    of it, and gets all replies."""
+
+    def prompt(q: Asked, said: list[Reply]) -> list[int]:
         turns = list(before)
-        for text, reply in zip(asked[i], [*said, None], strict=False):
-            turns += [("user", text)] + ([("assistant", reply.text)] if reply else [])
+        for text, reply in zip(q.turns, [*said, None], strict=False):
+            turns += [("user", text)] + ([("assistant", reply.output)] if reply else [])
         return templates.render_prompt(c.tokenizer, c.template, turns)
 
-    order = sorted(range(len(asked)), key=lambda i: -len(prompt(i, [])))
     size = batch_size * dist.get_world_size()
-    for n in range(0, len(order), size):
-        said = {i: [] for i in order[n : n + size]}
-        for _ in asked[0]:
-            prompts = [prompt(i, replies) for i, replies in said.items()]
-            new = answer_batch(model, c, prompts, max_new_tokens, temperature, seed + n)
-            for replies, reply in zip(said.values(), new, strict=True):
-                replies.append(reply)
-        yield from said.items()
+    for temperature in dict.fromkeys(q.temperature for q in asked):
+        group = [q for q in asked if q.temperature == temperature]
+        group.sort(key=lambda q: -len(prompt(q, [])))
+        for n in range(0, len(group), size):
+            batch = [(q, []) for q in group[n : n + size]]
+            for _ in group[0].turns:
+                prompts = [prompt(q, said) for q, said in batch]
+                new = answer_batch(model, c, prompts, max_new_tokens, temperature, seed + n)
+                for (_, said), reply in zip(batch, new, strict=True):
+                    said.append(reply)
+            yield from batch
 
 
 def answer_batch(
@@ -111,8 +148,7 @@ def answer_batch(
     own = [fit[min(k, len(fit) - 1)] for k in range(rank, -(-len(fit) // world) * world, world)]
     new = generate(
         model, [prompts[i] for i in own], max_new_tokens, temperature, eos_id=c.stops,
-        seed=seed + own[0], stop_when=all_finished if world > 1 else bool,
-        device=next(model.parameters()).device,
+        seed=seed + own[0], stop_when=all_finished,
     )  # fmt: skip
     every = [None] * world
     dist.all_gather_object(every, dict(zip(own, new, strict=True)))
@@ -134,22 +170,15 @@ def all_finished(finished: bool) -> bool:
     return bool(flag)
 
 
-# --------------------------------------------------------------------------------------------------
-# Files of rows
-
-
 def convert_rows(path: str | os.PathLike, convert: Callable[[dict], object], lacks: str) -> list:
     """`convert` of each row of a JSON array or JSON Lines. Where it raises because of what the row
     is, one ValueError has a line "path:line: lacks …" for each."""
     problems, found = Problems(), []
-    try:
-        for _, where, row in located_values(path, problems):
-            try:
-                found.append(convert(row))
-            except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-                problems.add(f"{where}: lacks {lacks}")
-    except (OSError, EOFError, zlib.error) as error:
-        problems.add(f"{path}: {getattr(error, 'strerror', None) or error}")
+    for _, where, row in located_values(path, problems):
+        try:
+            found.append(convert(row))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            problems.add(f"{where}: lacks {lacks}")
     if not found and not problems.count:
         problems.add(f"{path}: no rows")
     problems.raise_if_any()
@@ -171,68 +200,44 @@ def read(path: Path) -> list[dict]:
 
 class Journal:
     """JSON Lines that grow row by row and survive being cut off: the rows so far, and the only
-    writer of more. Threads may append at once. On other ranks than the first it does nothing."""
+    writer of more. Threads may append at once. Other ranks than the first write nothing."""
 
-    def __init__(self, path: Path, total: int = 0):
-        """total: of rows to come, for a progress bar. Raises ValueError if the file cannot be
-        written to, or another process does; see `read` for what else."""
-        self.lock, self.file, self.rows = threading.Lock(), None, []
+    def __init__(self, path: Path):
+        """Raises ValueError if another process writes to the file, and what `read` does."""
         first = not dist.is_initialized() or dist.get_rank() == 0
-        interval = 0.5 if sys.stderr.isatty() else 20  # seconds
-        self.bar = tqdm(total=total, disable=not (first and total), mininterval=interval,
-                        maxinterval=interval)  # fmt: skip
-        if not first:
-            return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "ab")  # noqa: SIM115 (see __exit__)
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file closes
-        except BlockingIOError:
-            raise ValueError(f"{path}: another process is writing to it") from None
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from None
-        self.rows = read(path)
-        self.file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        self.lock, self.rows = threading.Lock(), []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path if first else os.devnull, "ab")  # noqa: SIM115 (see __exit__)
+        if first:
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed
+            except BlockingIOError:
+                raise ValueError(f"{path}: another process is writing to it") from None
+            self.rows = read(path)
+            self.file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
     def append(self, row: dict) -> None:
         """Add a row; once this returns, killing the process does not lose it."""
         with self.lock:
-            if self.file:
-                self.file.write(json.dumps(row).encode() + b"\n")
-                self.file.flush()
+            self.file.write(json.dumps(row).encode() + b"\n")
+            self.file.flush()
             self.rows.append(row)
-            self.bar.update()
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_) -> None:
-        self.bar.close()
-        if self.file:
-            self.file.close()
+        self.file.close()
 
 
-def settings_of(c: Checkpoint, max_new_tokens: int, dtype: str) -> dict:
-    """What decides the generations, beside the questions. Weights count by size and time."""
+def settings_of(c: Checkpoint, max_new_tokens: int, dtype: str, questions: list) -> dict:
+    """What decides the generations. Weights count by size and time."""
     files = sorted(c.directory.glob("*.safetensors"))
     weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return {"model": c.name, "weights": fingerprint(weights), "template": c.template,
-            "max_new_tokens": max_new_tokens, "dtype": dtype}  # fmt: skip
+            "max_new_tokens": max_new_tokens, "dtype": dtype,
+            "questions": fingerprint(questions)}  # fmt: skip
 
 
 def fingerprint(thing: object) -> str:
     return hashlib.sha256(json.dumps(thing).encode()).hexdigest()[:16]
-
-
-def rows_so_far(path: Path, settings: dict) -> list[dict]:
-    """The generations in a file. ValueError with a line for each setting that was another."""
-    rows = read(path)
-    if any("settings" not in row for row in rows):
-        raise ValueError(f"{path}: not a file of generations: take another --out")
-    old = rows[-1]["settings"] if rows else settings
-    Problems(
-        f"{path} holds generations of other settings: {key} was {old.get(key)!r}, now "
-        f"{settings.get(key)!r}: take another --out"
-        for key in sorted(old.keys() | settings.keys()) if old.get(key) != settings.get(key)
-    ).raise_if_any()  # fmt: skip
-    return rows

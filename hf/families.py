@@ -4,7 +4,8 @@ GPT-2, Llama (2, 3, 3.1, Yi), Mistral, Qwen2, Qwen3, Gemma-2 and GPT-NeoX differ
 `ModelConfig`. A field that would change the result and is not supported is refused by name.
 
 To add a family: write a reader of its config.json here and enter it in READERS, at the end of this
-file; enter the names of its tensors in KEYS of pretrained.py; add a small model to tests/cases.py.
+file; enter the names of its tensors in MODULES of pretrained.py; add a small model to
+tests/cases.py.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ class ModelConfig:
             values = READERS[family](f)
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"a field is of the wrong type ({error})") from None
-        f.refuse_unread()
+        for key, value in config.items():  # what nobody asked for may change the result
+            if value and key not in f.read and not HARMLESS.fullmatch(key):
+                f.problems.append(f"{key} = {value!r}: not supported")
         eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         if not all(type(i) is int for i in eos):
             f.problems.append(f"eos_token_id = {config['eos_token_id']!r}: must be an id or ids")
@@ -96,26 +99,23 @@ DROPOUT = re.compile("dropout|pdrop")
 ACTIVATIONS = "silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"
 
 # Keys without effect on a forward pass: bookkeeping, initialisation, generation and classification
-# settings that transformers 2 to 5 wrote into config.json.
-HARMLESS = """
-    _commit_hash _name_or_path _num_labels architectures attn_implementation cache_implementation
-    chunk_size_feed_forward dtype finetuning_task gradient_checkpointing id2label initializer_range
-    is_decoder is_llama_config label2id n_ctx name_or_path num_labels output_attentions
-    output_hidden_states output_past pad_token_id predict_special_tokens prefix pretraining_tp
-    problem_type reorder_and_upcast_attn return_dict sep_token_id summary_activation
-    summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class
-    torch_dtype transformers.js_config transformers_version unk_token_id unsloth_fixed
-    unsloth_version use_cache
-
-    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping length_penalty
-    max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    repetition_penalty temperature top_k top_p typical_p
-"""
+# settings that transformers 2 to 5 wrote into config.json; and dropout, which is never applied.
+HARMLESS = re.compile("|".join("""
+    .*dropout.* .*pdrop.* _.* .*_token_id .*_version output_.* summary_.* unsloth_.* .*_penalty
+    architectures attn_implementation cache_implementation chunk_size_feed_forward dtype torch_dtype
+    finetuning_task gradient_checkpointing id2label label2id num_labels initializer_range is_decoder
+    is_llama_config n_ctx name_or_path predict_special_tokens prefix pretraining_tp problem_type
+    reorder_and_upcast_attn return_dict task_specific_params tokenizer_class
+    transformers.js_config use_cache
+    bad_words_ids begin_suppress_tokens do_sample early_stopping max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences temperature top_k top_p
+    typical_p
+""".split()))
 
 
 class Fields:
-    """config.json while it is read: remembers the keys asked for and collects problems, apart from
-    them clashes between fields, which mean something only where each field is sound by itself."""
+    """config.json while it is read: remembers the keys asked for and collects problems; apart from
+    them clashes between fields, which count only where each field is sound by itself."""
 
     def __init__(self, config: dict):
         self.config, self.read, self.problems, self.clashes = config, set(), [], []
@@ -184,18 +184,13 @@ class Fields:
         self.only(base, theta, None)  # where version 5 kept the old key, the two agree
         self.only(share, part, None)
         theta, part = self.positive(base, theta), self.positive(share, part)
-        kind = rope.pop("rope_type", None) or rope.get("type") or "default"
-        rope.pop("type", None)
-        llama3 = None
-        if kind == "llama3":
+        kinds, llama3 = [rope.pop(key, None) for key in ("rope_type", "type")], None
+        if "llama3" in kinds:
             rope.setdefault("original_max_position_embeddings", length)
             llama3 = tuple(rope.pop(key, None) for key in LLAMA3)
-            if None in llama3:
-                self.problems.append(f"RoPE type 'llama3': needs {', '.join(LLAMA3)}")
-        elif kind != "default":
-            self.problems.append(f"RoPE type {kind!r}: only 'default' or 'llama3'")
-            rope.clear()  # what else it says belongs to the type
-        self.problems += [f"RoPE field {k} = {v!r}: not supported" for k, v in rope.items() if v]
+        if {*kinds} - {"default", "llama3", None} or None in (llama3 or ()) or any(rope.values()):
+            self.problems.append(f"RoPE settings {scaling or parameters}: only type 'default', or "
+                                 f"'llama3' with {', '.join(LLAMA3)}")
         if (rotary := int(H * part)) % 2:
             self.clashes.append(f"{rotary} rotated features in a head: must be even")
         return {"rotary": rotary, "rope_theta": theta, "rope_llama3": llama3}
@@ -212,29 +207,22 @@ class Fields:
             self.clashes.append("layer_types: 'sliding_attention' without a sliding_window")
         return tuple(window if s else None for s in sliding)
 
-    def refuse_unread(self) -> None:
-        """A key that nobody asked for may change the result, unless it is empty or known."""
-        known = {*self.read, *HARMLESS.split()}
-        for key, value in self.config.items():
-            if value and key not in known and not DROPOUT.search(key):
-                self.problems.append(f"{key} = {value!r}: not supported")
-
 
 SIZES = "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"
 LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+# GPT-2 and GPT-NeoX have LayerNorms, and biases in an MLP without a gate.
+PLAIN = {"norm": "layer", "gated": False, "mlp_bias": True}
 
 
 def read_gpt2(f: Fields) -> dict:
-    values = f.sizes("n_embd", "n_layer", "n_head", "n_positions") | {
-        "hidden": f.size("n_inner", 4 * f.size("n_embd")),
+    values = f.sizes("n_embd", "n_layer", "n_head", "n_positions") | PLAIN
+    values |= {
+        "hidden": f.size("n_inner", 4 * values["width"]),
         "tied": f.only("tie_word_embeddings", True, False),
-        "norm": "layer",
         "norm_eps": f.number("layer_norm_epsilon", 1e-5),
         "activation": f.only("activation_function", "gelu_new", *ACTIVATIONS),
-        "gated": False,
         "qkv_bias": True,
         "out_bias": True,
-        "mlp_bias": True,
         "learned_positions": True,
     }
     return values if f.only("scale_attn_weights", True, False) else values | {"score_scale": 1.0}
@@ -247,14 +235,11 @@ def read_gpt_neox(f: Fields) -> dict:
     # Some versions of transformers 4 wrote these beside the family's own names.
     f.only("rope_theta", rope["rope_theta"])
     f.only("partial_rotary_factor", rope["rotary"] / H)
-    return values | rope | f.bias(True) | {
+    return values | PLAIN | rope | f.bias(True) | {
         "hidden": f.size("intermediate_size"),
         "tied": f.only("tie_word_embeddings", False, True),
-        "norm": "layer",
         "norm_eps": f.number("layer_norm_eps", 1e-5),
         "activation": f.only("hidden_act", "gelu", *ACTIVATIONS),
-        "gated": False,
-        "mlp_bias": True,
         "parallel": f.only("use_parallel_residual", True, False),
     }
 

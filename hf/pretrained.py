@@ -3,8 +3,7 @@
 A checkpoint is a directory of config.json, safetensors and a tokenizer's files, local or the hub's.
 Its tensors are streams of (name, full CPU tensor) in both directions, so that a sharded model is
 filled and saved by the same functions, one tensor at a time. Names and layout are ours on this
-side, the family's in the files; KEYS maps one to the other, and is where a new family enters the
-names of its tensors. (What its config.json says is read in families.py.)
+side, the family's in the files; MODULES is where a new family enters the names of its tensors.
 """
 
 from __future__ import annotations
@@ -36,79 +35,54 @@ TOKENIZER_FILES = (
 EXTRA_KEYS = re.compile(r"\b(attn|attention)\.(masked_)?bias$|\brotary_emb\.inv_freq$")
 FLOATS = "F64", "F32", "F16", "BF16"
 
-# --------------------------------------------------------------------------------------------------
-# Names
+# Our modules -> those of GPT-2, of GPT-NeoX, and of Llama and its line.
+MODULES = {
+    "embed": ("transformer.wte", "gpt_neox.embed_in", "model.embed_tokens"),
+    "embed.positions": ("transformer.wpe", None, None),
+    "blocks.{}": ("transformer.h.{}", "gpt_neox.layers.{}", "model.layers.{}"),
+    "norm": ("transformer.ln_f", "gpt_neox.final_layer_norm", "model.norm"),
+    "head": ("lm_head", "embed_out", "lm_head"),
+    # in a block
+    "attn_norm": ("ln_1", "input_layernorm", "input_layernorm"),
+    "attn.q": ("attn.c_attn", "attention.query_key_value", "self_attn.q_proj"),
+    "attn.k": ("attn.c_attn", "attention.query_key_value", "self_attn.k_proj"),
+    "attn.v": ("attn.c_attn", "attention.query_key_value", "self_attn.v_proj"),
+    "attn.q_norm": (None, None, "self_attn.q_norm"),
+    "attn.k_norm": (None, None, "self_attn.k_norm"),
+    "attn.o": ("attn.c_proj", "attention.dense", "self_attn.o_proj"),
+    "mlp_norm": ("ln_2", "post_attention_layernorm", "post_attention_layernorm"),
+    "mlp.gate": (None, None, "mlp.gate_proj"),
+    "mlp.up": ("mlp.c_fc", "mlp.dense_h_to_4h", "mlp.up_proj"),
+    "mlp.down": ("mlp.c_proj", "mlp.dense_4h_to_h", "mlp.down_proj"),
+}
+GPT2, GPT_NEOX, LLAMA = ({ours: names[i] for ours, names in MODULES.items()} for i in range(3))
+GEMMA2 = LLAMA | {
+    "attn_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+KEYS = dict.fromkeys(READERS, LLAMA) | {"gpt2": GPT2, "gpt_neox": GPT_NEOX, "gemma2": GEMMA2}
+FUSED = "attn.q", "attn.k", "attn.v"  # one tensor in GPT-2 and GPT-NeoX
+CONV1D = *FUSED, "attn.o", "mlp.up", "mlp.down"  # GPT-2 holds their weights as (in, out)
 
 
 class Key(NamedTuple):
-    """Where a module's parameters are in the files."""
+    """Where a parameter is in the files."""
 
     name: str
-    part: int | None = None  # 0, 1, 2: q, k or v of a fused tensor
-    transposed: bool = False  # GPT-2's Conv1D holds (in, out)
-
-
-# Our module -> theirs. Each brings along its `.weight` and, where it has one, its `.bias`.
-GPT2_KEYS = {
-    "embed": Key("transformer.wte"),
-    "embed.positions": Key("transformer.wpe"),
-    "blocks.{}.attn_norm": Key("transformer.h.{}.ln_1"),
-    "blocks.{}.attn.q": Key("transformer.h.{}.attn.c_attn", part=0, transposed=True),
-    "blocks.{}.attn.k": Key("transformer.h.{}.attn.c_attn", part=1, transposed=True),
-    "blocks.{}.attn.v": Key("transformer.h.{}.attn.c_attn", part=2, transposed=True),
-    "blocks.{}.attn.o": Key("transformer.h.{}.attn.c_proj", transposed=True),
-    "blocks.{}.mlp_norm": Key("transformer.h.{}.ln_2"),
-    "blocks.{}.mlp.up": Key("transformer.h.{}.mlp.c_fc", transposed=True),
-    "blocks.{}.mlp.down": Key("transformer.h.{}.mlp.c_proj", transposed=True),
-    "norm": Key("transformer.ln_f"),
-    "head": Key("lm_head"),
-}
-NEOX_KEYS = {
-    "embed": Key("gpt_neox.embed_in"),
-    "blocks.{}.attn_norm": Key("gpt_neox.layers.{}.input_layernorm"),
-    "blocks.{}.attn.q": Key("gpt_neox.layers.{}.attention.query_key_value", part=0),
-    "blocks.{}.attn.k": Key("gpt_neox.layers.{}.attention.query_key_value", part=1),
-    "blocks.{}.attn.v": Key("gpt_neox.layers.{}.attention.query_key_value", part=2),
-    "blocks.{}.attn.o": Key("gpt_neox.layers.{}.attention.dense"),
-    "blocks.{}.mlp_norm": Key("gpt_neox.layers.{}.post_attention_layernorm"),
-    "blocks.{}.mlp.up": Key("gpt_neox.layers.{}.mlp.dense_h_to_4h"),
-    "blocks.{}.mlp.down": Key("gpt_neox.layers.{}.mlp.dense_4h_to_h"),
-    "norm": Key("gpt_neox.final_layer_norm"),
-    "head": Key("embed_out"),
-}
-LLAMA_KEYS = {
-    "embed": Key("model.embed_tokens"),
-    "blocks.{}.attn_norm": Key("model.layers.{}.input_layernorm"),
-    "blocks.{}.attn.q": Key("model.layers.{}.self_attn.q_proj"),
-    "blocks.{}.attn.k": Key("model.layers.{}.self_attn.k_proj"),
-    "blocks.{}.attn.v": Key("model.layers.{}.self_attn.v_proj"),
-    "blocks.{}.attn.q_norm": Key("model.layers.{}.self_attn.q_norm"),
-    "blocks.{}.attn.k_norm": Key("model.layers.{}.self_attn.k_norm"),
-    "blocks.{}.attn.o": Key("model.layers.{}.self_attn.o_proj"),
-    "blocks.{}.mlp_norm": Key("model.layers.{}.post_attention_layernorm"),
-    "blocks.{}.mlp.gate": Key("model.layers.{}.mlp.gate_proj"),
-    "blocks.{}.mlp.up": Key("model.layers.{}.mlp.up_proj"),
-    "blocks.{}.mlp.down": Key("model.layers.{}.mlp.down_proj"),
-    "norm": Key("model.norm"),
-    "head": Key("lm_head"),
-}
-GEMMA2_KEYS = LLAMA_KEYS | {
-    "blocks.{}.attn_post_norm": Key("model.layers.{}.post_attention_layernorm"),
-    "blocks.{}.mlp_norm": Key("model.layers.{}.pre_feedforward_layernorm"),
-    "blocks.{}.mlp_post_norm": Key("model.layers.{}.post_feedforward_layernorm"),
-}
-KEYS = dict.fromkeys(READERS, LLAMA_KEYS)
-KEYS |= {"gpt2": GPT2_KEYS, "gpt_neox": NEOX_KEYS, "gemma2": GEMMA2_KEYS}
+    part: int | None  # 0, 1, 2: q, k or v of a fused tensor
+    transposed: bool
 
 
 def hf_key(config: ModelConfig, name: str) -> Key:
     """Where the parameter `name` is in the files of its family."""
+    family, keys = config.family, KEYS[config.family]
     module, kind = name.rsplit(".", 1)
-    number = re.search(r"\d+", module)
-    template = re.sub(r"\d+", "{}", module)
-    key = KEYS[config.family][template]
-    path = key.name.format(number[0] if number else "")
-    return Key(f"{path}.{kind}", key.part, key.transposed and kind == "weight")
+    number, module = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", module).groups()
+    path = f"{keys['blocks.{}'].format(number)}.{keys[module]}" if number else keys[module]
+    fused = family in ("gpt2", "gpt_neox") and module in FUSED
+    transposed = family == "gpt2" and kind == "weight" and module in CONV1D
+    return Key(f"{path}.{kind}", FUSED.index(module) if fused else None, transposed)
 
 
 def split(fused: Tensor, part: int, config: ModelConfig) -> Tensor:
@@ -122,10 +96,6 @@ def fuse(parts: list[Tensor], config: ModelConfig) -> Tensor:
     """The inverse of `split`."""
     groups = config.n_heads if config.family == "gpt_neox" else 1
     return torch.stack([p.view(groups, -1, *p.shape[1:]) for p in parts], 1).flatten(0, 2)
-
-
-# --------------------------------------------------------------------------------------------------
-# Finding and reading
 
 
 def load_config(directory: str | Path, name: str = CONFIG) -> ModelConfig:
@@ -152,17 +122,13 @@ def find_checkpoint(id_or_dir: str | Path, weights: bool = True) -> Path:
     wanted = [CONFIG, INDEX, "model*.safetensors", *TOKENIZER_FILES] if weights else [CONFIG]
     try:
         return Path(snapshot_download(str(id_or_dir), allow_patterns=wanted))
-    except errors.GatedRepoError:
-        reason = (f"is gated: accept its terms on https://huggingface.co/{id_or_dir}, then set "
-                  "HF_TOKEN or run 'hf auth login'")
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        reason = ("is neither a directory nor a model on huggingface.co: check the spelling, and "
-                  "set HF_TOKEN if it is private")
-    except (errors.HfHubHTTPError, OSError) as error:
-        reason = (f"is neither a directory nor in the cache, and the hub cannot be reached "
-                  f"({type(error).__name__}): check the spelling, or run 'hf download {id_or_dir}' "
-                  "where there is a network")
-    raise ValueError(f"{id_or_dir}: {reason}")
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise ValueError(
+            f"{id_or_dir}: neither a directory nor a model that the hub gives out "
+            f"({type(error).__name__}): check the spelling; for a gated or private one accept its "
+            f"terms on https://huggingface.co/{id_or_dir} and set HF_TOKEN; without a network, run "
+            f"'hf download {id_or_dir}' where there is one"
+        ) from None
 
 
 class Stored(NamedTuple):
@@ -179,19 +145,14 @@ def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, Stored], list[
     stored, problems, index = {}, [], {}
     # GPT-2's own files leave out the prefix of all keys but the head's.
     prefix = "transformer." if config.family == "gpt2" else ""
-    if (directory / WEIGHTS).exists():
-        files = [directory / WEIGHTS]
-    elif (directory / INDEX).exists():
+    files = [directory / WEIGHTS]
+    if not files[0].exists():
         try:
             index = read_json(directory / INDEX)["weight_map"]
             files = sorted({directory / name for name in index.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return {}, [f"{directory / INDEX}: not an index of safetensors files ({error!r})"]
-    elif next(directory.glob("*.bin"), None):
-        return {}, [f"{directory}: has its weights in *.bin only, and opening a pickle can run any "
-                    "code; ask for, or convert to, safetensors"]
-    else:
-        return {}, [f"{directory}: has neither {WEIGHTS} nor {INDEX}"]
+            return {}, [f"{directory}: has neither {WEIGHTS} nor an index of such files ({error}); "
+                        "*.bin files, pickles that can run any code, are not opened: convert them"]
     for file in files:
         try:
             with safe_open(file, "pt") as handle:
@@ -200,10 +161,8 @@ def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, Stored], list[
                     if index.get(key, file.name) == file.name:
                         full = key if key.startswith((prefix, "lm_head.")) else prefix + key
                         stored[full] = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
-        except FileNotFoundError:
-            problems.append(f"{file}: missing, but {INDEX} names it")
         except (SafetensorError, OSError) as error:
-            problems.append(f"{file}: truncated or damaged ({error})")
+            problems.append(f"{file}: missing, truncated or damaged ({error})")
     return stored, problems
 
 
@@ -220,9 +179,8 @@ def check_weights(
         key = hf_key(config, name)
         shape = shape if key.part is None else (3 * shape[0], *shape[1:])
         wanted[key.name] = shape[::-1] if key.transposed else shape
-    source = directory / (WEIGHTS if (directory / WEIGHTS).exists() else INDEX)
-    problems = [f"{source}: {key} is missing" for key in wanted if key not in stored]
-    head = KEYS[config.family]["head"].name + ".weight"
+    problems = [f"{directory}: {key} is missing" for key in wanted if key not in stored]
+    head = KEYS[config.family]["head"] + ".weight"
     if config.tied and head in stored:
         wanted[head] = config.vocab, config.width
     for key, (file, _, shape, dtype) in stored.items():
@@ -253,10 +211,6 @@ def read_tensors(directory: Path, config: ModelConfig, names: Iterable[str]) -> 
             yield name, tensor if key.part is None else split(tensor, key.part, config)
 
 
-# --------------------------------------------------------------------------------------------------
-# Writing
-
-
 def to_hf(config: ModelConfig, tensors: Named) -> Named:
     """Tensors under our names -> under Hugging Face's, fused and transposed as they are."""
     waiting: dict[str, list[Tensor]] = {}
@@ -270,6 +224,17 @@ def to_hf(config: ModelConfig, tensors: Named) -> Named:
                 continue
             tensor = fuse(waiting.pop(key.name), config)
         yield key.name, (tensor.T if key.transposed else tensor).contiguous()
+
+
+def batches(tensors: Named, max_bytes: float) -> Iterator[dict[str, Tensor]]:
+    """Cut a stream of tensors into dicts of at most `max_bytes`, or of one tensor."""
+    batch: dict[str, Tensor] = {}
+    for key, tensor in tensors:
+        if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > max_bytes:
+            yield batch
+            batch.clear()  # in place: the caller holds it too
+        batch[key] = tensor
+    yield batch
 
 
 def write_tensors(
@@ -290,29 +255,17 @@ def write_tensors(
         files.append(list(batch))
         total += sum(tensor.nbytes for tensor in batch.values())
         dtype = next(iter(batch.values())).dtype
-    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    if len(files) == 1:
-        names = [WEIGHTS]
-    else:
-        weight_map = {key: name for name, keys in zip(names, files, strict=True) for key in keys}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    for i, name in enumerate(names):
+    many, index = len(files) > 1, {}
+    for i, keys in enumerate(files):
+        name = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" if many else WEIGHTS
         (directory / f"{i}.part").rename(directory / name)
+        index |= dict.fromkeys(keys, name)
     dtype_key = "dtype" if "dtype" in config.hf else "torch_dtype"
-    raw = config.hf | {dtype_key: str(dtype).removeprefix("torch.")}
-    (directory / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
-
-
-def batches(tensors: Named, max_bytes: float) -> Iterator[dict[str, Tensor]]:
-    """Cut a stream of tensors into dicts of at most `max_bytes`, or of one tensor."""
-    batch: dict[str, Tensor] = {}
-    for key, tensor in tensors:
-        if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > max_bytes:
-            yield batch
-            batch.clear()  # in place: the caller holds it too
-        batch[key] = tensor
-    yield batch
+    written = {CONFIG: config.hf | {dtype_key: str(dtype).removeprefix("torch.")}}
+    if many:
+        written[INDEX] = {"metadata": {"total_size": total}, "weight_map": index}
+    for name, content in written.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager
@@ -323,8 +276,8 @@ def written_whole(directory: str | Path) -> Iterator[Path]:
     if final.exists() and any(final.iterdir()) and not (final / CONFIG).exists():
         raise ValueError(f"{final}: exists, and holds no model to replace")
     temporary, old = (final.with_name(f".{final.name}.{end}") for end in ("new", "old"))
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary

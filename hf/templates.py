@@ -107,10 +107,6 @@ def _fit(style: Template, turns: Turns) -> Turns:
     return out
 
 
-def _is_text(segment: Segment) -> bool:
-    return isinstance(segment[0], str)
-
-
 def encode_conversations(
     tokenizer: Tokenizer, template: str, conversations: list[Turns],
     max_length: int | None = None, prompt: bool = False,
@@ -120,8 +116,14 @@ def encode_conversations(
     The first id has no loss: nothing precedes it to predict it from. All texts between control
     tokens, of all conversations, are encoded in one batch. `prompt`: see `render`.
     """
+    joint = tokenizer.codec.joint
+
+    def kind(segment: Segment) -> tuple[bool, bool]:
+        """Neighbours of one kind are encoded as one text, or taken over as ids."""
+        return isinstance(segment[0], str), joint or segment[1]
+
     samples = [
-        [(is_text, list(run)) for is_text, run in groupby(segments, key=_is_text)]
+        [(is_text, list(run)) for (is_text, _), run in groupby(segments, kind)]
         for segments in (render(tokenizer, template, turns, prompt) for turns in conversations)
     ]
     runs = [(run, n == 0) for s in samples for n, (is_text, run) in enumerate(s) if is_text]
@@ -183,16 +185,13 @@ def trained_with(directory: Path) -> str:
     """The template of a model: by name where `save_tokenizer` has seen it, else the one whose
     control tokens its chat template has, else "alpaca"."""
     config = read_settings(directory, "tokenizer_config.json")
-    if config.get("scalebio_template") in TEMPLATES:
-        return config["scalebio_template"]
     jinja, file = str(config.get("chat_template")), directory / "chat_template.jinja"
     if file.is_file():
         jinja += file.read_text(encoding="utf-8")
-    for name, style in TEMPLATES.items():
-        marks = CONTROL.findall(style.before["user"])
-        if marks and marks[0] in jinja:
-            return name
-    return "alpaca"
+    marks = {name: CONTROL.search(style.before["user"]) for name, style in TEMPLATES.items()}
+    guesses = [name for name, mark in marks.items() if mark and mark[0] in jinja]
+    known = [config.get("scalebio_template"), *guesses]
+    return next((name for name in known if name in TEMPLATES), "alpaca")
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike, template: str) -> None:

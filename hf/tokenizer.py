@@ -22,8 +22,6 @@ import re
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 
 import tiktoken
@@ -38,23 +36,19 @@ TEMPLATE_TOKENS = (  # control tokens of the templates, whether or not the files
     "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<start_of_turn>", "<end_of_turn>",
 )
-# The configuration files that speak of tokens by name, and by id.
-TOKEN_NAMES = "special_tokens_map.json", "tokenizer_config.json"
-TOKEN_IDS = "config.json", "generation_config.json"
 
 EOS = "eos_token"  # a template's word for the vocabulary's own end of text, whatever its name
 Turns = list[tuple[str, str]]  # (role, text); roles: system, user, input, assistant, or one "text"
 Segment = tuple[str | int, bool]  # (text or id, has_loss)
-Run = tuple[list[Segment], bool]  # (texts between control tokens, is it the start of the input)
+Run = tuple[list[Segment], bool]  # (texts encoded as one, whether they start the input)
 Encoded = tuple[list[int], list[bool]]  # (ids, has_loss)
-
-
-# ---------------------------------------------------------------------------------------------
-# Codecs: text without control tokens <-> ids
 
 
 class BytePairCodec:
     """Byte-level BPE in tiktoken. `added` are ordinary tokens matched in the text before BPE."""
+
+    # A prompt and its answer are encoded apart, as in generation, where the prompt is all there is.
+    joint = False
 
     def __init__(self, ranks: dict[bytes, int], pattern: str, nfc: bool, added: dict[str, int]):
         # The look-ahead keeps a state for each character of the run, of which there is room for a
@@ -71,31 +65,19 @@ class BytePairCodec:
         self.bytes.update({i: token.encode() for token, i in added.items()})
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        # One piece of work for each thread: tiktoken's own batch call makes one of each text, which
-        # takes longer than encoding it.
-        threads = min(os.cpu_count() or 1, -(-len(texts) // 64))
-        if threads < 2:
-            return [self.encode(text) for text in texts]
-        size = -(-len(texts) // threads)
+        # Many texts are one piece of work: tiktoken's own batch call makes one of each, which takes
+        # longer than encoding it.
+        size = max(64, -(-len(texts) // (os.cpu_count() or 1)))
         parts = [texts[n : n + size] for n in range(0, len(texts), size)]
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor() as pool:
             return sum(pool.map(lambda part: [*map(self.encode, part)], parts), [])
 
     def encode_runs(self, runs: list[Run]) -> list[Encoded]:
-        """The ids of each run. Texts that differ in loss are encoded apart, as in generation, where
-        the prompt alone is what there is to encode."""
-        by_loss = [groupby(run, itemgetter(1)) for run, _ in runs]
-        runs = [[("".join(t for t, _ in same), loss) for loss, same in run] for run in by_loss]
-        encoded = iter(self.encode_batch([text for run in runs for text, _ in run]))
-        out = []
-        for run in runs:
-            ids, has_loss = [], []
-            for _, loss in run:
-                part = next(encoded)
-                ids += part
-                has_loss += [loss] * len(part)
-            out.append((ids, has_loss))
-        return out
+        """The ids of each run, whose texts all have loss or all have none."""
+        encoded = self.encode_batch(["".join(text for text, _ in run) for run, _ in runs])
+        return [
+            (ids, [run[0][1]] * len(ids)) for ids, (run, _) in zip(encoded, runs, strict=True)
+        ]
 
     def encode(self, text: str) -> list[int]:
         if self.nfc:
@@ -117,35 +99,29 @@ class SentencePieceCodec:
     Without its special tokens, so that they are not found in text; see `_without_special`.
     """
 
+    joint = True  # apart, an answer would get a space of its own before it
+
     def __init__(self, spec: dict, special: dict[str, int], path: Path):
-        try:
-            import tokenizers
-        except ImportError:
-            raise ValueError(
-                f"{path}: this SentencePiece-style vocabulary needs a package that is not "
-                "installed: pip install tokenizers"
-            ) from None
         source = json.dumps(_without_special(spec, special))
         # Metaspace may put a space before the very start of the input only. Text that follows a
         # control token is not at the start, though it is encoded by itself here.
         inner = source.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(source)
-            same = inner == source
-            self.inner = self.tokenizer if same else tokenizers.Tokenizer.from_str(inner)
+            import tokenizers
+
+            made = {text: tokenizers.Tokenizer.from_str(text) for text in {source, inner}}
+        except ImportError:
+            raise ValueError(f"{path}: is not byte-level: pip install tokenizers") from None
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path}: the tokenizers library refuses it: {error}") from None
+        self.tokenizer, self.inner = made[source], made[inner]
         self.special_ids = set(special.values())
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def encode_runs(self, runs: list[Run]) -> list[Encoded]:
-        """As BytePairCodec's; but a prompt and its answer are one text, and the mask is by offsets.
-
-        Apart, the answer would get a space of its own before it. A token has loss if its last
-        character belongs to an answer.
-        """
+        """The ids of each run. A token has loss if its last character belongs to an answer."""
         out = [None] * len(runs)
         for tokenizer, wanted in ((self.tokenizer, True), (self.inner, False)):
             where = [n for n, (_, first) in enumerate(runs) if first == wanted]
@@ -173,10 +149,6 @@ def _without_special(spec: dict, special: dict[str, int]) -> dict:
         model["merges"] = [[a, b] for a, b in _merges(model) if a + b not in special]
     return {**spec, "model": model, "added_tokens": ordinary, "post_processor": None,
             "truncation": None, "padding": None}
-
-
-# ---------------------------------------------------------------------------------------------
-# The tokenizer
 
 
 @dataclass
@@ -221,14 +193,14 @@ def byte_tokenizer() -> Tokenizer:
 def byte_spec() -> dict:
     """The tokenizer.json of `byte_tokenizer`."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    names = {"<bos>": 256, "<eos>": 257}
+    options = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     bos = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
     text = [{"Sequence": {"id": letter, "type_id": 0}} for letter in "AB"]
     return {
         "version": "1.0",
         "added_tokens": [
-            {"id": i, "content": name, "special": True, "single_word": False, "lstrip": False,
-             "rstrip": False, "normalized": False} for name, i in names.items()
+            {"id": 256, "content": "<bos>", "special": True, **options},
+            {"id": 257, "content": "<eos>", "special": True, **options},
         ],
         "normalizer": None,
         "pre_tokenizer": {**byte_level, "use_regex": True},
@@ -248,20 +220,19 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
-        others = ("vocab.json", "tokenizer.model")
-        found = ", ".join(name for name in others if (file.parent / name).is_file())
         raise ValueError(
-            f"{file}: missing{found and f' (not read: {found})'}; write it with transformers: "
+            f"{file}: missing; write it with transformers: "
             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
     spec = read_json(file)
-    if not isinstance(spec.get("model"), dict) or not spec["model"].get("vocab"):
-        raise ValueError(f"{file}: not a tokenizer.json: it has no model with a vocabulary")
-    settings = read_settings(file.parent, *TOKEN_NAMES, *TOKEN_IDS)
+    settings = read_settings(
+        file.parent, "special_tokens_map.json", "tokenizer_config.json",  # tokens by name
+        "config.json", "generation_config.json",  # tokens by id
+    )
     fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
     try:
         return _from_spec(spec, settings, file.parent, fingerprint)
-    except (KeyError, TypeError, AttributeError, IndexError, UnicodeError) as error:
+    except (LookupError, TypeError, AttributeError, UnicodeError) as error:
         raise ValueError(f"{file}: not understood: {error!r}") from None
 
 
@@ -269,10 +240,6 @@ def read_settings(path: Path, *files: str) -> dict:
     """What those of the files that exist say, nulls aside; a later file goes before an earlier."""
     found = [read_json(path / name) for name in files if (path / name).is_file()]
     return {k: v for content in found for k, v in content.items() if v is not None}
-
-
-# ---------------------------------------------------------------------------------------------
-# From tokenizer.json
 
 
 def _from_spec(spec: dict, settings: dict, path: Path | None, fingerprint: str) -> Tokenizer:
@@ -330,18 +297,15 @@ def _openers(spec: dict) -> set[str]:
 
 def _byte_pair_codec(spec: dict, added: dict, special: dict) -> BytePairCodec | None:
     """The tokenizer.json in tiktoken, or None if that cannot express it."""
-    model = spec["model"]
-    ordinary = {name: token for name, token in added.items() if name not in special}
+    model, normalizer = spec["model"], spec.get("normalizer")
     pattern = _split_pattern(spec.get("pre_tokenizer") or {})
-    normalizer = spec.get("normalizer")
-    plain = not any(model.get(key) for key in (
-        "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"
-    ))
-    strips = ("lstrip", "rstrip", "single_word")
-    plain &= not any(token.get(key) for token in ordinary.values() for key in strips)
-    plain &= normalizer in (None, {"type": "NFC"})
+    ordinary = {name: token for name, token in added.items() if name not in special}
+    options = "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"
+    beyond = any(model.get(key) for key in (*options, "byte_fallback"))
+    beyond |= any(t.get(k) for t in ordinary.values() for k in ("lstrip", "rstrip", "single_word"))
+    beyond |= normalizer not in (None, {"type": "NFC"})
     # files of early library versions have no type
-    if model.get("type", "BPE") != "BPE" or not plain or not pattern:
+    if model.get("type", "BPE") != "BPE" or beyond or not pattern:
         return None
     vocab = {token: i for token, i in model["vocab"].items() if token not in added}
     ranks = _ranks(vocab, _merges(model), model.get("ignore_merges", False))
@@ -359,16 +323,14 @@ def _split_pattern(pre_tokenizer: dict) -> str | None:
     *before, byte_level = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
     if byte_level.get("type") != "ByteLevel" or byte_level.get("add_prefix_space"):
         return None
-    if not before:
-        return GPT2_PATTERN if byte_level.get("use_regex", True) else None
-    split = before[0]
+    if byte_level.get("use_regex", True):
+        return None if before else GPT2_PATTERN
+    split = before[0] if len(before) == 1 else {}
     pattern = split.get("pattern", {}).get("Regex", "")
     isolated = split.get("behavior") == "Isolated" and not split.get("invert")
     # `tokenizers` keeps what the pattern does not match, tiktoken loses it. The patterns that end
     # like this one, those of GPT-2's line, match every character.
-    whole = pattern.endswith(r"|\s+(?!\S)|\s+")
-    only = len(before) == 1 and not byte_level.get("use_regex", True)
-    return pattern if only and isolated and whole else None
+    return pattern if isolated and pattern.endswith(r"|\s+(?!\S)|\s+") else None
 
 
 def _ranks(vocab: dict[str, int], merges: list, keep_all: bool) -> dict[bytes, int] | None:
@@ -379,15 +341,10 @@ def _ranks(vocab: dict[str, int], merges: list, keep_all: bool) -> dict[bytes, i
     byte_of = _byte_of_char()
     merged = dict.fromkeys(a + b for a, b in merges)  # in order; several pairs may give one token
     ids = [vocab.get(token, -1) for token in merged]
-    if ids != sorted(ids) or ids[:1] == [-1]:
+    if ids != sorted(ids) or ids[:1] == [-1] or set("".join(vocab)) - byte_of.keys():
         return None
-    ranks = {}
-    for token, i in vocab.items():
-        if not all(char in byte_of for char in token):
-            return None
-        if keep_all or len(token) == 1 or token in merged:
-            ranks[bytes(byte_of[char] for char in token)] = i
-    return ranks
+    kept = vocab if keep_all else {t: i for t, i in vocab.items() if len(t) == 1 or t in merged}
+    return {bytes(byte_of[char] for char in token): i for token, i in kept.items()}
 
 
 @functools.cache

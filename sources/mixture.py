@@ -9,6 +9,7 @@ The paper fine-tunes on 10,000 samples drawn by the weights that it learned on 3
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -33,49 +34,30 @@ def parse_source_weights(spec: str, names: list[str]) -> dict[str, float] | None
     if spec == "uniform":
         return dict.fromkeys(names, 1 / len(names))
     is_list = "=" in spec and not os.path.exists(spec)  # a long list is no path at all
-    stated, problems = _from_list(spec) if is_list else _from_file(spec)
+    problems, stated = [], {}
+    try:
+        pairs = [item.rpartition("=")[::2] for item in spec.split(",")]
+        stated = dict(pairs if is_list else json.loads(Path(spec).read_text())["weights"].items())
+    except OSError as error:
+        problems.append(f"{error.strerror}; permitted is {PERMITTED}")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        problems.append("not the weights.json of a run")
+    if is_list and len(stated) < len(pairs):
+        problems.append("a source is named twice")
     others = set(stated) - set(names) if is_list else set(stated) ^ set(names)
-    if stated and others:
-        problems.append(f"it is about the sources {', '.join(sorted(stated))}, "
-                        f"but those to train on are {', '.join(sorted(names))}")  # fmt: skip
+    if others and not problems:
+        problems.append(f"it is about {sorted(stated)}, but to train on are {sorted(names)}")
     for name, p in stated.items():
-        number = isinstance(p, (int, float)) and not isinstance(p, bool)
-        if not (number and 0 <= p < math.inf):
+        with contextlib.suppress(ValueError):
+            stated[name] = p = float(p) if is_list else p
+        if isinstance(p, bool) or not (isinstance(p, (int, float)) and 0 <= p < math.inf):
             problems.append(f"the weight of {name} is {p}: permitted is a number of at least 0")
-    if stated and not problems and sum(stated.values()) == 0:
+    if not problems and sum(stated.values()) == 0:
         problems.append("all weights are 0")
     if problems:
         raise ValueError("\n".join(f"--weights {spec}: {problem}" for problem in problems))
     total = sum(stated.values())
     return {name: stated.get(name, 0) / total for name in names}
-
-
-def _from_list(spec: str) -> tuple[dict, list[str]]:
-    """(weights, problems) of NAME=WEIGHT,..."""
-    stated, problems = {}, []
-    for item in spec.split(","):
-        name, _, text = item.rpartition("=")
-        if not name or name in stated:
-            problems.append(f"{name} is named twice" if name else f"{item!r} is not NAME=WEIGHT")
-        else:
-            try:
-                stated[name] = float(text)
-            except ValueError:
-                stated[name] = text  # to be refused, as any other weight is
-    return stated, problems
-
-
-def _from_file(path: str) -> tuple[dict, list[str]]:
-    """(weights, problems) of a weights.json."""
-    try:
-        weights = json.loads(Path(path).read_text())["weights"]
-        if isinstance(weights, dict) and weights:
-            return weights, []
-    except OSError as error:
-        return {}, [f"{error.strerror}; permitted is {PERMITTED}"]
-    except (ValueError, KeyError, TypeError):
-        pass
-    return {}, ["not the weights.json of a run"]
 
 
 def apportion(weights: dict[str, float], total: int) -> dict[str, int]:
@@ -106,17 +88,11 @@ def count(
         rest = {name: p for name, p in weights.items() if name not in full}
         left = samples - sum(full.values())
         parts = full | (apportion(rest, left) if sum(rest.values()) else dict.fromkeys(rest, 0))
-    got = sum(parts.values())
     notes = [
-        f"{name} is short: {wanted[name]} samples by its weight, but it has {full[name]}"
-        for name in weights
-        if name in full
-    ]
-    if notes:
-        notes[-1] += (
-            "; the rest is spread over the others by their weights" if got == samples else
-            f"; the mixture has {got} samples instead of {samples}"
-        ) + " (--repeat would repeat records)"  # fmt: skip
+        f"{name} is short: {wanted[name]} samples by its weight, but it has {full[name]}; the "
+        f"mixture has {sum(parts.values())} in all (--repeat would repeat records)"
+        for name in weights if name in full
+    ]  # fmt: skip
     return {name: parts[name] for name in weights}, notes
 
 

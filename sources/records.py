@@ -37,7 +37,7 @@ class Fields(NamedTuple):
         return [key for key in self.keys.values() if key != self.optional]
 
     def fits(self, record: dict) -> bool:
-        return all(key in record for key in self.needed)
+        return record.keys() >= {*self.needed}
 
     def turns(self, record: dict) -> Turns:
         absent = self.optional if record.get(self.optional) in (None, "") else None
@@ -116,21 +116,16 @@ def iter_records(path: str | os.PathLike, problems: Problems) -> Iterator[tuple[
         try:
             if not isinstance(record, dict):
                 raise ValueError(f"the record is {type(record).__name__}, not an object")
-            form = form or _format_of(record)
+            form = form or next((form for form in FORMATS if form.fits(record)), None)
+            if not form:
+                found = ", ".join(map(repr, record))[:100] or "none"
+                known = "; ".join(", ".join(form.needed) for form in FORMATS)
+                raise ValueError(f"unknown record, of keys {found}; expected {known}")
             yield number, form.turns(record)
         except ValueError as error:
             problems.add(f"{where}: {error}")
     if not form and not problems.count:
         problems.add(f"{path}: no records")
-
-
-def _format_of(record: dict) -> Fields | Messages:
-    for form in FORMATS:
-        if form.fits(record):
-            return form
-    found = ", ".join(map(repr, record))[:100] or "none"
-    known = "; ".join(", ".join(form.needed) for form in FORMATS)
-    raise ValueError(f"unknown record, of keys {found}; expected {known}")
 
 
 def located_values(
@@ -209,22 +204,22 @@ class Problems(ValueError):
 
 def source_paths(train: list[str]) -> dict[str, Path]:
     """{name: path} from NAME=PATH ..., or from one directory or glob of train_*.json(l)."""
-    problems, pairs = [], [item.partition("=")[::2] for item in train]
+    pairs = [item.partition("=")[::2] for item in train]
     if len(train) == 1 and "=" not in train[0]:
         folder = Path(train[0]).is_dir()
         pattern = f"{glob.escape(train[0])}/train_*.json*" if folder else train[0]
         found = sorted(glob.glob(pattern))
         pairs = [(Path(p).name.split(".json")[0].removeprefix("train_"), p) for p in found]
-        problems += [] if pairs else [f"--train {train[0]}: no file matches {pattern}"]
-    paths = {}
+        if not pairs:
+            raise ValueError(f"--train {train[0]}: no file matches {pattern}")
+    problems, paths = Problems(), {}
     for name, path in pairs:
         if not (name and path):
-            problems.append(f"--train {name}{'=' * bool(path)}{path}: expected NAME=PATH")
+            problems.add(f"--train {name}{'=' * bool(path)}{path}: expected NAME=PATH")
         elif "," in name:
-            problems.append(f"--train {name}={path}: a name may have no comma, as in --weights")
+            problems.add(f"--train {name}={path}: a name may have no comma, as in --weights")
         elif name in paths:
-            problems.append(f"--train {path}: the name {name} is used twice")
+            problems.add(f"--train {path}: the name {name} is used twice")
         paths[name] = Path(path)
-    if problems:
-        raise ValueError("\n".join(problems))
+    problems.raise_if_any()
     return paths

@@ -2,8 +2,8 @@
 
 All are about invented facts: each of some names has a value for each of some attributes, asked for
 in many forms ("please, what is kalo mub" -> "tezi"). The attribute alone leaves three answers, the
-name decides. Records are turns (see tokenizer.Turns) of at most 36 bytes, and every source has so
-many that a short run sees few of them twice: noise cannot be learned by heart.
+name decides. Every source has so many records, of at most 36 bytes, that a short run sees few of
+them twice: noise cannot be learned by heart.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ FORMS = (
 )  # fmt: skip
 CONSONANTS = "bdfgklmnprstvz"
 JUNK = "chjqwxy"  # consonants of words without meaning
-# Share of answers swapped within each source of `graded`. The authors' part k of ten has 0.2 k,
-# at most 1.
+# Share of answers swapped in each source of `graded`: in the authors' part k of ten, min(1, k/5).
 NOISE = {"clean": 0.0, "noisy20": 0.2, "noisy40": 0.4, "noisy60": 0.6, "noisy80": 0.8}
 NOISE |= {f"random{n}": 1.0 for n in range(1, 6)}
 

@@ -1,14 +1,10 @@
 """evaluate.py: losses with their standard errors, accuracy, generation, as a user starts them."""
 
-import dataclasses
 import gzip
 import json
 import math
-import os
 import random
-import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import huggingface_hub
@@ -19,41 +15,34 @@ from huggingface_hub import errors
 import data
 import evaluate
 import grading
-import shard
+import train
 from grading import answers, replies
 from grading.replies import Journal, read
 from hf import templates
 from model import ModelConfig, build, from_pretrained, generate, random_weights, save_pretrained
-from sources import mixture, tasks
-from tests.forked import done
+from sources import tasks
+from tests.forked import done, finish, start
 from tests.worker import FAMILIES
 
-ROOT = Path(__file__).parents[1]
 
-
-def make_checkpoint(folder: Path, template: str, seed: int = 0) -> Path:
+def make_checkpoint(folder: Path, seed: int = 0, **changes) -> Path:
     """A tiny random model with the byte tokenizer."""
-    config = ModelConfig.from_hf(FAMILIES["llama"])
+    config = ModelConfig.from_hf(FAMILIES["llama"] | changes)
     save_pretrained(build(config, random_weights(config, seed)), folder / "model")
-    templates.save_tokenizer(data.byte_tokenizer(), folder / "model", template)
+    templates.save_tokenizer(data.byte_tokenizer(), folder / "model", "plain")
     return folder / "model"
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), "plain")
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("other"), "plain", seed=1)
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture
-def records(tmp_path):
+def records():
     words = ["a", "some", "longer words here", "four", "and five", "x" * 50, "seven"]
-    (tmp_path / "val.jsonl").write_text("".join(json.dumps({"text": w}) + "\n" for w in words))
-    return tmp_path / "val.jsonl"
+    Path("val.jsonl").write_text("".join(json.dumps({"text": w}) + "\n" for w in words))
+    return Path("val.jsonl")
 
 
 @pytest.fixture(autouse=True)
@@ -62,11 +51,14 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def run(*args, ranks: int = 0) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *(launcher if ranks else []), str(ROOT / "evaluate.py")]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *map(str, args)], env=env, capture_output=True, text=True)
+def judge() -> None:
+    """In a process of tests/forked.py: run evaluate.py instead of train.py."""
+    train.main = evaluate.main
+
+
+def on_two_ranks(*args) -> tuple[int, str]:
+    """(exit code, all that was printed) of evaluate.py."""
+    return finish(start([*map(str, args)], ranks=2, faults={0: judge, 1: judge}, flags=[]))
 
 
 @pytest.fixture
@@ -80,7 +72,6 @@ def here(capsys):
     return call
 
 
-# ---------------------------------------------------------------------------------------------
 # Losses
 
 
@@ -114,48 +105,40 @@ def test_standard_error_of_the_token_mean_matches_the_jackknife():
     assert evaluate.summarise(x, tokens).token_mean_se == pytest.approx(jackknife, rel=0.02)
 
 
-def test_loss_of_a_built_in_task(checkpoint, here):
-    code, table, _ = here("loss", "--model", checkpoint, "--data", "instruction-seed3")
+def test_data_is_a_file_a_directory_of_sources_or_a_built_in_task(checkpoint, records, here):
+    Path("sources").mkdir()
+    for name in ("math", "code"):
+        Path(f"sources/train_{name}.jsonl").write_text(records.read_text())
+    code, out, _ = here("loss", "--model", checkpoint, "--data", "sources", records,
+                        "instruction-seed3")  # fmt: skip
+    rows = [line.split() for line in out.splitlines()[1:]]
+    assert code == 0 and [row[0] for row in rows] == ["code", "math", "val", "instruction-seed3"]
     _, _, test = tasks.task("instruction", 3)
-    assert code == 0
     dataset = data.Dataset.from_records(test, data.byte_tokenizer(), "plain", 128)
     expected = evaluate.loss(from_pretrained(checkpoint), dataset).mean
-    row = ["instruction-seed3", str(checkpoint), str(len(test)), f"{expected:.4f}"]
-    assert table.splitlines()[-1].split()[:4] == row
+    assert rows[3][2:4] == [str(len(test)), f"{expected:.4f}"]
 
 
-def test_loss_table_is_the_same_on_one_process_and_two(checkpoint, other, records, here):
+def test_loss_table_is_the_same_on_one_process_and_two(checkpoint, records, here):
+    other = make_checkpoint(Path(), seed=1)
     mixture = [{"text": "x" * n, "source": "short" if n < 9 else "long"} for n in range(3, 20)]
     Path("mix.json").write_text(json.dumps(mixture))
     args = ("loss", "--model", checkpoint, other, "--data", records, "both=mix.json",
             "--micro-batch-size", 2)  # fmt: skip
-    (code, one, _), two = here(*args), run(*args, ranks=2)
-    assert code == two.returncode == 0, two.stderr
-    assert one == two.stdout
-    rows = [line.replace("±", "").split() for line in one.splitlines()]
-    assert rows[0] == "data model samples mean sample loss perplexity".split()
+    code, one, _ = here(*args)
+    assert (code, one) == (0, one) == on_two_ranks(*args)
+    rows = [line.replace("±", "").split() for line in one.splitlines()[1:]]
     models = [str(checkpoint), str(other)]
-    assert [row[:2] for row in rows[1:]] == [
+    assert [row[:2] for row in rows] == [
         [label, name] for label in ("val", "both", "long", "short") for name in models
     ]
-    for label, name, *values in rows[1:]:
-        if label in ("both", "short"):
-            texts = [row["text"] for row in mixture if label in ("both", row["source"])]
-            turns = [[("text", text)] for text in texts]
-            dataset = data.Dataset.from_records(turns, data.byte_tokenizer(), "plain", 128)
-            r = evaluate.loss(from_pretrained(name), dataset)
-            p = math.exp(r.token_mean)
-            wanted = [r.n, r.mean, r.mean_se, p, p * r.token_mean_se]
-            assert [float(x) for x in values] == pytest.approx(wanted, abs=6e-4)
-
-
-def test_loss_takes_a_directory_of_sources(checkpoint, records, here):
-    Path("sources").mkdir()
-    for name in ("math", "code"):
-        Path(f"sources/train_{name}.jsonl").write_text(records.read_text())
-    code, out, _ = here("loss", "--model", checkpoint, "--data", "sources", records)
-    assert code == 0
-    assert [line.split()[0] for line in out.splitlines()[1:]] == ["code", "math", "val"]
+    for label, name, *values in rows[2:4] + rows[6:]:
+        turns = [[("text", r["text"])] for r in mixture if label in ("both", r["source"])]
+        dataset = data.Dataset.from_records(turns, data.byte_tokenizer(), "plain", 128)
+        r = evaluate.loss(from_pretrained(name), dataset)
+        p = math.exp(r.token_mean)
+        wanted = [r.n, r.mean, r.mean_se, p, p * r.token_mean_se]
+        assert [float(x) for x in values] == pytest.approx(wanted, abs=6e-4)
 
 
 def test_the_template_is_told_by_the_models_files(tmp_path):
@@ -171,29 +154,26 @@ def test_the_template_is_told_by_the_models_files(tmp_path):
     assert told() == "llama3"
 
 
-# ---------------------------------------------------------------------------------------------
 # Generation
 
 
 def test_generation_goes_on_from_each_prompt(checkpoint, here):
-    code, out, _ = here("generate", "--model", checkpoint, "--prompt", "Hi", "Tell me more",
-                        "--max-new-tokens", 8)  # fmt: skip
-    model, tok = from_pretrained(checkpoint), data.byte_tokenizer()
+    prompts, model, tok = ("Hi", "Tell me more"), from_pretrained(checkpoint), data.byte_tokenizer()
+    code, out, _ = here("generate", "--model", checkpoint, "--max-new-tokens", 8,
+                        "--prompt", *prompts)  # fmt: skip
     assert code == 0
-    for text in ("Hi", "Tell me more"):
+    for text in prompts:
         prompt = [tok.bos_id] * tok.add_bos + tok.encode(text)
         (new,) = generate(model, [prompt], 8, eos_id=tok.eos_id)
         assert f"{text}{tok.decode(new)}\n" in out
 
 
 def test_a_story_by_a_real_model(asset, here):
-    pytest.importorskip("tokenizers")
     _, out, _ = here("generate", "--model", asset("model/stories260K-hf"), "--prompt",
                      "Once upon a time", "--max-new-tokens", 30)  # fmt: skip
     assert "there was a little girl named Lily" in out
 
 
-# ---------------------------------------------------------------------------------------------
 # GSM8K and MATH
 
 
@@ -202,8 +182,8 @@ def sums():
     """A file of sums, some of which have the same length."""
     problems = [{"question": f"{a} + {a * a}?", "answer": f"So.\n#### {a + a * a}"}
                 for a in range(1, 12)]  # fmt: skip
-    Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
-    return "sums.jsonl"
+    Path("sums.json").write_text(json.dumps(problems))
+    return "sums.json"
 
 
 FLAGS = ("--instruction", "Go.", "--max-new-tokens", 6, "--batch-size", 2, "--template", "plain")
@@ -219,12 +199,11 @@ def test_gsm8k_is_the_same_on_two_ranks_and_goes_on_where_it_was_cut(
     checkpoint, sums, here, monkeypatch
 ):
     args = ("gsm8k", "--model", checkpoint, "--data", sums, *FLAGS, "--out")
-    two = run(*args, "two", ranks=2)
-    assert two.returncode == 0, two.stderr
+    code_of_two, printed = on_two_ranks(*args, "two")
     code, out, _ = here(*args, "one")
+    assert code == code_of_two == 0 and out.replace("one/", "two/") in printed
     rows = of_index("one/gsm8k.jsonl")
-    assert code == 0 and rows == of_index("two/gsm8k.jsonl") and rows.keys() == set(range(11))
-    assert out.replace("one/", "two/") == two.stdout
+    assert rows == of_index("two/gsm8k.jsonl") and rows.keys() == set(range(11))
     model = from_pretrained(checkpoint)
     tok = data.byte_tokenizer()
     for row in rows.values():  # the batch and its padding make no difference
@@ -232,9 +211,9 @@ def test_gsm8k_is_the_same_on_two_ranks_and_goes_on_where_it_was_cut(
         (alone,) = generate(model, [prompt], 6, eos_id=tok.eos_id)
         assert row["output"] == tok.decode(alone).strip() and row["tokens"] == len(alone)
 
-    whole = Path("one/gsm8k.jsonl").read_bytes()
-    Path("one/gsm8k.jsonl").write_bytes(whole[: len(whole) * 2 // 3])  # within a line
-    left, inner, asked = len(read(Path("one/gsm8k.jsonl"))), generate, []
+    file = Path("one/gsm8k.jsonl")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])  # within a line
+    left, inner, asked = len(read(file)), generate, []
     assert 0 < left < 11
 
     def counted(model, prompts, *args, **kwargs):
@@ -242,44 +221,64 @@ def test_gsm8k_is_the_same_on_two_ranks_and_goes_on_where_it_was_cut(
         return inner(model, prompts, *args, **kwargs)
 
     monkeypatch.setattr(replies, "generate", counted)
-    assert here(*args, "one")[1] == out and of_index("one/gsm8k.jsonl") == rows
+    assert here(*args, "one")[1] == out and of_index(file) == rows
     assert len(asked) == 11 - left
     monkeypatch.setattr(replies, "generate", None)  # what is complete needs no generation
     assert here(*args, "one")[1] == out
-    assert here("gsm8k", "--rescore", "one/gsm8k.jsonl")[1] == "".join(out.splitlines(True)[:-1])
+    assert here("gsm8k", "--rescore", file)[1] == "".join(out.splitlines(True)[1:])
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """says(reply): every model replies so from here on, or as reply(prompt) where it is a function;
+    returns the prompts that come, as text."""
+
+    def set_up(reply):
+        tok, seen = data.byte_tokenizer(), []
+
+        def generate(model, prompts, *args, **kwargs):
+            texts = [tok.decode(p) for p in prompts]
+            seen.extend(texts)
+            return [tok.encode(reply(text) if callable(reply) else reply) for text in texts]
+
+        monkeypatch.setattr(replies, "generate", generate)
+        return seen
+
+    return set_up
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "math"])
-def test_accuracy_of_a_model_that_knows_every_third_answer(checkpoint, task, here, monkeypatch):
+def test_accuracy_of_a_model_that_knows_every_third_answer(checkpoint, task, here, says):
     rows = [{"problem": f"{a} + 2?", "solution": f"\\boxed{{{a + 2}}}"} for a in range(30)]
+    rows += [{"question": "2" * 300, "answer": "#### 2"}]
     Path("p.json").write_text(json.dumps(rows))
-    tok = data.byte_tokenizer()
 
-    def knows(model, prompts, *args, **kwargs):
-        numbers = [int(tok.decode(p).rsplit("\n", 2)[-3].split()[0]) for p in prompts]
-        return [tok.encode(f"It is {n + 2 + (n % 3 > 0)}.") for n in numbers]
+    def third(prompt):
+        n = int(prompt.split()[0])
+        return f"It is {n + 2 + (n % 3 > 0)}."
 
-    monkeypatch.setattr(replies, "generate", knows)
-    code, out, _ = here(task, "--model", checkpoint, "--data", "p.json", *FLAGS, "--shots", 0)
-    se = math.sqrt(1 / 3 * 2 / 3 / 29)
-    assert code == 0 and f"accuracy 0.3333 ± {se:.4f} (10 of 30)" in out and "math-verify" in out
+    says(third)
+    code, out, _ = here(task, "--model", checkpoint, "--data", "p.json", *FLAGS)
+    se = math.sqrt(10 / 31 * 21 / 31 / 30)
+    assert code == 0 and f"accuracy {10 / 31:.4f} ± {se:.4f} (10 of 31)" in out
+    assert "math-verify" in out and "1 questions too long for the model" in out
+    assert of_index(f"runs/eval-checkpoint0/{task}.jsonl")[30]["end"] == "no room"
 
 
-def test_exemplars_are_turns_before_the_question(checkpoint, sums, here, monkeypatch):
-    asked = {}
+def test_exemplars_are_turns_before_the_question(sums, here, says):
+    prompts, model = says("2"), make_checkpoint(Path(), max_position_embeddings=2048)
+    args = ("gsm8k", "--model", model, "--data", sums, *FLAGS, "--shots", 2)
+    assert here(*args, "--out", "a")[0] == here(*args, "--exemplars", sums, "--out", "b")[0] == 0
+    first = answers.EXEMPLARS["gsm8k"][0]
+    for prompt, solution in ((prompts[0], first[1]), (prompts[-1], "So.\n#### 2")):
+        assert prompt.count("\nGo.\n") == 3 and f"\nGo.\n{solution}" in prompt
 
-    def respond(model, c, users, before, *sizes):
-        asked.update(users=users, before=before)
-        return ((n, [replies.Reply("2", 1, "stop")]) for n in range(len(users)))
 
-    monkeypatch.setattr(replies, "respond", respond)
-    assert here("gsm8k", "--model", checkpoint, "--data", sums, *FLAGS, "--shots", 2)[0] == 0
-    assert asked["users"][0] == ("1 + 1?\nGo.",)
-    assert [role for role, _ in asked["before"]] == ["user", "assistant"] * 2
-    assert asked["before"][0][1].endswith("\nGo.")
-    for task, exemplars in answers.EXEMPLARS.items():
-        assert len(exemplars) >= 4, task
-        assert all("\\boxed" in solution for _, solution in exemplars)
+def test_replies_end_where_the_model_goes_on_with_a_question_of_its_own(sums, here, says):
+    says("4\n\n### Instruction:\n5?")
+    model = make_checkpoint(Path(), max_position_embeddings=512)
+    assert here("gsm8k", "--model", model, "--data", sums, "--template", "alpaca")[0] == 0
+    assert {row["output"] for row in of_index("runs/eval-model/gsm8k.jsonl").values()} == {"4"}
 
 
 def test_without_math_verify_the_command_says_what_to_install(here, monkeypatch):
@@ -290,42 +289,23 @@ def test_without_math_verify_the_command_says_what_to_install(here, monkeypatch)
     assert code == 2 and err.count("\n") == 1 and "pip install math-verify" in err
 
 
-def test_questions_too_long_for_the_model_count_as_wrong(checkpoint, here):
-    rows = [{"question": "1?", "answer": "#### 1"}, {"question": "2" * 300, "answer": "#### 2"}]
-    Path("p.json").write_text(json.dumps(rows))
-    code, out, _ = here("gsm8k", "--model", checkpoint, "--data", "p.json", *FLAGS)
-    assert code == 0 and "of 2)" in out and "1 questions too long for the model" in out
-    assert of_index("runs/eval-checkpoint0/gsm8k.jsonl")[1]["end"] == "no room"
-
-
-def test_replies_end_where_the_model_goes_on_with_a_question_of_its_own(checkpoint, monkeypatch):
-    tok = data.byte_tokenizer()
-    said = tok.encode("4\n\n### Instruction:\n5?")
-    monkeypatch.setattr(replies, "generate", lambda *a, **k: [said])
-    c = replies.open_model(str(checkpoint), "alpaca")
-    c = c._replace(config=dataclasses.replace(c.config, max_positions=512))
-    shard.start(60)
-    found = dict(replies.respond(torch.nn.Linear(1, 1), c, [("?",)], [], 8, 4))
-    torch.distributed.destroy_process_group()
-    assert found[0][0].text == "4"
-
-
 def test_other_settings_and_other_questions_are_refused(checkpoint, sums, here):
     args = ("gsm8k", "--model", checkpoint, "--data", sums, *FLAGS, "--out", "out")
     assert here(*args, "--limit", 2)[0] == 0
     before = Path("out/gsm8k.jsonl").read_bytes()
-    code, _, err = here(*args, "--shots", 3, "--dtype", "fp64")
-    assert code == 2 and [line.split(": ")[1] for line in err.splitlines()] == [
-        "dtype was 'auto', now 'fp64'", err.splitlines()[1].split(": ")[1], "shots was 0, now 3"]
+
+    def refused(*flags):
+        code, _, err = here(*args, *flags)
+        assert code == 2 and Path("out/gsm8k.jsonl").read_bytes() == before
+        return [line.split(": ")[1].split(" was ")[0] for line in err.splitlines()]
+
+    assert refused("--shots", 3, "--dtype", "fp64") == ["dtype", "exemplars", "shots"]
     Path(sums).write_text(Path(sums).read_text().replace("1 + 1?", "1 plus 1?"))
-    code, _, err = here(*args)
-    assert code == 2 and "holds answers to other questions" in err
-    assert Path("out/gsm8k.jsonl").read_bytes() == before
+    assert refused() == ["questions"]
 
 
 def test_from_sources_to_accuracy_on_real_data(asset, here):
     """Learn the weights of five real sources, fine-tune on them, then losses and 50 questions."""
-    pytest.importorskip("tokenizers")
     model, sources = asset("model/stories260K-hf"), asset("scalebio/math_exp")
     common = (f"--model {model} --train {sources} --template alpaca --max-length 192 "
               "--batch-size 20 --micro-batch-size 20 --lr-w 1e-3").split()  # fmt: skip
@@ -333,22 +313,18 @@ def test_from_sources_to_accuracy_on_real_data(asset, here):
     done(*learn.split(), "--out", "learned", flags=common)
     weights = json.loads(Path("learned/weights.json").read_text())["weights"]
     assert len(weights) == 5 and max(weights.values()) > 0.21
-    tune = "--mode finetune --weights learned/weights.json --samples 300"
-    done(*tune.split(), "--out", "tuned", flags=common)
-    drawn = Counter(row["source"] for row in read(Path("tuned/mixture.jsonl")))
-    assert drawn == mixture.apportion(weights, 300)
-
-    tuned, test = "tuned/model", f"{sources}/test.json"
-    code, out, _ = here("loss", "--model", model, tuned, "--data", test, "--template", "alpaca",
-                        "--max-length", 192)  # fmt: skip
+    tune = "--mode finetune --weights learned/weights.json --samples 300 --out tuned"
+    done(*tune.split(), flags=common)
+    code, out, _ = here("loss", "--model", model, "tuned/model", "--data", f"{sources}/test.json",
+                        "--template", "alpaca", "--max-length", 192)  # fmt: skip
     before, after = (float(line.split()[3]) for line in out.splitlines()[1:3])
     assert code == 0 and 0 < after < before
-    code, out, _ = here("gsm8k", "--model", tuned, "--data", asset("math/gsm8k/test.jsonl"),
-                        "--limit", 50, "--max-new-tokens", 16, "--batch-size", 25)  # fmt: skip
+    questions = asset("math/gsm8k/test.jsonl")
+    code, out, _ = here("gsm8k", "--model", "tuned/model", "--data", questions, "--limit", 50,
+                        "--max-new-tokens", 16, "--batch-size", 25)  # fmt: skip
     assert code == 0 and "of 50)" in out
 
 
-# ---------------------------------------------------------------------------------------------
 # Files and bad input
 
 
@@ -396,26 +372,27 @@ def test_bad_input_is_a_line_for_each_problem_and_writes_nothing(checkpoint, rec
     packed = bytearray(gzip.compress(b'{"question": "1 + 1?", "answer": "2"}\n' * 1000))
     packed[30:60] = bytes(30)
     Path("broken.gz").write_bytes(packed)
+    loss, no_model, mt = ("loss", "--model", checkpoint, "--data"), ("--model", "no/x"), "mt-bench"
+    say = "generate", "--model", checkpoint, "--prompt", "Hi"
     for n, args in (
-        (3, ("loss", "--model", "no/such/model", checkpoint, "--data", "missing.json", "no.json")),
-        (1, ("loss", "--model", checkpoint, checkpoint, "--data", "a=missing.json")),
-        (1, ("loss", "--model", checkpoint, "--data", records, records)),
-        (1, ("loss", "--model", checkpoint, "--data", "nothing*.json")),
-        (1, ("generate", "--model", checkpoint, "--prompt", "Hi", "--template", "llama3")),
-        (1, ("generate", "--model", checkpoint, "--prompt", "Hi", "word " * 999)),
-        (1, ("loss", "--model", checkpoint, "--data", "denoising", "--max-length", 2)),
+        (3, ("loss", *no_model, checkpoint, "--data", "missing.json", "no.json")),
+        (1, (*loss, "a=missing.json")),
+        (1, (*loss, records, records)),
+        (1, (*loss, "nothing*.json")),
+        (1, (*loss, "denoising", "--max-length", 2)),
+        (1, (*say, "--template", "llama3")),
+        (1, (*say, "word " * 999)),
         (2, ("gsm8k",)),
-        (3, ("gsm8k", "--model", "no/such", "--data", "bad.jsonl", "--shots", 9)),
+        (3, ("gsm8k", *no_model, "--data", "bad.jsonl", "--shots", 9)),
+        (1, ("gsm8k", "--model", checkpoint, "--data", "broken.gz")),
         (1, ("math", "--rescore", "bad.jsonl")),
         (1, ("math", "--rescore", "folder")),
-        (1, ("gsm8k", "--model", checkpoint, "--data", "broken.gz")),
-        (1, ("mt-bench", "--model", checkpoint)),
-        (3, ("mt-bench", "--model", "no/such", "--questions", "bad.jsonl", "--judge-url", "x")),
-        (3, ("mt-bench", "--answers", "no", "--questions", "none", "--judge-url", "x",
-             "--judge-model", "y")),
-    ):  # fmt: skip
+        (1, (mt, "--model", checkpoint)),
+        (3, (mt, *no_model, "--questions", "bad.jsonl", "--judge-url", "x")),
+        (3, (mt, "--answers", "no", "--questions", "no", "--judge-url", "x", "--judge-model", "y")),
+    ):
         code, out, err = here(*args)
         assert code == 2 and out == "" and len(err.splitlines()) == n, (args, err)
-    code, _, err = here("loss", "--model", checkpoint, "--data", "long.jsonl", "bad.jsonl")
+    code, _, err = here(*loss, "long.jsonl", "bad.jsonl")
     assert code == 2 and len(err.splitlines()) == 61 and err.endswith("… and 41 more\n")
     assert not Path("runs").exists()

@@ -245,8 +245,8 @@ def test_other_records_are_another_run(out, refusal):
     with open("train_b.jsonl", "a") as file:
         file.write('\n{"text": "one more"}')
     lines = refusal([*FLAGS, "--out", "out"])
-    assert [line.split("--out out holds another run: the records of ")[1] for line in lines] == [
-        "train b are not the same", "train c are missing now", "train d were not there",
+    assert [line.split("--out out holds another run: the data of ")[1] for line in lines] == [
+        "train b has changed", "train c is gone", "train d was not there",
     ]  # fmt: skip
 
 

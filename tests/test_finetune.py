@@ -149,7 +149,7 @@ def test_other_weights_or_another_tokenizer_are_another_run(pipeline, refusal):
     ]
     with changed("other/tokenizer.json", lambda text: text + "\n"):
         lines = refusal([*usual, "--out", "tuned"])
-    assert lines == ["--out tuned holds another run: the tokenizer of other has changed"]
+    assert lines == ["--out tuned holds another run: the tokenizer has changed"]
 
 
 def test_a_run_that_did_not_record_its_tokenizer_is_gone_on_with(pipeline):

