@@ -32,7 +32,6 @@ Shapes: S sources, b samples of one micro-batch.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -46,21 +45,23 @@ from torch.distributed.tensor import DTensor
 class SourceWeights(nn.Module):
     """p = softmax(λ) and Adam on λ, which `z` keeps from walking on noise. Starts uniform.
 
-    The errors of the gaps are known in every step (see PenaltyStep), hence those of g_λ. Summed up
-    with a memory of some 100 steps, the gradient of one λ_k and its variance are A = Σ β^(t−s) g_s
-    and B = Σ β^(2(t−s)) Var(g_s): if source k were no different from the others, A would have mean 0
-    and variance B. λ_k makes the share 1 − z² B / A² of Adam's step, and none where A is within z
-    standard errors √B of 0. (For z = 1 this is the positive part of the factor by which the mean
-    squared error of an estimate A of its own mean is least, with A² for that mean's square; a larger
-    z keeps a source that does not differ from being taken for one that does.)
-    Differs from the paper: there Adam makes a step of full length whatever the error; so it does here
-    with z = 0.
+    The error of every gap is known (see PenaltyStep.step), hence that of g_λ. With a memory of some
+    100 steps, let A = Σ_s β^(t−s) g_s and B = Σ_s β^(2(t−s)) Var(g_s) for one λ_k. If source k were
+    no different from the others, A would have mean 0 and variance B. So λ_k makes the share
 
-    To weight something else (single samples, features of a sample), replace this class by any
-    module with `probs() -> (S,)`, differentiable in its parameters, and `update`.
+        1 − z² B / A², or 0 where |A| < z √B,
+
+    of Adam's step. For z = 1 this is the factor by which the squared error of A as an estimate of
+    its mean is least, with A² − B for the square of that mean; z = 3 keeps a source that does not
+    differ in place, as it passes 3 √B in one step of a hundred.
+    Differs from the paper: there Adam steps at full length whatever the error, as here with z = 0.
+
+    To weight something else (single samples, features of a sample), replace `probs`, which may be
+    any differentiable function of the parameter `lam`.
     """
 
     memory = 0.99  # β
+    warmup = 10  # steps after which the errors are known well enough for `snr`
 
     def __init__(
         self, n_sources: int, dtype: torch.dtype = torch.float32, lr: float = 1e-2, z: float = 0.0
@@ -68,17 +69,19 @@ class SourceWeights(nn.Module):
         super().__init__()
         self.lam = nn.Parameter(torch.zeros(n_sources, dtype=dtype))
         self.lr, self.z = lr, z
-        # A and B above, and the variance that noise has given λ so far.
-        self.register_buffer("evidence", torch.zeros(3, n_sources, dtype=dtype))
+        zeros = torch.zeros(n_sources, dtype=dtype)
+        self.register_buffer("evidence", torch.stack([zeros, zeros]))  # A and B
+        self.register_buffer("variance", zeros.clone())  # of λ, by the noise of its steps so far
+        self.register_buffer("snr", zeros.clone())  # the largest |A| / √B so far
         self.reset_optimizer()
 
     def reset_optimizer(self) -> None:
-        """Forget Adam's moments, as when alpha changes the scale of g_λ, and A and B with them.
+        """Forget Adam's moments, A and B, as when alpha changes the scale of g_λ.
 
         Differs from the paper's code: no weight decay, which would pull p towards uniform.
         """
         self.opt = torch.optim.Adam([self.lam], lr=self.lr, betas=(0.9, 0.999), eps=1e-8)
-        self.evidence[:2] = 0
+        self.evidence.zero_()
 
     def set_rate(self, factor: float) -> float:
         """Let Adam step with `factor` times the learning rate; returns that."""
@@ -102,30 +105,31 @@ class SourceWeights(nn.Module):
         return torch.autograd.grad(p, self.lam, eye, is_grads_batched=True)[0]
 
     def update(self, gap: Tensor, variance: Tensor) -> None:
-        """λ ← Adam(λ, Jᵀ gap), for gap = ∂(penalty)/∂p = α (ℓ(w) − ℓ(u)), (S,), known up to errors
-        of this variance, (S,)."""
-        if self.z == 0:
-            self.opt.zero_grad()
-            self.probs().backward(gap)
-            self.opt.step()
-            return
+        """λ ← Adam(λ, Jᵀ gap), for gap = ∂(penalty)/∂p = α (ℓ(w) − ℓ(u)), (S,), of which errors of
+        this variance are known, (S,)."""
         jac = self.jacobian()
-        self.lam.grad, noise = gap @ jac, variance @ jac.square()  # (S,)
-        decay = self.evidence.new_tensor([self.memory, self.memory**2])[:, None]
-        self.evidence[:2] = decay * self.evidence[:2] + torch.stack([self.lam.grad, noise])
+        self.lam.grad, noise = gap @ jac, variance @ jac.square()
+        fade = self.evidence.new_tensor([self.memory, self.memory**2])[:, None]
+        self.evidence.mul_(fade).add_(torch.stack([self.lam.grad, noise]))
+        a2, b = self.evidence[0].square(), self.evidence[1]
+        sure = (1 - self.z**2 * b / a2).where(a2 > self.z**2 * b, 0) if self.z else 1
         before = self.lam.detach().clone()
         self.opt.step()
+        adam, group = self.opt.state[self.lam], self.opt.param_groups[0]
         with torch.no_grad():
-            self.lam.copy_(before.lerp(self.lam, self.trust()))
+            self.lam.copy_(before + sure * (self.lam - before))
+            # In the long run a gradient moves λ by its rate over Adam's denominator.
+            scale = adam["exp_avg_sq"] / (1 - group["betas"][1] ** adam["step"])
+            self.variance += (sure * group["lr"]) ** 2 * noise / scale.clamp(min=1e-30)
+            if adam["step"] > self.warmup:
+                self.snr.copy_(self.snr.maximum((a2 / b).sqrt().nan_to_num()))
 
-    def trust(self) -> Tensor:
-        """Which share of Adam's step each λ makes, (S,)."""
-        a2, b = self.evidence[0].square(), self.evidence[1]
-        return torch.where(a2 > self.z**2 * b, 1 - self.z**2 * b / a2.clamp(min=1e-300), 0)
-
-    def snr(self) -> Tensor:
-        """How many standard errors each source's gradient is from 0, (S,)."""
-        return self.evidence[0].abs() / self.evidence[1].sqrt().clamp(min=1e-300)
+    def row(self) -> dict[str, Tensor]:
+        """What metrics.jsonl says of the sources after a step, (S,) each: the weights, their
+        standard errors to first order, and by how many standard errors a source's gradient has
+        differed from 0 at its clearest."""
+        errors = (self.jacobian().square() @ self.variance).sqrt()
+        return {"weights": self.probs().detach(), "weights_se": errors, "snr": self.snr}
 
 
 @dataclass
@@ -139,7 +143,6 @@ class StepStats:
     source_loss_u: Tensor | None = None  # like w's; of PenaltyStep, as what follows
     grad_norm_u: float | None = None
     val_loss: float | None = None
-    weights: Tensor | None = None  # (S,), p after the step
     gap: Tensor | None = None  # (S,), mean δ of each source's samples, NaN where absent
     gap_variance: Tensor | None = None  # (S,), of that mean
 
@@ -160,18 +163,23 @@ class Slopes:
         self.module, self.direction = module, direction
         self.n_samples = 0  # of the micro-batch at work; 0: nothing is watched
         self.total: Tensor | float = 0.0
-        for layer in module.modules():
+        # The parameters as they are now: while a layer is at work, FSDP puts others in their place.
+        self.own = {layer: dict(layer._parameters) for layer in module.modules()}
+        self.own = {layer: own for layer, own in self.own.items() if own}
+        for layer in self.own:
             if hasattr(layer, "slopes"):
                 layer.slopes = self  # not linear in its parameters: it adds its rows by itself
-            elif any(p is not None for p in layer._parameters.values()):
+            else:
                 layer.register_forward_hook(self._watch)
 
-    def of(self, layer: nn.Module) -> dict[str, Tensor | None] | None:
-        """d of the layer's own parameters; None where they are not watched or do not train."""
-        own = layer._parameters.items()
-        if self.n_samples and any(p is not None and p.requires_grad for _, p in own):
-            return {name: None if p is None else self.direction(p) for name, p in own}
-        return None
+    def trains(self, layer: nn.Module) -> bool:
+        own = self.own[layer].values()
+        return self.n_samples > 0 and any(p is not None and p.requires_grad for p in own)
+
+    def of(self, layer: nn.Module) -> dict[str, Tensor | None]:
+        """d of the layer's own parameters. Collective where they are sharded."""
+        own = self.own[layer].items()
+        return {name: None if p is None else self.direction(p) for name, p in own}
 
     def add(self, rows: Tensor) -> None:
         """Add what each row of a layer's output contributes, (n,)."""
@@ -188,13 +196,12 @@ class Slopes:
         return total
 
     def _watch(self, layer: nn.Module, x: tuple, y: Tensor) -> Tensor:
-        trains = any(p is not None and p.requires_grad for p in layer._parameters.values())
-        return Watched.apply(y, self, layer, *x) if self.n_samples and trains else y
+        return Watched.apply(y, self, layer, *x) if self.trains(layer) else y
 
 
 class Watched(torch.autograd.Function):
-    """A layer's output y, (n, …), as it is; backward tells `slopes` ⟨∂loss/∂y, f(x; d)⟩ of each row.
-    """
+    """The identity on a layer's output y, (n, …), whose backward adds ⟨∂loss/∂y, f(x; d)⟩ of each
+    row to `slopes`."""
 
     @staticmethod
     def forward(ctx, y: Tensor, slopes: Slopes, layer: nn.Module, *x: Tensor) -> Tensor:
@@ -204,14 +211,15 @@ class Watched(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        moved = copy.copy(ctx.layer)  # shares all but what is replaced here
+        x, moved = ctx.saved_tensors, object.__new__(type(ctx.layer))
+        moved.__dict__.update(ctx.layer.__dict__)  # all but what is replaced here
         moved._parameters = ctx.slopes.of(ctx.layer)
-        moved._modules = dict.fromkeys(moved._modules)  # which have parameters of their own
-        moved.offset = 0
-        change = moved.forward(*ctx.saved_tensors)
+        moved._modules = dict.fromkeys(moved._modules)  # whose parameters are their own matter
+        moved.offset = 0  # of a layer that adds a constant to its weight
+        change = moved.forward(*x)
         wide = torch.promote_types(grad.dtype, torch.float32)
         ctx.slopes.add((grad.to(wide) * change).flatten(1).sum(1))
-        return grad, *[None] * (2 + len(ctx.saved_tensors))
+        return grad, *[None] * (2 + len(x))
 
 
 class Totals(NamedTuple):
@@ -241,6 +249,10 @@ class Step:
                 # The name that torch's own schedulers give the rate to start from.
                 group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
         return {"lr": self.copies["w"][1].param_groups[0]["lr"]}
+
+    def row(self) -> dict[str, Tensor]:
+        """What metrics.jsonl says of the sources after a step, (S,) each."""
+        return {}
 
     def state_dict(self) -> dict:
         """What a step remembers beside its modules and their optimisers."""
@@ -328,7 +340,7 @@ class PenaltyStep(Step):
     alpha       penalty multiplier; g_λ has a bias of O(1/alpha) once w and u have converged
     losses      (module, micro-batch) -> losses of its samples, (b,)
     clip        largest norm of g_w / alpha and of g_u / alpha; 0 = off
-    gap         "difference": δ_j = ℓ_j(w) − ℓ_j(u), as in the paper; "slopes", see Slopes:
+    gap         "difference": δ_j = ℓ_j(w) − ℓ_j(u), as in the paper; "gradient", see Slopes:
                 δ_j = ½ ⟨∇ℓ_j(u) + ∇ℓ_j(w), w − u⟩ over what trains
     direction   (parameter of w, that of u) -> w − u as exactly as it is known
     on_micro    called with (module, is it the pass's last) before each micro-batch: a sharded
@@ -351,10 +363,11 @@ class PenaltyStep(Step):
     ):
         super().__init__({"w": (w, opt_w), "u": (u, opt_u)}, losses, clip, on_micro)
         self.slopes_u = self.slopes_w = None
-        if gap == "slopes":
+        if gap == "gradient":
             pairs = list(zip(w.parameters(), u.parameters(), strict=True))
             both = {p: pair for pair in pairs for p in pair}
-            self.slopes_u, self.slopes_w = (Slopes(m, lambda p: direction(*both[p])) for m in (u, w))
+            self.slopes_u = Slopes(u, lambda p: direction(*both[p]))
+            self.slopes_w = Slopes(w, lambda p: direction(*both[p]))
         self.w, self.u, self.opt_w, self.opt_u = w, u, opt_w, opt_u
         self.sources, self.alpha = sources, alpha
 
@@ -366,6 +379,9 @@ class PenaltyStep(Step):
             self.sources.reset_optimizer()
         rates = super().set_rates(factor)
         return rates | {"alpha": alpha, "lr_lambda": self.sources.set_rate(factor)}
+
+    def row(self) -> dict[str, Tensor]:
+        return self.sources.row()
 
     def state_dict(self) -> dict:
         return {"sources": self.sources.state_dict(), "alpha": self.alpha}
@@ -411,7 +427,7 @@ class PenaltyStep(Step):
         self.opt_w.zero_grad()
         return StepStats(
             loss_w, norm_w, total.finite, total.stop, loss_u, norm_u, (sum_w[-1] / n[-1]).item(),
-            self.sources.probs().detach(), gap, variance,
+            gap, variance,
         )  # fmt: skip
 
     def _gap_sums(self, batch, of_u: Tensor, of_w: Tensor, n_sources: int) -> Tensor:
@@ -422,7 +438,7 @@ class PenaltyStep(Step):
 
 
 def gaps_and_variances(sums: Tensor, squares: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of each source's δ_j, and the variance of that mean, from Σ δ_j, Σ δ_j² and counts, (S,).
+    """Mean of each source's δ_j and the variance of that mean, of Σ δ_j, Σ δ_j² and counts, (S,).
 
     A source of one sample has no variance of its own: it gets the mean of δ² over the whole batch.
     """

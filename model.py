@@ -307,7 +307,8 @@ class TokenLosses(torch.autograd.Function):
         padded = TokenLosses.padded(weight)
         chunks = (t.tensor_split(ctx.n) for t in (x, targets, grad[:, None]))
         dx, dw, d, slopes = [], None, None, []
-        moved = ctx.head.slopes and ctx.head.slopes.of(ctx.head)
+        watched = ctx.head.slopes is not None and ctx.head.slopes.trains(ctx.head)
+        along = ctx.head.slopes.of(ctx.head)["weight"] if watched else None
         for h, t, g in zip(*chunks, strict=True):  # (m, D), (m,), (m, 1)
             del d  # the last chunk's
             y = made.pop() if made else TokenLosses.logits(h, padded, ctx.cap, len(weight))
@@ -316,8 +317,8 @@ class TokenLosses(torch.autograd.Function):
                 d.addcmul_(d * y, y, value=-1 / ctx.cap**2)
             del y
             d = d.to(x.dtype)  # (m, V')
-            if moved:  # ⟨∂loss/∂z, h dᵀ⟩
-                slopes.append((g * h * (d[:, : len(weight)] @ moved["weight"])).sum(1))
+            if along is not None:  # ⟨∂loss/∂z, h dᵀ⟩
+                slopes.append((g * h * (d[:, : len(weight)] @ along)).sum(1))
             if ctx.needs_input_grad[0]:
                 dx.append((g * (d @ padded)).to(x.dtype))
             if ctx.needs_input_grad[1]:
@@ -326,7 +327,7 @@ class TokenLosses(torch.autograd.Function):
         if dw is not None:
             # Not dw[:V]: a tied embedding's gradient can be added in place to no view.
             dw.resize_(weight.shape)
-        if moved:
+        if along is not None:
             ctx.head.slopes.add(torch.cat(slopes))
         return torch.cat(dx) if dx else None, dw, None, None, None, None
 

@@ -40,7 +40,6 @@ from lisa import Lisa
 from model import Transformer, dtype_of, random_weights, read_tensors
 from sources import mixture
 
-
 # How far λ_k can go in a run, at Adam's full speed: two weights that start equal can end at a ratio
 # of exp(2 REACH).
 REACH = float(os.environ.get("REACH", 8.0))
@@ -120,7 +119,9 @@ def make_trainer(flags: Flags, inputs: Inputs, device: torch.device) -> Trainer:
     opt_u = make_lisa(flags, u, flags.lr_u, int(flags.lisa_coupling == "independent"))
     wide = torch.promote_types(next(w.parameters()).dtype, torch.float32)
     sources = SourceWeights(len(inputs.sources), wide, z=flags.lambda_z)
-    rest |= {"gap": flags.gap, "direction": shard.differences(w, u, opt_w, opt_u)}
+    low = next(w.parameters()).dtype != wide
+    rest["gap"] = {"auto": "gradient" if low else "difference"}.get(flags.gap, flags.gap)
+    rest["direction"] = shard.differences(w, u, opt_w, opt_u)
     return PenaltyStep(w, u, opt_w, opt_u, sources, flags.alpha, **rest)
 
 
@@ -165,7 +166,9 @@ def train(
         stats = trainer.step(*moved, counts, stop=bool(signals))
         seconds = time.perf_counter() - began
 
-        row = report.row(step, stats, counts, list(inputs.used)) | rates
+        names = list(inputs.used)
+        row = report.row(step, stats, counts, names) | rates
+        row |= {key: report.by_name(names, values) for key, values in trainer.row().items()}
         row |= {"seconds": seconds, "tokens_per_s": tokens_of(trainer, batch) / seconds}
         if not (stats.finite or flags.skip_nonfinite):
             log.write_weights()

@@ -351,7 +351,7 @@ def tables(out: Path) -> dict[str, list[list]]:
             )  # fmt: skip
         found[f"{task}: sources ({COUPLED})"] = pivot(
             [{"source": name, "weight": run["weights"][name], "gap": run["gap"][name],
-              "settled": run["settled"][name]}
+              "differs": run["differs"][name]}
              for run in runs[COUPLED].values() for name in run["weights"]], "source",
         )  # fmt: skip
     found["fine-tuning on a mixture"] = pivot(

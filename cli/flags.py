@@ -118,9 +118,10 @@ class Flags:
     lr_lambda: float | None = STEP(None, "learning rate of the source weights' logits; auto: such "
                                    "that each can move by 8 in the whole run [auto]",
                                    permitted=RATE, only="bilevel", metavar="auto|RATE")
-    gap: str = STEP("difference", "how the gap of a source between w and u is had: from slopes, "
-                    "which bf16 does not drown, or as the difference of losses",
-                    choices=("slopes", "difference"), only="bilevel")
+    gap: str = STEP("auto", "how the gap of a sample between w and u is had: from gradients, which "
+                    "bf16 does not drown, or as the difference of two losses; auto is gradient "
+                    "where parameters are bf16", choices=("auto", "gradient", "difference"),
+                    only="bilevel")
     lambda_z: float = STEP(3.0, "standard errors that a source's gradient must be from 0 for its "
                            "weight to move; 0: Adam steps whatever the error, as in the paper",
                            permitted=RATE, only="bilevel")

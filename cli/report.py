@@ -36,9 +36,8 @@ from cli.flags import HARMLESS
 from sources import mixture
 from sources.records import Problems
 
-BATCHES = 10  # batch means, for standard errors of series that are autocorrelated
-SETTLED = 0.1  # largest drift of a logit over the last fifth of a run that has settled
-NEAR = 0.02  # a weight as close as this to 0 or 1 has arrived, however far its logit goes on
+DIFFERS = 4.0  # standard errors; a source that is no different gets there in 1 of 200 runs
+UNSURE = 2.0  # standard errors from which on a longer run may be worth it
 MIXTURE = 10_000  # samples in the mixture that the report proposes
 
 
@@ -115,7 +114,6 @@ def row(step: int, stats: StepStats, counts: Tensor, names: list[str]) -> dict:
         "val_loss": finite(stats.val_loss),
         "source_loss_u": by_name(names, stats.source_loss_u),
         "grad_norm_u": finite(stats.grad_norm_u),
-        "weights": by_name(names, stats.weights),
         "gap": by_name(names, stats.gap),
         "gap_se": by_name(names, stats.gap_variance.sqrt()),
     }
@@ -224,45 +222,24 @@ def nonfinite_message(row: dict, counts: Tensor, out: Path) -> str:
 
 
 def summarise(rows: list[dict]) -> dict:
-    """What weights.json says of the results: `of_source` of each, and of the run as a whole."""
-    tail = last_fifth(rows)
-    names = list(rows[-1]["weights"])
-    p = np.array([[row["weights"][name] for name in names] for row in tail])
-    logits = np.log(np.maximum(p, 1e-300))
-    logits -= logits.mean(1, keepdims=True)
-    results = {name: of_source(name, tail, p[:, i], logits[:, i]) for i, name in enumerate(names)}
-    by_key = {key: {name: results[name][key] for name in names} for key in results[names[0]]}
-    return by_key | {
-        "step": rows[-1]["step"] + 1,
-        "skipped": sum(not row["finite"] for row in rows),
-        "alpha": rows[-1]["alpha"],
-        "test_loss": [row.get("test_loss") for row in (rows[0], rows[-1])],
-    }
+    """What weights.json says of the results.
 
-
-def of_source(name: str, tail: list[dict], p: np.ndarray, logits: np.ndarray) -> dict:
-    """A source's final weight, and over the last fifth of the steps, `tail`, its mean, the mean gap
-    ℓ_i(w) − ℓ_i(u) with its standard error, and whether the weight settled.
-
-    p, logits (n,): weight and centred logit after each step of `tail`. The weight has settled if it
-    was near 0 or 1 all the time, or if the logit drifts by less than SETTLED and by less than two
-    standard errors of the drift. The schedule has `limited` it, where it was not near, if the logit
-    drifts at more than half the speed that the learning rates of λ permit: Adam moves it by about
-    the rate in each step. Where the rates fall to 0 it is then both.
+    A source `differs` from the others if its gradient was more than DIFFERS standard errors from 0.
+    `gap` is the mean over the last fifth of the steps, `gap_se` its standard error.
     """
-    losses = [(row["source_loss_w"][name], row["source_loss_u"][name]) for row in tail]
-    gaps = [w - u for w, u in losses if None not in (w, u)]
-    drift, se = slope(logits)
-    near = math.isfinite(drift) and bool(((p < NEAR) | (p > 1 - NEAR)).all())
-    still = abs(drift) < SETTLED and abs(drift) < 2 * se
-    permitted = sum(row["lr_lambda"] for row in tail)
-    return {
-        "weights": float(p[-1]),
-        "mean_last_20pct": float(p.mean()),
-        "gap": float(np.mean(gaps)) if gaps else None,
-        "gap_se": standard_error(gaps),
-        "settled": near or still,
-        "limited": not near and max(permitted / 2, 2 * se) < abs(drift),
+    last, names = rows[-1], list(rows[-1]["weights"])
+    gaps = {name: [(row["gap"][name], row["gap_se"][name]) for row in last_fifth(rows)
+                   if row["gap"][name] is not None] for name in names}  # fmt: skip
+    return {key: last[key] for key in ("weights", "weights_se", "snr")} | {
+        "differs": {name: last["snr"][name] > DIFFERS for name in names},
+        "gap": {k: float(np.mean([gap for gap, _ in v])) if v else None for k, v in gaps.items()},
+        "gap_se": {
+            k: math.hypot(*(se for _, se in v)) / len(v) if v else None for k, v in gaps.items()
+        },
+        "step": last["step"] + 1,
+        "skipped": sum(not row["finite"] for row in rows),
+        "alpha": last["alpha"],
+        "test_loss": [row.get("test_loss") for row in (rows[0], last)],
     }
 
 
@@ -270,25 +247,21 @@ def last_fifth(series):
     return series[-max(1, len(series) // 5) :]
 
 
-def batch_means(series: list[float] | np.ndarray) -> np.ndarray:
-    """(BATCHES,); NaN for a series too short to tell an error from."""
-    if len(series) < 2 * BATCHES:
-        return np.full(BATCHES, math.nan)
-    return np.array([part.mean() for part in np.array_split(np.array(series), BATCHES)])
-
-
-def standard_error(series: list[float] | np.ndarray) -> float | None:
-    """Of the mean, by batch means; None for a series too short to tell."""
-    return finite(float(np.std(batch_means(series), ddof=1) / math.sqrt(BATCHES)))
-
-
-def slope(series: np.ndarray) -> tuple[float, float]:
-    """Drift of a series over its length by least squares on batch means, and its standard error;
-    NaN for a series too short to tell."""
-    means, t = batch_means(series), np.linspace(-0.5, 0.5, BATCHES)
-    drift = float(t @ means / (t @ t))
-    residual = means - means.mean() - drift * t
-    return drift, math.sqrt(residual @ residual / (BATCHES - 2) / (t @ t))
+def verdict(result: dict) -> list[str]:
+    """What a user can do with the weights of a weights.json, in sentences."""
+    snr, lines = result["snr"], []
+    apart = [name for name, flag in result["differs"].items() if flag]
+    others = [name for name in snr if name not in apart]
+    unsure = [name for name in others if snr[name] > UNSURE]
+    if not apart and not unsure:
+        return ["These sources do not differ, as far as this run can tell: take any weights."]
+    if apart:
+        lines.append(f"The data tell {', '.join(apart)} from the others.")
+    if unsure:
+        steps = max(result["step"] * (DIFFERS / snr[name]) ** 2 for name in unsure)
+        lines.append(f"The run was too short to tell {', '.join(unsure)} from the others: if they "
+                     f"differ, about {steps:.0f} steps would show it.")  # fmt: skip
+    return lines
 
 
 def retold(out: Path) -> str:
@@ -341,20 +314,16 @@ def table(rows: dict[str, tuple[float, int, str]], last: str) -> list[str]:
 
 
 def weight_lines(result: dict) -> list[str]:
-    """The learned weights of weights.json as a table, and those that the schedule limited."""
+    """The learned weights of weights.json as a table, and what to make of them."""
     rows = {}
     for name, p in result["weights"].items():
         gap, se = result["gap"][name], result["gap_se"][name]
-        gap = f"{gap:+.4f}" if gap is not None else "-"
-        se = f" ± {se:.4f}" if se is not None else ""
-        settled = "yes" if result["settled"][name] else "drifts"
-        rows[name] = p, result["sources"][name]["samples"], f"  {gap + se:18}  {settled}"
-    lines = table(rows, "  gap l(w) - l(u)     settled")
-    if limited := [name for name, flag in result["limited"].items() if flag]:
-        lines += ["", f"warning: the schedule, not the data, limited the weight of "
-                  f"{', '.join(limited)}:",
-                  "more steps, or a larger --lr-lambda, take it further"]  # fmt: skip
-    return lines
+        gap = "-" if gap is None else f"{gap:+.1e} ± {se:.0e}"
+        error, differs = result["weights_se"][name], "yes" if result["differs"][name] else "no"
+        rest = f"  {error:8.4f}  {gap:18}  {differs:3} ({result['snr'][name]:.1f})"
+        rows[name] = p, result["sources"][name]["samples"], rest
+    lines = table(rows, "  ± weight  gap l(w) - l(u)     differs (standard errors)")
+    return [*lines, "", *verdict(result)]
 
 
 def elsewhere(result: dict) -> list[str]:
@@ -509,23 +478,20 @@ def draw_bars(axes, runs: list[Run], colours: dict) -> None:
     axes.set_yticks(range(len(order)), names, fontsize=8)
     for name, label in zip(order, axes.get_yticklabels(), strict=True):
         label.set(color=colours[name], parse_math=False)  # a "$" in a name is a dollar
-    learned = "weight over the last fifth (dot: final)"
-    axes.set(xlabel="share of the mixture" if runs[0].shares else learned, xlim=(0, None),
+    axes.set(xlabel="share of the mixture" if runs[0].shares else "final weight", xlim=(0, None),
              ylim=(max(len(order), 3) - 0.4, -0.6))  # fmt: skip
 
 
 def bar(runs: list[Run], name: str) -> tuple[float, float | None, list[float]]:
-    """(length, standard error, dots) of a source's bar: the mean weight over the last fifth of a
-    run, its error by batch means, and the final weight; of several seeds the mean of these means,
-    its error over the seeds, and all final weights. Shares of a mixture are exact."""
+    """(length, standard error, dots) of a source's bar: the final weight and the error that the run
+    states; of several seeds their mean, its error over the seeds, and each of them. Shares of a
+    mixture are exact."""
     if shares := runs[0].shares:
         return shares[name]["samples"] / sum(e["samples"] for e in shares.values()), None, []
-    series = [run.series("weights", name) for run in runs]
-    final = [float(p[-1]) for p in series]
-    means = [float(last_fifth(p).mean()) for p in series]
+    final = [float(run.series("weights", name)[-1]) for run in runs]
     if len(runs) > 1:
-        return float(np.mean(means)), float(np.std(means, ddof=1)) / math.sqrt(len(runs)), final
-    return means[0], standard_error(last_fifth(series[0])), final
+        return float(np.mean(final)), float(np.std(final, ddof=1)) / math.sqrt(len(runs)), final
+    return final[0], float(runs[0].series("weights_se", name)[-1]), []
 
 
 def shorten(text: str, length: int) -> str:

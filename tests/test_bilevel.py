@@ -30,8 +30,8 @@ class Recorder:
 
 
 class RecordedWeights(SourceWeights):
-    def update(self, gap):
-        super().update(gap)
+    def update(self, gap, variance):
+        super().update(gap, variance)
         self.grad = self.lam.grad.clone()
 
 

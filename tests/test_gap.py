@@ -1,0 +1,205 @@
+"""What λ learns from: each sample's gap between w and u, its error, and the step that is made of
+both."""
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bilevel import PenaltyStep, Slopes, SourceWeights, Step, gaps_and_variances, sample_losses
+from lisa import Lisa
+from model import ModelConfig, build, from_pretrained, random_weights
+from tests import cases, forked
+from tests.forked import done, rows
+from tests.worker import FAMILIES
+
+
+def moved(model, scale=1e-3):
+    """A copy of a model at another point."""
+    other, g = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=g, dtype=p.dtype))
+    return other
+
+
+def slopes_of(model, other, batch):
+    """Each sample's slope at `model` towards `other`, by the way of a backward pass."""
+    pairs = dict(zip(model.parameters(), other.parameters(), strict=True))
+    slopes = Slopes(model, lambda p: (pairs[p] - p).detach())
+    step = Step({}, sample_losses, 0, lambda model, last: None)
+    coef = torch.tensor([0.3, 0.7, 1], dtype=torch.float64)
+    _, (found,) = step._backward(model, [batch], [], coef, slopes)
+    return found
+
+
+def batch_of(n=4):
+    tokens, _, labels = cases.batch()
+    group = torch.tensor([0, 1, 0, 1])
+    return SimpleNamespace(tokens=tokens[:n], labels=labels[:n], group=group[:n])
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_slopes_match_autograd_in_every_family(case, checkpoint):
+    _, directory = checkpoint(case)
+    u = from_pretrained(directory, torch.float64)
+    w, batch = moved(u), batch_of()
+    found = slopes_of(u, w, batch)
+    losses = u(batch.tokens, batch.labels)
+    for loss, slope in zip(losses, found, strict=True):
+        grads = torch.autograd.grad(loss, list(u.parameters()), retain_graph=True)
+        d = ((b - a).detach() for a, b in zip(u.parameters(), w.parameters(), strict=True))
+        expected = sum((g * x).sum() for g, x in zip(grads, d, strict=True))
+        torch.testing.assert_close(slope, expected)
+
+
+@pytest.mark.parametrize("recompute, logits_bytes", [(False, 512e6), (True, 512e6), (False, 4000)])
+def test_slopes_of_what_trains_alone(recompute, logits_bytes):
+    """Under LISA, with activation checkpointing, and with logits in chunks."""
+    config = ModelConfig.from_hf(FAMILIES["llama"])
+    u = build(config, random_weights(config, 0), torch.float64)
+    w, batch = moved(u, 1e-2), batch_of()
+    Lisa(u, n_active=1, interval=1, ends="sampled")
+    u.recompute, u.head.logits_bytes = recompute, logits_bytes
+    found = slopes_of(u, w, batch)
+    trained = [p for p in u.parameters() if p.requires_grad]
+    d = {p: (q - p).detach() for p, q in zip(u.parameters(), w.parameters(), strict=True)}
+    for loss, slope in zip(u(batch.tokens, batch.labels), found, strict=True):
+        grads = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+        pairs = zip(grads, trained, strict=True)
+        expected = sum((g * d[p]).sum() for g, p in pairs if g is not None)
+        torch.testing.assert_close(slope, expected)
+
+
+def gap_of_step(w, u, batch, gap):
+    """(S,), by a step that changes nothing."""
+    opts = [torch.optim.SGD(m.parameters(), 0.0) for m in (w, u)]
+    step = PenaltyStep(w, u, *opts, SourceWeights(2, torch.float64), alpha=10, gap=gap)
+    val = SimpleNamespace(tokens=batch.tokens[:1], labels=batch.labels[:1], group=torch.tensor([2]))
+    return step.step([batch], [val], torch.tensor([2, 2, 1])).gap
+
+
+def test_gap_from_gradients_is_the_difference_to_third_order():
+    """Half as far apart, the two differ by an eighth."""
+    config = ModelConfig.from_hf(FAMILIES["llama"])
+    u = build(config, random_weights(config, 0), torch.float64)
+    errors = []
+    for scale in (2e-3, 1e-3):
+        w = moved(u, scale)
+        gradient, difference = (gap_of_step(w, u, batch_of(), gap)
+                                for gap in ("gradient", "difference"))  # fmt: skip
+        errors.append((gradient - difference).norm())
+    assert errors[0] < 1e-4 and errors[0] / errors[1] == pytest.approx(8, abs=1)
+
+
+def test_bf16_leaves_the_gradient_its_gap():
+    """w and u are ten steps of 1e-5 apart, as in fine-tuning."""
+    config = ModelConfig.from_hf(FAMILIES["llama"])
+    u = build(config, random_weights(config, 0))
+    w, batch, true = copy.deepcopy(u), batch_of(), {}
+    with torch.no_grad():
+        for p in w.parameters():
+            p.add_(1e-4 * torch.randn(p.shape, generator=torch.manual_seed(1)).sign())
+        true = w(batch.tokens, batch.labels) - u(batch.tokens, batch.labels)
+        low_u, low_w = (copy.deepcopy(m).bfloat16() for m in (u, w))
+        plain = low_w(batch.tokens, batch.labels) - low_u(batch.tokens, batch.labels)
+    d = [(b - a).detach().bfloat16() for a, b in zip(u.parameters(), w.parameters(), strict=True)]
+    d = dict(zip(low_u.parameters(), d, strict=True))
+    slopes = Slopes(low_u, d.get)
+    step = Step({}, sample_losses, 0, lambda model, last: None)
+    _, (found,) = step._backward(low_u, [batch], [], torch.ones(3), slopes)
+    error, plain_error = ((x - true)[:3].norm() / true[:3].norm() for x in (found, plain))
+    assert error < 0.1 and plain_error > 5 * error
+
+
+def test_gaps_and_variances_match_numpy():
+    rng = np.random.default_rng(0)
+    delta = [rng.normal(size=n) for n in (5, 2, 1)]
+    sums, squares = (torch.tensor([f(d).sum() for d in delta]) for f in (np.copy, np.square))
+    gap, variance = gaps_and_variances(sums, squares, torch.tensor([5.0, 2, 1]).double())
+    np.testing.assert_allclose(gap, [d.mean() for d in delta])
+    expected = [d.var(ddof=1) / len(d) for d in delta[:2]]
+    np.testing.assert_allclose(variance, [*expected, np.square(np.concatenate(delta)).mean()])
+
+
+# --------------------------------------------------------------------------------------------------
+# λ's step
+
+
+def walk(z, means, steps=150, samples=10, seed=0):
+    """Weights after steps on gaps of these means, whose samples have a standard deviation of 1."""
+    rng, sources = np.random.default_rng(seed), SourceWeights(len(means), lr=0.05, z=z)
+    for _ in range(steps):
+        delta = rng.normal(means, size=(samples, len(means)))
+        gap, variance = delta.mean(0), delta.var(0, ddof=1) / samples
+        sources.update(*(torch.tensor(x, dtype=torch.float32) for x in (gap, variance)))
+    return sources
+
+
+def test_sources_that_do_not_differ_stay_where_they_began():
+    kept = [walk(3.0, [0.5, 0.5, 0.5], seed=seed) for seed in range(20)]
+    off = torch.stack([(sources.probs() - 1 / 3).abs().max() for sources in kept])
+    assert (off < 0.05).sum() >= 19
+    assert sum(bool((sources.snr > 4).any()) for sources in kept) <= 1
+    adam = [walk(0, [0.5, 0.5, 0.5], seed=seed).probs() for seed in range(20)]
+    assert (torch.stack(adam) - 1 / 3).abs().amax(1).median() > 0.05
+
+
+def test_a_source_that_differs_gets_the_weight():
+    sources = walk(3.0, [0.0, 0.5, 0.5])
+    assert sources.probs()[0] > 0.95 and sources.snr[0] > 4
+    assert 0 < sources.row()["weights_se"][0] < 0.1
+
+
+def test_z_of_zero_is_adam():
+    ours, theirs = SourceWeights(3, lr=0.1), nn.Parameter(torch.zeros(3))
+    adam, rng = torch.optim.Adam([theirs], lr=0.1), np.random.default_rng(0)
+    for _ in range(20):
+        gap = torch.tensor(rng.normal(size=3), dtype=torch.float32)
+        ours.update(gap, torch.ones(3))
+        adam.zero_grad()
+        theirs.softmax(0).backward(gap)
+        adam.step()
+    torch.testing.assert_close(ours.lam.detach(), theirs.detach())
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        forked.enter(tmp_path_factory.mktemp("gap"), patch)
+        yield
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # whose head is tied
+def test_gap_from_gradients_is_the_same_on_one_rank_and_two(family, folder):
+    flags = ["--model", forked.write_model(Path(family), family), "--template", "plain"]
+    flags += "--gap gradient --dtype fp64 --max-length 40".split()
+    for ranks in (1, 2):
+        done(*map(str, flags), "--out", f"{family}-of{ranks}", ranks=ranks)
+    one, two = ([row["gap"] for row in rows(f"{family}-of{ranks}")] for ranks in (1, 2))
+    assert any(gap["a"] for gap in one)
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-6, abs=1e-12)
+
+
+def test_offloading_leaves_the_gap_from_gradients_as_it_is(folder):
+    flags = "--gap gradient --dtype bf16 --steps 6".split()
+    done(*flags, "--out", "here")
+    done(*flags, "--cpu-offload", "--out", "there")
+    assert rows("here") == rows("there")
+
+
+def test_verdict_names_what_differs(folder):
+    done("--out", "told")
+    result = json.loads(Path("told/weights.json").read_text())
+    assert result.keys() >= {"weights", "weights_se", "gap", "gap_se", "snr", "differs"}
+    assert result["differs"].keys() == result["weights"].keys()
