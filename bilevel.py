@@ -5,7 +5,7 @@
 | λ ∈ R^S     | `lam`            | logits of the S sources, replicated on every rank         |
 | p           | `probs`          | softmax(λ): source weights, sum to 1                      |
 | w, u        | `w`, `u`         | two copies of the model                                   |
-| ℓ_i(w)      | `source_loss[i]` | mean loss over the samples of source i                    |
+| ℓ_i(w)      | `source_loss_w`  | (S,), mean loss over the samples of source i              |
 | L1(w)       | `val_loss`       | mean validation loss                                      |
 | L2(λ, w)    |                  | Σ_i p_i ℓ_i(w), the weighted training loss                |
 | α           | `alpha`          | penalty multiplier                                        |
@@ -20,7 +20,8 @@ The inner maximum over u is −α min_u L2(λ, u), so u tracks w*(λ), and one s
     λ ← Adam (λ, g_λ)   g_λ = α ∇_λ [L2(λ, w) − L2(λ, u)] = α Jᵀ (ℓ(w) − ℓ(u)),   J = ∂p/∂λ
 
 with all three gradients taken at the old (λ, w, u). Differs from the paper: AdamW and clipping get
-g_u / α and g_w / α, so that neither the moments nor the clipping threshold depend on α. Source:
+g_u / α and g_w / α, so that neither the moments nor the clipping threshold depend on α; the gap
+ℓ(w) − ℓ(u) may be had from gradients (Slopes); λ takes no step on noise (SourceWeights). Source:
 Pan et al., ScaleBiO, ACL 2025, arXiv 2406.19976. PlainStep trains a single module on what the
 weights have chosen.
 
@@ -56,8 +57,8 @@ class SourceWeights(nn.Module):
     differ in place, as it passes 3 √B in one step of a hundred.
     Differs from the paper: there Adam steps at full length whatever the error, as here with z = 0.
 
-    To weight something else (single samples, features of a sample), replace `probs`, which may be
-    any differentiable function of the parameter `lam`.
+    To weight something else (single samples, features of a sample), replace `probs` in a subclass:
+    it may be any differentiable function of the parameter `lam`.
     """
 
     memory = 0.99  # β
@@ -147,81 +148,6 @@ class StepStats:
     gap_variance: Tensor | None = None  # (S,), of that mean
 
 
-class Slopes:
-    """Each sample's derivative ⟨∇ℓ_j(θ), d⟩ along d, had from a backward pass that is made anyway.
-
-    A layer y = f(x; θ) that is linear in its parameters would change by f(x; d) if they moved by d.
-    So the derivative of sample j is the sum over the layers that train of ⟨∂ℓ_j/∂y, f(x; d)⟩ over
-    those rows of y that are j's. It costs what the forward of these layers costs, and no memory.
-
-    module        row n of a layer's output belongs to sample n of the micro-batch, or to sample
-                  module.row_samples[number of rows][n]
-    direction     parameter -> d, of its shape and dtype
-    """
-
-    def __init__(self, module: nn.Module, direction: Callable[[Tensor], Tensor]):
-        self.module, self.direction = module, direction
-        self.n_samples = 0  # of the micro-batch at work; 0: nothing is watched
-        self.total: Tensor | float = 0.0
-        # The parameters as they are now: while a layer is at work, FSDP puts others in their place.
-        self.own = {layer: dict(layer._parameters) for layer in module.modules()}
-        self.own = {layer: own for layer, own in self.own.items() if own}
-        for layer in self.own:
-            if hasattr(layer, "slopes"):
-                layer.slopes = self  # not linear in its parameters: it adds its rows by itself
-            else:
-                layer.register_forward_hook(self._watch)
-
-    def trains(self, layer: nn.Module) -> bool:
-        own = self.own[layer].values()
-        return self.n_samples > 0 and any(p is not None and p.requires_grad for p in own)
-
-    def of(self, layer: nn.Module) -> dict[str, Tensor | None]:
-        """d of the layer's own parameters. Collective where they are sharded."""
-        own = self.own[layer].items()
-        return {name: None if p is None else self.direction(p) for name, p in own}
-
-    def add(self, rows: Tensor) -> None:
-        """Add what each row of a layer's output contributes, (n,)."""
-        owner = getattr(self.module, "row_samples", {}).get(len(rows))
-        if owner is not None:
-            # A masked sum, not a scatter: the same bits each time on every device.
-            mine = torch.arange(self.n_samples, device=rows.device)[:, None] == owner
-            rows = torch.where(mine, rows, 0).sum(1)  # (b,)
-        self.total = self.total + rows
-
-    def take(self) -> Tensor:
-        """The slopes of the micro-batch whose backward is through, (b,)."""
-        total, self.total = self.total, 0.0
-        return total
-
-    def _watch(self, layer: nn.Module, x: tuple, y: Tensor) -> Tensor:
-        return Watched.apply(y, self, layer, *x) if self.trains(layer) else y
-
-
-class Watched(torch.autograd.Function):
-    """The identity on a layer's output y, (n, …), whose backward adds ⟨∂loss/∂y, f(x; d)⟩ of each
-    row to `slopes`."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, slopes: Slopes, layer: nn.Module, *x: Tensor) -> Tensor:
-        ctx.slopes, ctx.layer = slopes, layer
-        ctx.save_for_backward(*x)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, moved = ctx.saved_tensors, object.__new__(type(ctx.layer))
-        moved.__dict__.update(ctx.layer.__dict__)  # all but what is replaced here
-        moved._parameters = ctx.slopes.of(ctx.layer)
-        moved._modules = dict.fromkeys(moved._modules)  # whose parameters are their own matter
-        moved.offset = 0  # of a layer that adds a constant to its weight
-        change = moved.forward(*x)
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        ctx.slopes.add((grad.to(wide) * change).flatten(1).sum(1))
-        return grad, *[None] * (2 + len(x))
-
-
 class Totals(NamedTuple):
     """Over all ranks, the same on each of them and on the host."""
 
@@ -241,9 +167,11 @@ class Step:
         self.copies = copies
         self.losses, self.clip, self.on_micro = losses, clip, on_micro
 
-    def set_rates(self, factor: float, alpha: float = 0.0) -> dict[str, float]:
-        """Scale all learning rates by `factor` for the next step. Returns what is in force, by the
-        names of metrics.jsonl; `alpha` means something to PenaltyStep alone."""
+    def set_rates(
+        self, factor: float, of_lambda: float = 1.0, alpha: float | None = None
+    ) -> dict[str, float]:
+        """Scale the learning rates by `factor`, λ's by `of_lambda`, for the next step. Returns what
+        is in force, by the names of metrics.jsonl. Only PenaltyStep looks at λ's and `alpha`."""
         for _, opt in self.copies.values():
             for group in opt.param_groups:
                 # The name that torch's own schedulers give the rate to start from.
@@ -371,14 +299,16 @@ class PenaltyStep(Step):
         self.w, self.u, self.opt_w, self.opt_u = w, u, opt_w, opt_u
         self.sources, self.alpha = sources, alpha
 
-    def set_rates(self, factor: float, alpha: float) -> dict[str, float]:
-        """As Step's, and λ's rate, and alpha: where it changes, λ's Adam starts afresh, for its
-        moments are of g_λ, which alpha scales."""
-        if alpha != self.alpha:
+    def set_rates(
+        self, factor: float, of_lambda: float = 1.0, alpha: float | None = None
+    ) -> dict[str, float]:
+        """As Step's. Where alpha changes λ's Adam starts afresh: its moments are of g_λ, which
+        alpha scales."""
+        if alpha not in (None, self.alpha):
             self.alpha = alpha
             self.sources.reset_optimizer()
         rates = super().set_rates(factor)
-        return rates | {"alpha": alpha, "lr_lambda": self.sources.set_rate(factor)}
+        return rates | {"alpha": self.alpha, "lr_lambda": self.sources.set_rate(of_lambda)}
 
     def row(self) -> dict[str, Tensor]:
         return self.sources.row()
@@ -479,6 +409,86 @@ class PlainStep(Step):
             self._update(self.opt_w, norm)
         self.opt_w.zero_grad()
         return StepStats(total.sums[:-1] / n[:-1], norm, total.finite, total.stop)
+
+
+class Slopes:
+    """Each sample's slope ⟨∇ℓ_j(θ), d⟩ along d, had from a backward pass that is made anyway.
+
+    With d = w − u, the mean of the slopes at u and at w is the gap ℓ_j(w) − ℓ_j(u) but for an error
+    of third order in d (the trapezoidal rule). Differs from the paper, which subtracts the losses:
+    in bf16 a loss is known to some 10⁻² only, and a gap is as small as 10⁻⁵, but a slope's error is
+    a hundredth of itself.
+
+    A layer y = f(x; θ) that is linear in its parameters would change by f(x; d) if they moved by d.
+    So the derivative of sample j is the sum over the layers that train of ⟨∂ℓ_j/∂y, f(x; d)⟩ over
+    those rows of y that are j's. It costs what the forward of these layers costs, and no memory.
+
+    module        row n of a layer's output belongs to sample n of the micro-batch, or to sample
+                  module.row_samples[number of rows][n]
+    direction     parameter -> d, of its shape and dtype
+    """
+
+    def __init__(self, module: nn.Module, direction: Callable[[Tensor], Tensor]):
+        self.module, self.direction = module, direction
+        self.n_samples = 0  # of the micro-batch at work; 0: nothing is watched
+        self.total: Tensor | float = 0.0
+        # The parameters as they are now: while a layer is at work, FSDP puts others in their place.
+        self.own = {layer: dict(layer._parameters) for layer in module.modules()}
+        self.own = {layer: own for layer, own in self.own.items() if own}
+        for layer in self.own:
+            if hasattr(layer, "slopes"):
+                layer.slopes = self  # not linear in its parameters: it adds its rows by itself
+            else:
+                layer.register_forward_hook(self._watch)
+
+    def trains(self, layer: nn.Module) -> bool:
+        own = self.own[layer].values()
+        return self.n_samples > 0 and any(p is not None and p.requires_grad for p in own)
+
+    def of(self, layer: nn.Module) -> dict[str, Tensor | None]:
+        """d of the layer's own parameters. Collective where they are sharded."""
+        own = self.own[layer].items()
+        return {name: None if p is None else self.direction(p) for name, p in own}
+
+    def add(self, rows: Tensor) -> None:
+        """Add what each row of a layer's output contributes, (n,)."""
+        owner = getattr(self.module, "row_samples", {}).get(len(rows))
+        if owner is not None:
+            # A masked sum, not a scatter: the same bits each time on every device.
+            mine = torch.arange(self.n_samples, device=rows.device)[:, None] == owner
+            rows = torch.where(mine, rows, 0).sum(1)  # (b,)
+        self.total = self.total + rows
+
+    def take(self) -> Tensor:
+        """The slopes of the micro-batch whose backward is through, (b,)."""
+        total, self.total = self.total, 0.0
+        return total
+
+    def _watch(self, layer: nn.Module, x: tuple, y: Tensor) -> Tensor:
+        return Watched.apply(y, self, layer, *x) if self.trains(layer) else y
+
+
+class Watched(torch.autograd.Function):
+    """The identity on a layer's output y, (n, …), whose backward adds ⟨∂loss/∂y, f(x; d)⟩ of each
+    row to `slopes`."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, slopes: Slopes, layer: nn.Module, *x: Tensor) -> Tensor:
+        ctx.slopes, ctx.layer = slopes, layer
+        ctx.save_for_backward(*x)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, moved = ctx.saved_tensors, object.__new__(type(ctx.layer))
+        moved.__dict__.update(ctx.layer.__dict__)  # all but what is replaced here
+        moved._parameters = ctx.slopes.of(ctx.layer)
+        moved._modules = dict.fromkeys(moved._modules)  # whose parameters are their own matter
+        moved.offset = 0  # of a layer that adds a constant to its weight
+        change = moved.forward(*x)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        ctx.slopes.add((grad.to(wide) * change).flatten(1).sum(1))
+        return grad, *[None] * (2 + len(x))
 
 
 def _local_grads(opt) -> list[Tensor]:

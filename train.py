@@ -40,10 +40,6 @@ from lisa import Lisa
 from model import Transformer, dtype_of, random_weights, read_tensors
 from sources import mixture
 
-# How far λ_k can go in a run, at Adam's full speed: two weights that start equal can end at a ratio
-# of exp(2 REACH).
-REACH = float(os.environ.get("REACH", 8.0))
-
 
 def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
     """Factor on all three learning rates: up over the warm-up, then as the schedule says."""
@@ -54,14 +50,6 @@ def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
     return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
         schedule
     ]
-
-
-def lambda_rate(flags: Flags, total: int) -> float:
-    """--lr-lambda; where that is auto, the rate at which Adam can move a logit by REACH in all."""
-    if flags.lr_lambda is not None:
-        return flags.lr_lambda
-    mean = (1 - flags.warmup / 2) if flags.schedule == "constant" else 0.5  # of the factors
-    return REACH / (mean * total)
 
 
 class Failed(Exception):
@@ -146,16 +134,19 @@ def train(
     per_round = flags.steps or math.ceil(flags.epochs * batches.steps_per_epoch)
     total = (flags.outer_rounds or 1) * per_round
     if flags.mode == "bilevel":
-        trainer.sources.lr = lambda_rate(flags, total)
+        trainer.sources.lr = flags.lambda_rate(total)
+        if dist.get_rank() == 0:
+            print(f"weights: {flags.reach(total, len(inputs.sources))}")
     start, origin = resume(flags, trainer)
     learned = flags.mode == "bilevel" and {"model": flags.model, "sources": about(inputs.sources)}
     log = report.Log(flags.out, learned or None, start, total, dist.get_rank() == 0, origin)
     shard.set_timeout(flags.timeout)
 
     for step, batch in data.prefetch(batches, range(start, total)):
-        factor = lr_factor(step, total, flags.warmup, flags.schedule)
+        # λ's rate does not fall: its weights go on following u and w to the end.
+        factors = (lr_factor(step, total, flags.warmup, s) for s in (flags.schedule, "constant"))
         alpha = flags.alpha and flags.alpha * flags.tau ** (step // per_round)
-        rates = trainer.set_rates(factor, alpha)
+        rates = trainer.set_rates(*factors, alpha)
         for _, opt in trainer.copies.values():
             opt.switch(step)  # LISA: the blocks that train
         held_out = held_out_losses(flags, inputs, trainer.w, step, total)

@@ -31,6 +31,9 @@ from lisa import ENDS
 from model import DTYPES
 from sources import mixture, tasks
 
+# How far λ_k can go in a run, at Adam's full speed: weights that start equal can end at a ratio of
+# exp(2 REACH), 9 million. On the built-in tasks smaller ones end short of what the data say.
+REACH = 8.0
 LOCK = ".lock"  # in --out, with the process that launched the run
 
 
@@ -172,6 +175,18 @@ class Flags:
     gpu_memory: float | None = PLAN(None, "of each, in 10^9 bytes; 2 are kept back",
                                     permitted=MEMORY)
     json: bool = PLAN(False, "the plan as JSON")
+
+    def lambda_rate(self, total: int) -> float:
+        """--lr-lambda; where that is auto, the rate at which a logit can move by REACH in a run of
+        `total` steps."""
+        return REACH / (total * (1 - self.warmup / 2)) if self.lr_lambda is None else self.lr_lambda
+
+    def reach(self, total: int, n_sources: int) -> str:
+        """How far weights can move, in words."""
+        far = self.lambda_rate(total) * total * (1 - self.warmup / 2)
+        most = 1 / (1 + (n_sources - 1) * math.exp(-2 * min(far, 300)))
+        return (f"in {total} steps each logit can move by {far:.1f} at most: from "
+                f"{1 / n_sources:.3f} to {most:.5f} for one of {n_sources} sources")
 
     @property
     def modes(self) -> tuple[str, ...]:
