@@ -292,32 +292,34 @@ SIDES = {"ours": Ours, "reference": Reference}
 
 # What a worker measures
 
-def seconds(call: Callable, *args) -> float:
-    """Of one call, on all ranks and their devices."""
+def timed(call: Callable, *args) -> tuple[float, object]:
+    """Seconds of a call, on all ranks and their devices, and what it returns."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else int
     wait()
     dist.barrier()
     began = time.perf_counter()
-    call(*args)
+    result = call(*args)
     wait()
     dist.barrier()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, result
 
 
 def worker(case: Case) -> None:
-    """Print as JSON, on rank 0: seconds of each side's steps by turns, bytes at most, tokens and
-    products of a step."""
+    """Print as JSON, on rank 0: seconds and losses of each side's steps by turns, bytes at most,
+    tokens and products of a step."""
     torch.set_num_threads(case.threads)
     device = shard.start(timeout=600)
     sides = {name: SIDES[name](case, device) for name in case.sides}
-    took, steps = {name: [] for name in sides}, range(1, case.repeats + 1)
+    done, steps = {name: [] for name in sides}, range(1, case.repeats + 1)
     for t, (name, side) in itertools.product([0, *steps], sides.items()):
-        took[name].append(seconds(side.step, t, *side.batches.step(t)))
+        done[name].append(timed(side.step, t, *side.batches.step(t)))
     peak = report.peak_memory()  # before what follows needs any
     batches = map(make_batches(case, case.micro).step, steps)
     passes = [[*2 * train_part, *val_part] for train_part, val_part, _ in batches]
     result = {
-        "seconds": {name: times[1:] for name, times in took.items()},  # after a step to warm up
+        # After a step to warm up.
+        "seconds": {name: [took for took, _ in its[1:]] for name, its in done.items()},
+        "losses": {name: [losses for _, losses in its] for name, its in done.items()},
         "peak": peak,
         "flops": median(map(partial(flop_count, case), steps, passes)),
         "flops_per_s": rate_of_products(case, device),
@@ -361,7 +363,7 @@ def rate_of_products(case: Case, device: torch.device) -> float:
         for _ in range(n):
             F.linear(x, weight)
 
-    return n * 2 * x.numel() * config.hidden / median(seconds(products) for _ in range(21))
+    return n * 2 * x.numel() * config.hidden / median(timed(products)[0] for _ in range(21))
 
 
 def start_side(side: str, *args: str) -> None:
