@@ -318,8 +318,7 @@ def judged(questions: list[mtbench.Question], file: Path, judge: mtbench.Judge, 
     scores = out / "mt-bench-scores.jsonl"
     scored, failure = mtbench.grade(questions, mtbench.read_answers(file), judge, scores)
     say(*score_table(questions, scored), f"graded by {judge.model}; {scores} keeps every judgement")
-    lacking = 2 * len(questions) - len(scored)
-    if lacking:
+    if lacking := 2 * len(questions) - len(scored):
         print(f"{lacking} scores are missing ({failure or 'replies without a grade'}); the same "
               "command asks for them again", file=sys.stderr)  # fmt: skip
     return int(lacking > 0)
@@ -371,8 +370,7 @@ def plot_command(args: argparse.Namespace, _: None) -> int:
     """Draw runs into one picture."""
     from cli import report
 
-    folder = args.run[0] if len(args.run) == 1 else Path()
-    file = args.out or folder / "weights.png"
+    file = args.out or (args.run[0] if len(args.run) == 1 else Path()) / "weights.png"
     report.plot(args.run, file)
     print(file)
     return 0
@@ -421,8 +419,7 @@ FLAGS = [  # commands, flag, default, help, and what argparse takes beside
     ("mt-bench", "--questions", None, "FastChat's question.jsonl; may be owner/dataset/file", {}),
     ("mt-bench", "--reference", None, "FastChat's gpt-4.jsonl or its like [from --questions]", {}),
     ("mt-bench", "--answers", None, "grade these, in FastChat's format, not a --model's", {}),
-    ("mt-bench", "--judge-url", None, "an OpenAI-compatible endpoint; its key, if it needs one, is "
-     "read from the environment variable JUDGE_API_KEY", {}),
+    ("mt-bench", "--judge-url", None, "OpenAI-compatible; its key, if any, in $JUDGE_API_KEY", {}),
     ("mt-bench", "--judge-model", None, "the endpoint's name of the judge", {}),
     ("mt-bench", "--judge-concurrency", 4, "requests at a time", COUNT),
     ("mt-bench", "--judge-timeout", 120, "seconds without a byte", {"type": from_to(1e-3)}),
@@ -434,15 +431,12 @@ FLAGS = [  # commands, flag, default, help, and what argparse takes beside
     ("generate", "--temperature", 0.0, "0 is the likeliest token", {"type": from_to(0.0)}),
     ("generate", "--top-p", 1.0, "nucleus of the distribution", {"type": from_to(1e-6, 1)}),
     ("mt-bench generate", "--seed", 0, "of the draws at temperature > 0", SEED),
-    (RUNNING, "--dtype", "auto", "of parameters; auto: bf16 on GPUs, fp32 on CPUs",
-     {"choices": ("auto", *DTYPES)}),
-    (RUNNING, "--template", None, "[what the model's files tell, else alpaca]",
-     {"choices": templates.TEMPLATES}),
+    (RUNNING, "--dtype", "auto", "bf16 on GPUs, fp32 on CPUs", {"choices": ("auto", *DTYPES)}),
+    (RUNNING, "--template", None, "[the model's, or alpaca]", {"choices": templates.TEMPLATES}),
     (ASKING, "--out", None, "directory of the replies [runs/eval-<model>]", {}),
     ("plot", "run", None, "directories of train.py; runs that differ in their seed alone are drawn "
      "together", {"nargs": "+", "type": Path}),
-    ("plot", "--out", None, "png, pdf or svg [weights.png, in the run's directory if there is one]",
-     FILE),
+    ("plot", "--out", None, "png, pdf or svg [weights.png; of one run, in its directory]", FILE),
 ]  # fmt: skip
 
 

@@ -57,9 +57,7 @@ def load(c: Checkpoint, dtype: str, device: torch.device) -> Transformer:
 class Reply(NamedTuple):
     output: str
     tokens: int
-    # "stop"; "length": cut by --max-new-tokens or the last position; "no room": the prompt alone
-    # is too long
-    end: str
+    end: str  # "stop"; "length": it was cut; "no room": the prompt alone is too long
 
 
 class Asked(NamedTuple):
