@@ -1,17 +1,17 @@
 """What can go wrong around a run: it ends with a clear line, or goes on, and never hangs."""
 
-import contextlib
 import json
 import os
 import resource
 import shutil
 import signal
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import shard
 from model import from_pretrained
@@ -54,11 +54,6 @@ def fails(*argv: str, **kwargs) -> str:
     assert code == 1 and "Traceback" not in said, said
     return said
 
-
-# ---------------------------------------------------------------------------------------------
-# Ranks
-
-
 def test_when_a_rank_dies_the_others_end():
     said = fails(ranks=2, fault=partial(at, "backward", 20, partial(send, signal.SIGKILL), entry=5))
     assert "rank 0 ends: another rank is gone, or did not come within the --timeout" in said
@@ -71,21 +66,19 @@ def test_when_a_rank_hangs_the_others_end_after_the_timeout():
     assert code == 1 and "did not come within the --timeout of 4 s" in said
 
 
-def test_saving_and_tokenising_may_take_longer_than_a_step():
+def test_saving_may_take_longer_than_the_timeout_of_a_step():
     fault = partial(at, "save", 20, partial(time.sleep, 6))
-    code, said = run("--out", "out", "--save-every", "6", "--timeout", "3", ranks=2, fault=fault)
-    assert code == 0, said
+    done("--out", "out", "--save-every", "6", "--timeout", "3", ranks=2, fault=fault)
+
+
+def run_out_of_memory() -> None:
+    raise torch.OutOfMemoryError("out of memory: tried to allocate 34 GB")
 
 
 def test_when_a_rank_is_out_of_memory_all_end():
-    code, said = run("--out", "out", ranks=2,
-                     fault=partial(at, "forward", 20, forked.run_out_of_memory, entry=9))
-    assert code == 1 and "rank 0 ends: another rank is gone" in said
+    said = fails(ranks=2, fault=partial(at, "forward", 20, run_out_of_memory, entry=9))
+    assert "rank 0 ends: another rank is gone" in said
     assert "rank 1 ends: " in said and "out of memory" in said
-
-
-# ---------------------------------------------------------------------------------------------
-# Disks
 
 
 def limit_file_size() -> None:
@@ -100,53 +93,19 @@ def test_a_file_that_cannot_be_written_ends_the_run(out, stopped):
     done("--out", "out", "--save-every", "2")
 
 
-@contextlib.contextmanager
-def mounted(options: str):
-    """The folder "disk" as a file system of its own. Yields whether that is permitted here."""
-    os.mkdir("disk")
-    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", "disk"]
-    if subprocess.run(mount, capture_output=True).returncode:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        subprocess.run(["umount", "-l", "disk"], check=True)
+def test_an_out_without_room_is_refused(refusal, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    (line,) = refusal([*FLAGS, "--out", "out"])
+    assert line.startswith("--out out: 0.000 GB are free, and the model takes 0.00")
 
 
-def test_a_full_disk_ends_the_run_and_the_last_checkpoint_stays(stopped):
-    with mounted("size=40m") as permitted:
-        if not permitted:
-            pytest.skip("a small tmpfs cannot be mounted here")
-        shutil.copytree(stopped, "disk/out")
-        room = shutil.disk_usage("disk").free
-        Path("disk/ballast").write_bytes(b"x" * (room - 5_000_000))
-        code, said = run("--out", "disk/out", "--save-every", "2")
-        assert code == 1 and "Traceback" not in said
-        assert "No space left on device" in said or "is the disk full?" in said
-        assert saved("disk/out") == ["step-2", "step-4"]
-        with open("disk/ballast", "ab") as file:
-            file.write(b"x" * (shutil.disk_usage("disk").free - 1_000_000))
-        code, said = run("--out", "disk/out", "--save-every", "2")
-        assert code == 2 and "GB are free, and the model takes 0.00" in said
-        Path("disk/ballast").unlink()
-        assert "goes on from disk/out/checkpoints/step-4" in done("--out", "disk/out")
-
-
-@pytest.mark.parametrize("path", ["disk", "disk/out"])
-def test_an_out_that_cannot_be_written_is_refused(path, refusal):
-    with mounted("ro") as permitted:
-        if not permitted:
-            os.chmod("disk", 0o555)
-            if os.access("disk", os.W_OK):
-                pytest.skip("nothing can be made read-only here")
-        (line,) = refusal([*FLAGS, "--out", path])
+@pytest.mark.parametrize("path", ["disk", "disk/out", "val.jsonl/out"])
+def test_an_out_that_cannot_be_written_is_refused(path, refusal, monkeypatch):
+    Path("disk").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "disk")  # even for root
+    (line,) = refusal([*FLAGS, "--out", path])
     assert line.startswith(f"--out {path}: ")
-    assert line.endswith("disk is not a directory that can be written to")
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
+    assert line.endswith(f"{path.removesuffix('/out')} is not a directory that can be written to")
 
 
 def flipped(content: bytes) -> bytes:
@@ -155,8 +114,8 @@ def flipped(content: bytes) -> bytes:
 
 
 def look_at_every_damage(checkpoint: Path) -> None:
-    """In a process with a process group: each damage to each file is seen, and named."""
-    shard.start(60)
+    """Each damage to each file is seen, and named."""
+    shard.start(60)  # files are looked at by all ranks
     assert shard.damaged_files(checkpoint) == []
     for file in sorted(checkpoint.iterdir()):
         content = file.read_bytes()
@@ -176,9 +135,8 @@ def look_at_every_damage(checkpoint: Path) -> None:
 
 
 def test_every_damage_to_a_checkpoint_is_seen(out):
-    process = forked.CONTEXT.Process(
-        target=look_at_every_damage, args=(out.absolute() / "checkpoints/step-4",)
-    )
+    checkpoint = out.absolute() / "checkpoints/step-4"
+    process = forked.CONTEXT.Process(target=look_at_every_damage, args=(checkpoint,))
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -202,15 +160,6 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_alone(out):
     said = fails()
     assert "no checkpoint is whole" in said and "step-2 is damaged" in said
     assert (out / "metrics.jsonl").read_bytes() == before
-
-
-def test_a_checkpoint_holds_flags_and_fingerprints(out):
-    held = json.loads((out / "checkpoints/step-4/config.json").read_text())
-    assert held["flags"]["steps"] == 12 and held["data"]["train a"]["sha256"]
-
-
-# ---------------------------------------------------------------------------------------------
-# The run itself
 
 
 def test_a_second_run_on_the_same_out_is_refused(out):
@@ -259,14 +208,6 @@ def test_dropped_records_are_in_the_report():
     assert "records left out: 1 of train a: empty answer; 1 of train a: a val record too" in said
     source = json.loads(Path("out/weights.json").read_text())["sources"]["a"]
     assert source["samples"] == 2 and sum(source["dropped"].values()) == 2
-
-
-def test_problems_of_many_files_are_sixty_lines_and_a_count(refusal):
-    for name in "abv":
-        Path(f"{name}.jsonl").write_text(f"{{{name}\n" * 50)
-    lines = refusal("--train a=a.jsonl b=b.jsonl --val v.jsonl --alpha -1".split())
-    assert len(lines) == 61 and lines[-1] == "… and 91 more"
-    assert lines[0].startswith("--alpha -1.0: ") and lines[1].startswith("a.jsonl:1: ")
 
 
 def test_no_secret_is_written(out):
