@@ -15,18 +15,14 @@ from tests.worker import FAMILIES, VOCAB
 S, ALPHA = 3, 7.0
 
 
-class Recorder:
-    """An optimiser that keeps the gradients it is given and changes nothing."""
+class Recorder(torch.optim.Optimizer):
+    """Keeps the gradients that it is given and changes nothing."""
 
     def __init__(self, model):
-        self.param_groups = [{"params": list(model.parameters())}]
+        super().__init__(model.parameters(), {})
 
     def step(self):
         self.grads = [p.grad.clone() for p in self.param_groups[0]["params"]]
-
-    def zero_grad(self):
-        for p in self.param_groups[0]["params"]:
-            p.grad = None
 
 
 class RecordedWeights(SourceWeights):

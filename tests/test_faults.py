@@ -19,11 +19,7 @@ from tests import forked
 from tests.forked import FLAGS, at, done, rows, run, saved, send
 
 SECRET = "s3cr3t-value"
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    forked.enter(tmp_path, monkeypatch)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +49,6 @@ def fails(*argv: str, **kwargs) -> str:
     code, said = run("--out", "out", *argv, **kwargs)
     assert code == 1 and "Traceback" not in said, said
     return said
-
-def test_when_a_rank_dies_the_others_end():
-    said = fails(ranks=2, fault=partial(at, "backward", 20, partial(send, signal.SIGKILL), entry=5))
-    assert "rank 0 ends: another rank is gone, or did not come within the --timeout" in said
-
 
 def test_when_a_rank_hangs_the_others_end_after_the_timeout():
     fault = partial(at, "forward", 20, partial(send, signal.SIGSTOP), entry=9)

@@ -223,12 +223,6 @@ def alone(tmp_path_factory):
 # Tests
 
 
-def skip_unless_measured(peaks) -> None:
-    if None in peaks:
-        assert torch.__version__ < "2.12", "a step does not give back all that it takes"
-        pytest.skip(f"the profiler of torch {torch.__version__} loses memory events")
-
-
 def test_state_of_live_tensors_equals_the_plan_to_the_byte(alone, tmp_path):
     """bf16 and fp32, tied and untied, all that LISA may do with the ends; uneven shards; one copy
     on the device and one on the host."""
@@ -240,12 +234,16 @@ def test_state_of_live_tensors_equals_the_plan_to_the_byte(alone, tmp_path):
 
 
 def test_peak_matches_what_the_allocator_counts(alone, tmp_path):
-    """Within 0.1% where activations matter, as in real runs; within 3% for batches of 8 tokens."""
+    """Within 0.1% where activations matter, as in real runs; within 3% for batches of 8 tokens. And
+    over twenty periods of LISA it is flat."""
     results = alone["peak"] + run(tmp_path / "results", "peak", pretended="2")[0]["peak"]
-    skip_unless_measured(allocated for _, allocated, _ in results)
+    if None in [*(allocated for _, allocated, _ in results), *sum(alone["flat"], [])]:
+        assert torch.__version__ < "2.12", "a step does not give back all that it takes"
+        pytest.skip(f"the profiler of torch {torch.__version__} loses memory events")
     for what, allocated, planned in results:
         tolerance = 1e-3 if "--max-length 64" in what else 0.03
         assert abs(planned - allocated) < tolerance * allocated, what
+    assert len(alone["flat"]) > 1 and all(len(set(peaks)) == 1 for peaks in alone["flat"])
 
 
 def test_resident_memory_of_124m_parameters_is_near_the_plan(tmp_path):
@@ -254,11 +252,6 @@ def test_resident_memory_of_124m_parameters_is_near_the_plan(tmp_path):
                 "MALLOC_TRIM_THRESHOLD_": "0"}  # fmt: skip
     used, planned = run(tmp_path / "results", "rss", **settings)[0]["rss"]
     assert abs(used - planned) < 0.1 * planned
-
-
-def test_peak_is_flat_over_twenty_periods(alone):
-    skip_unless_measured(itertools.chain(*alone["flat"]))
-    assert len(alone["flat"]) > 1 and all(len(set(peaks)) == 1 for peaks in alone["flat"])
 
 
 def test_34b_fits_eight_gpus_of_48_gb_and_70b_eight_of_80_gb():

@@ -1,5 +1,6 @@
 """train.py as a user meets it: runs on real input, the files they leave, and refusals."""
 
+import itertools
 import json
 import math
 import re
@@ -18,17 +19,11 @@ from cli import report
 from cli.flags import parse
 from cli.inputs import prepare
 from model import build, from_pretrained, random_weights
-from tests import forked
 from tests.forked import FLAGS, done, rows, run, saved, write_model
 
 ROOT = Path(__file__).parents[1]
 QUICK = "--steps 3 --batch-size 8 --val-batch-size 8 --micro-batch-size 4 --max-length 64".split()
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Each test in a folder with small records, and a cache of its own."""
-    forked.enter(tmp_path, monkeypatch)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def launch(*args: str, launcher: str = "") -> subprocess.CompletedProcess:
@@ -54,9 +49,8 @@ def flags(sound: dict) -> list[str]:
     return [x for k, v in sound.items() for x in (k, *(v if isinstance(v, list) else [v]))]
 
 
-def write_json(path: Path, records: list) -> str:
+def write_json(path: Path, records: list) -> None:
     path.write_text(json.dumps(records))
-    return str(path)
 
 
 def test_denoising_orders_the_sources(refusal):
@@ -72,11 +66,7 @@ def test_denoising_orders_the_sources(refusal):
     table = rows("out")
     assert len(table) == 40 and table[0]["source_loss_w"] == table[0]["source_loss_u"]
     assert table[0]["weights"] == {name: pytest.approx(1 / 3, abs=1e-6) for name in weights}
-
-    lines = refusal(["--steps", "41", "--alpha", "30", "--out", "out"])
-    assert [line.split("run: ")[1] for line in lines] == [
-        "--alpha was 10.0, now 30.0", "--steps was 40, now 41",
-    ]  # fmt: skip
+    assert len(refusal(["--steps", "41", "--alpha", "30", "--out", "out"])) == 2
 
 
 def test_runs_from_a_shell_and_as_the_one_rank_of_a_launcher(monkeypatch):
@@ -95,25 +85,17 @@ def test_runs_from_a_shell_and_as_the_one_rank_of_a_launcher(monkeypatch):
     assert any(not torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("folder, model, names", [
-    ("data_tiny", ["--model", "gpt2"], ["alpaca", "gpt4_alpaca"]),
-    ("math_exp", [], ["GPT4-LLM-Cleaned", "GPTeacher-General-Instruct", "MathInstruct",
-                      "dart-math-uniform", "orca-math-word-problems-200k"]),
-])  # fmt: skip
-def test_real_records(asset, folder, model, names):
-    """Alpaca's with GPT-2's tokenizer and a random GPT-2 of two small layers; ShareGPT's."""
-    if model:
-        write_model(Path("gpt2"), "gpt2", n_embd=16, n_head=2, n_layer=2, vocab_size=50257,
-                    n_positions=512)  # fmt: skip
-        Path("gpt2/tokenizer_config.json").unlink()
-        shutil.copy(asset("tokenizers/gpt2/tokenizer.json"), "gpt2")
+def test_gpt2_with_its_tokenizer_on_real_records(asset):
+    """A random one of two small layers."""
+    write_model(Path("gpt2"), "gpt2", n_embd=16, n_head=2, n_layer=2, vocab_size=50257)
+    Path("gpt2/tokenizer_config.json").unlink()
+    shutil.copy(asset("tokenizers/gpt2/tokenizer.json"), "gpt2")
     Path("some").mkdir()
-    for name in ("val", *(f"train_{name}" for name in names)):
-        records = json.loads(asset(f"scalebio/{folder}/{name}.json").read_text())
-        write_json(Path("some", f"{name}.json"), records[:40])  # tokenised sooner than all
-    flags = "--train some/train_*.json --val some/val.json --out out".split()
-    done(*QUICK, "--max-length", "512", flags=[*model, *flags])
-    assert sorted(rows("out")[-1]["weights"]) == names
+    for name in ("train_alpaca", "train_gpt4_alpaca", "val"):
+        records = json.loads(asset(f"scalebio/data_tiny/{name}.json").read_text())
+        write_json(Path("some", f"{name}.json"), records[:100])  # tokenised sooner than all
+    done(*QUICK, "--out", "out", flags="--model gpt2 --train some --val some/val.json".split())
+    assert list(rows("out")[-1]["weights"]) == ["alpaca", "gpt4_alpaca"]
 
 
 def test_overlap_is_a_warning_with_counts():
@@ -126,19 +108,6 @@ def test_overlap_is_a_warning_with_counts():
     for count in ("2 records of a are val records too", "3 records of a are test records too"):
         assert count in "\n".join(all_of.notes)
     assert len(all_of.sources["a"]) == 20 and len(kept.sources["a"]) == 15
-
-
-def test_a_real_trained_model(asset):
-    """stories260K: its loss on a story is that of a trained model, and it trains."""
-    pytest.importorskip("tokenizers")
-    story = "Once upon a time, there was a little girl named Lily. She loved to play."
-    for name, text in (("a", story), ("b", story[::-1]), ("v", story + " One day.")):
-        write_json(Path(f"{name}.json"), [{"text": text}] * 8)
-    argv = ["--model", str(asset("model/stories260K-hf")), "--train", "a=a.json", "b=b.json",
-            "--val", "v.json", "--template", "plain"]  # fmt: skip
-    done(*QUICK, "--out", "out", flags=argv)
-    losses = rows("out")[0]["source_loss_w"]
-    assert losses["a"] < 2 < 4 < losses["b"]
 
 
 def test_an_absent_source_is_null_and_rounds_raise_alpha():
@@ -203,9 +172,7 @@ def test_all_problems_are_printed_together(sound, refusal):
     sound |= {"--batch-size": "63", "--lisa-layers": "4", "--max-length": "129", "--tau": "0"}
     lines = refusal(flags(sound), world=2)
     for expected in ("broken.jsonl:2: ", "odd.jsonl:2: ", "empty.json: ", "missing.json: ",
-                     "--batch-size 63 is not divisible by 2 ranks: take 62 or 64",
-                     "--lisa-layers 4: the model has 3 blocks", "--tau 0.0: ",
-                     "--max-length 129: the model has 128 positions"):  # fmt: skip
+                     "--batch-size 63 ", "--lisa-layers 4: ", "--tau 0.0: ", "--max-length 129: "):
         assert sum(expected in line for line in lines) == 1, (expected, lines)
 
 
@@ -305,21 +272,19 @@ def test_bad_input_under_torchrun_prints_its_lines_and_no_traceback_of_ours():
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--seed", "1e3"], "argument --seed: invalid int value: '1e3'"),
-    (["--sed", "1"], "unrecognized arguments: --sed 1"),
-])  # fmt: skip
-def test_flags_that_cannot_be_read_are_refused_in_a_line(capsys, flags, said):
+@pytest.mark.parametrize("flags", [["--seed", "1e3"], ["--sed", "1"]])
+def test_flags_that_cannot_be_read_are_refused_in_a_line(capsys, flags):
     with pytest.raises(SystemExit) as stopped:
         train.main(flags)
-    assert stopped.value.code == 2 and capsys.readouterr() == ("", said + "\n")
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out
+    assert flags[0] in err and len(err.splitlines()) == 1
 
 
 def test_compile_without_a_compiler_is_refused_in_a_line(refusal, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert refusal(["--compile"]) == [
-        "--compile needs a C++ compiler: install g++, or name one in CXX"
-    ]
+    (line,) = refusal(["--compile"])
+    assert line.startswith("--compile needs a C++ compiler")
 
 
 def test_plan_from_a_config_alone(capsys, refusal):
@@ -371,13 +336,12 @@ def summary(p_of_t, steps: int = 500, lr=lambda t: 0.005) -> dict:
 
 def test_settled_and_drifting_weights():
     still = summary(lambda t: 0.7 + 0.01 * math.sin(t * t))
-    assert still["settled"] == {"a": True, "b": True}
     assert still["gap"]["a"] == pytest.approx(0.05) and still["gap"]["b"] is None
     near = summary(lambda t: 0.99 + 1e-5 * t)
-    assert near["settled"] == {"a": True, "b": True} and not any(near["limited"].values())
-    assert summary(lambda t: 0.3 + 0.001 * t)["settled"] == {"a": False, "b": False}
-    short = summary(lambda t: 0.5, steps=20)
-    assert short["settled"] == short["limited"] | {"a": False, "b": False}
+    assert all(still["settled"].values()) and all(near["settled"].values())
+    drifting, short = summary(lambda t: 0.3 + 0.001 * t), summary(lambda t: 0.5, steps=20)
+    assert not any([*drifting["settled"].values(), *short["settled"].values()])
+    assert not any([*near["limited"].values(), *short["limited"].values()])
 
 
 @pytest.mark.parametrize("speed, start, limited", [
@@ -388,6 +352,6 @@ def test_weights_limited_by_the_schedule(speed, start, limited):
     """λ at Adam's full speed to the end is told from λ that the data stopped: 500 steps in which
     the logit of a moves `speed` times as far as the rates permit."""
     rates = [0.004 * train.lr_factor(t, 500, 0, "cosine") for t in range(500)]
-    logits = [start + speed * sum(rates[: t + 1]) for t in range(500)]
-    found = summary(lambda t: 1 / (1 + math.exp(-2 * logits[t])), lr=lambda t: rates[t])
+    logits = [start + speed * moved for moved in itertools.accumulate(rates)]
+    found = summary(lambda t: 1 / (1 + math.exp(-2 * logits[t])), lr=rates.__getitem__)
     assert found["limited"] == {"a": limited, "b": limited}
