@@ -50,6 +50,7 @@ def fails(*argv: str, **kwargs) -> str:
     assert code == 1 and "Traceback" not in said, said
     return said
 
+
 def test_when_a_rank_hangs_the_others_end_after_the_timeout():
     fault = partial(at, "forward", 20, partial(send, signal.SIGSTOP), entry=9)
     started = forked.start(["--out", "out", "--timeout", "4"], 2, {1: fault})
@@ -76,8 +77,8 @@ def limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
 
-def test_a_file_that_cannot_be_written_ends_the_run(out, stopped):
-    """The limit on the size of files stands for a full disk, where no small one can be mounted."""
+def test_a_file_that_cannot_be_written_ends_the_run(out):
+    """The limit on the size of files stands for a full disk."""
     said = fails("--save-every", "2", fault=limit_file_size)
     assert "File too large" in said or "could not be written: is the disk full?" in said
     assert saved("out") == ["step-2", "step-4"]

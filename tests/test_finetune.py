@@ -7,6 +7,7 @@ from collections import Counter
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,26 +27,23 @@ def pipeline(tmp_path_factory):
     """A folder in which weights were learned with one model, and another was tuned with them."""
     folder = tmp_path_factory.mktemp("pipeline")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        forked.enter(folder, patch)
         write_model(folder / "small")
         write_model(folder / "other", "gpt2")
-        for name, n in (("a", 30), ("b", 30), ("val", 6), ("test", 30)):
-            records = [{"text": f"{name} {'and on ' * (i % 5)}{i}"} for i in range(n)]
-            Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
-        sources = "--train a=a.jsonl b=b.jsonl --template plain --max-length 64"
-        done(flags=(f"{sources} --model small --val val.jsonl --out learned --steps 3 "
-                    "--batch-size 8 --val-batch-size 8").split())  # fmt: skip
+        held_out = Path("val.jsonl").read_text().splitlines()
+        Path("val.jsonl").write_text("\n".join(held_out[:6]))
+        sources = "--train a=train_a.jsonl b=train_b.jsonl --template plain --max-length 64"
+        learn = f"{sources} --model small --val val.jsonl --steps 3 --val-batch-size 8"
+        done("--batch-size", "8", "--out", "learned", flags=learn.split())
         tune = (f"{sources} --mode finetune --model other --lr-w 1e-2 "
                 "--weights learned/weights.json").split()  # fmt: skip
         usual = [*tune, *("--samples 40 --batch-size 8 --micro-batch-size 3 --epochs 2 "
                           "--lisa-interval 2 --val val.jsonl --test test.jsonl").split()]
         said = done("--out", "tuned", flags=usual, fault=forked.draw)
-        yield tune, usual, said
+        yield SimpleNamespace(tune=tune, usual=usual, said=said)
 
 
 def test_the_pipeline_and_the_files_it_leaves(pipeline, capsys):
-    tune, usual, said = pipeline
     weights = json.loads(Path("learned/weights.json").read_text())["weights"]
     parts = mixture.apportion(weights, 40)
     assert json.loads(Path("tuned/config.json").read_text())["mixture"] == {
@@ -65,18 +63,18 @@ def test_the_pipeline_and_the_files_it_leaves(pipeline, capsys):
     before, after = table[0]["val_loss"], table[-1]["val_loss"]
     for text in (f"{before:.4f} before, {after:.4f} after", "held-out test loss: ",
                  "training loss: ", "mixture.jsonl", "█"):  # fmt: skip
-        assert text in said
+        assert text in pipeline.said
     if find_spec("matplotlib"):
-        assert "losses.png" in said.split("Files in tuned: ")[1]
-    assert train.main([*usual, "--out", "tuned"]) == 0
+        assert "losses.png" in pipeline.said.split("Files in tuned: ")[1]
+    assert train.main([*pipeline.usual, "--out", "tuned"]) == 0
     assert "tuned is a finished run" in capsys.readouterr().out
 
 
 def test_it_matches_a_loop_with_adamw_on_one_process(pipeline):
     """Two ranks, an odd last batch with a filler, several micro-batches; everything trains."""
-    tune, _, _ = pipeline
-    exact = [*tune, *("--lisa-layers 0 --dtype fp64 --clip 0.5 --samples 21 --batch-size 8 "
-                      "--micro-batch-size 3 --seed 4 --out exact").split()]  # fmt: skip
+    flags = ("--lisa-layers 0 --dtype fp64 --clip 0.5 --samples 21 --batch-size 8 "
+             "--micro-batch-size 3 --seed 4 --out exact").split()  # fmt: skip
+    exact = [*pipeline.tune, *flags]
     done(ranks=2, flags=exact)
 
     drawn = prepare(parse(exact), 1).mixture
@@ -102,10 +100,10 @@ def test_it_matches_a_loop_with_adamw_on_one_process(pipeline):
 
 
 def test_killed_it_resumes_to_the_same_bits(pipeline):
-    _, usual, _ = pipeline
     killed = ["--out", "killed", "--save-every", "2"]
-    run(*killed, flags=usual, fault=partial(at, "save", 20, partial(send, signal.SIGKILL), entry=3))
-    assert "goes on from killed/checkpoints/step-4" in done(*killed, flags=usual)
+    run(*killed, flags=pipeline.usual,
+        fault=partial(at, "save", 20, partial(send, signal.SIGKILL), entry=3))
+    assert "goes on from killed/checkpoints/step-4" in done(*killed, flags=pipeline.usual)
     assert rows("killed") == rows("tuned")
     for file in ("mixture.jsonl", "model/model.safetensors"):
         assert Path("killed", file).read_bytes() == Path("tuned", file).read_bytes()
@@ -113,8 +111,7 @@ def test_killed_it_resumes_to_the_same_bits(pipeline):
 
 def test_other_weights_or_another_tokenizer_are_another_run(pipeline, refusal, capsys):
     """A run that did not record its tokenizer is gone on with."""
-    _, usual, _ = pipeline
-    other = ["a=1,b=3" if arg == "learned/weights.json" else arg for arg in usual]
+    other = ["a=1,b=3" if arg == "learned/weights.json" else arg for arg in pipeline.usual]
     lines = refusal([*other, "--out", "tuned"])
     assert [line.split(" was ")[0] for line in lines] == [
         f"--out tuned holds another run: the weight of {name}" for name in "ab"
@@ -123,14 +120,13 @@ def test_other_weights_or_another_tokenizer_are_another_run(pipeline, refusal, c
     for fingerprint, expected in (("another", 2), (None, 0)):
         config = json.loads(Path("tuned/config.json").read_text()) | {"tokenizer": fingerprint}
         Path("kept/config.json").write_text(json.dumps(config))
-        assert train.main([*usual, "--out", "kept"]) == expected
+        assert train.main([*pipeline.usual, "--out", "kept"]) == expected
     assert "the tokenizer has changed" in capsys.readouterr().err
 
 
 def test_all_problems_are_printed_together(pipeline, refusal):
-    tune, _, _ = pipeline
     spoilt = "--samples 0 --batch-size 0 --alpha 10 --val-batch-size 8 --weights c=0.5,b=-1"
-    lines = refusal([*tune, *spoilt.split(), "--out", "new"])
+    lines = refusal([*pipeline.tune, *spoilt.split(), "--out", "new"])
     for expected in ("--val-batch-size goes with --mode bilevel alone",
                      "--alpha goes with --mode bilevel alone", "--batch-size 0: permitted",
                      "--samples 0: permitted", "about the sources b, c", "weight of b is -1.0"):
@@ -143,10 +139,9 @@ def test_all_problems_are_printed_together(pipeline, refusal):
 
 
 def test_the_name_of_out_and_the_note_on_a_short_source(pipeline):
-    tune, _, _ = pipeline
     assert parse(["--mode", "finetune"]).out == Path("runs/denoising-finetune-seed0")
-    found = prepare(parse([*tune, "--weights", "a=1,b=0", "--samples", "90000"]), 1)
-    assert {name: len(part) for name, part in found.mixture.items()} == {"a": 30}
+    found = prepare(parse([*pipeline.tune, "--weights", "a=1,b=0", "--samples", "90000"]), 1)
+    assert {name: len(part) for name, part in found.mixture.items()} == {"a": 40}
     assert [note.split(":")[0] for note in found.notes] == ["a is short"]
 
 

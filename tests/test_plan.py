@@ -1,9 +1,6 @@
 """The plan against live tensors, real processes on gloo; and what it says of the public models.
 
     python tests/test_plan.py table      # the table of docs/memory.md
-    torchrun --nproc_per_node=2 tests/test_plan.py state OUT
-
-The second runs a worker by hand; each rank writes its results to OUT.<rank>.json.
 """
 
 import functools
