@@ -53,13 +53,13 @@ def fails(*argv: str, **kwargs) -> str:
 
 def test_when_a_rank_hangs_the_others_end_after_the_timeout():
     fault = partial(at, "forward", 20, partial(send, signal.SIGSTOP), entry=9)
-    started = forked.start(["--out", "out", "--timeout", "4"], 2, {1: fault})
+    started = forked.start(["--out", "out", "--timeout", "3"], 2, {1: fault})
     code, said = forked.finish(started, frozen=1)
-    assert code == 1 and "did not come within the --timeout of 4 s" in said
+    assert code == 1 and "did not come within the --timeout of 3 s" in said
 
 
 def test_saving_may_take_longer_than_the_timeout_of_a_step():
-    fault = partial(at, "save", 20, partial(time.sleep, 6))
+    fault = partial(at, "save", 20, partial(time.sleep, 4))
     done("--out", "out", "--save-every", "6", "--timeout", "3", ranks=2, fault=fault)
 
 
