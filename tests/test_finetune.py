@@ -89,14 +89,15 @@ def test_it_matches_a_loop_with_adamw_on_one_process(pipeline):
         loss = model(batch.tokens, batch.labels).mean()
         opt.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+        for p in model.parameters():
+            p.grad *= min(1, 0.5 / norm)
         opt.step()
         losses.append(loss.item())
     assert [row["train_loss"] for row in rows("exact")] == pytest.approx(losses, rel=1e-9)
     saved = from_pretrained("exact/model", torch.float64)
     for ours, theirs in zip(saved.parameters(), model.parameters(), strict=True):
-        # Clipping by torch divides by the norm + 1e-6.
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
 def test_killed_it_resumes_to_the_same_bits(pipeline):
@@ -129,7 +130,7 @@ def test_all_problems_are_printed_together(pipeline, refusal):
     lines = refusal([*pipeline.tune, *spoilt.split(), "--out", "new"])
     for expected in ("--val-batch-size goes with --mode bilevel alone",
                      "--alpha goes with --mode bilevel alone", "--batch-size 0: permitted",
-                     "--samples 0: permitted", "about the sources b, c", "weight of b is -1.0"):
+                     "--samples 0: permitted", "it is about", "weight of b is -1.0"):
         assert sum(expected in line for line in lines) == 1, (expected, lines)
     assert len(lines) == 6
     (line,) = refusal(["--mode", "finetune", "--out", "new"])

@@ -55,7 +55,8 @@ def write_json(path: Path, records: list) -> None:
 
 def test_denoising_orders_the_sources(refusal):
     """The README's command, shortened: the clean source leads, and the test loss falls."""
-    said = done("--steps", "40", "--out", "out", ranks=2, flags=[])
+    size = "--batch-size 48 --val-batch-size 32 --micro-batch-size 48".split()
+    said = done("--steps", "20", "--out", "out", flags=size)
     result = json.loads(Path("out/weights.json").read_text())
     weights, (before, after) = result["weights"], result["test_loss"]
     assert weights["clean"] > max(weights["shuffled"], weights["junk"]) + 0.1
@@ -64,9 +65,9 @@ def test_denoising_orders_the_sources(refusal):
     mixer = json.loads(said.split("dataset_mixer: ")[1].splitlines()[0])
     assert all(1 < n <= result["sources"][name]["samples"] for name, n in mixer.items())
     table = rows("out")
-    assert len(table) == 40 and table[0]["source_loss_w"] == table[0]["source_loss_u"]
+    assert len(table) == 20 and table[0]["source_loss_w"] == table[0]["source_loss_u"]
     assert table[0]["weights"] == {name: pytest.approx(1 / 3, abs=1e-6) for name in weights}
-    assert len(refusal(["--steps", "41", "--alpha", "30", "--out", "out"])) == 2
+    assert len(refusal([*size, "--steps", "41", "--alpha", "30", "--out", "out"])) == 2
 
 
 def test_runs_from_a_shell_and_as_the_one_rank_of_a_launcher(monkeypatch):
