@@ -42,6 +42,7 @@ FLAGS = ("--train . --val val.jsonl --test test.jsonl --steps 12 --lisa-interval
          "--lisa-layers 1 --batch-size 8 --val-batch-size 8 --micro-batch-size 8").split()
 
 Fault = Callable[[], None]
+Runs = list[multiprocessing.Process]
 
 # What a fault can happen in the midst of: where the function is found, and its name.
 PHASES = {
@@ -76,16 +77,16 @@ def write_model(folder: Path, family: str = "llama", **changes) -> Path:
 def start(
     argv: list[str], ranks: int = 1, faults: dict[int, Fault] | None = None,
     flags: list[str] = FLAGS,
-) -> list[multiprocessing.Process]:  # fmt: skip
+) -> Runs:  # fmt: skip
     """One process a rank, without a launcher. faults: rank -> what to call before the run."""
-    world, started = {}, []
-    if ranks > 1:
-        with socket.socket() as s:
-            s.bind(("localhost", 0))
-            port = str(s.getsockname()[1])
-        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = str(s.getsockname()[1])
+    world, started = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}, []
     for rank in range(ranks):
-        env = dict(os.environ) | world | ({"RANK": str(rank)} if world else {})
+        env = dict(os.environ)
+        if ranks > 1:
+            env |= world | {"WORLD_SIZE": str(ranks), "RANK": str(rank)}
         log = Path(tempfile.mktemp(prefix="log", dir=os.getcwd()))
         fault = (faults or {}).get(rank)
         process = CONTEXT.Process(target=_run, args=([*flags, *argv], env, log, fault))
@@ -113,9 +114,7 @@ def _run(argv: list[str], env: dict, log: Path, fault: Fault | None) -> None:
     shard.exit_now(train.main(argv))
 
 
-def finish(
-    processes: list[multiprocessing.Process], frozen: int | None = None
-) -> tuple[int, str]:
+def finish(processes: Runs, frozen: int | None = None) -> tuple[int, str]:
     """(exit code of rank 0, what all ranks printed). All must end by themselves, but one that a
     fault froze."""
     end = time.time() + 240

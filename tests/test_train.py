@@ -80,10 +80,9 @@ def test_runs_from_a_shell_and_as_the_one_rank_of_a_launcher(monkeypatch):
     assert rows("launched") == rows("shell")
     launched, shell = (Path(out, "model/model.safetensors") for out in ("launched", "shell"))
     assert launched.read_bytes() == shell.read_bytes()
-    saved = from_pretrained("shell/model")
-    start = build(saved.config, random_weights(saved.config, 0))
-    pairs = zip(saved.parameters(), start.parameters(), strict=True)
-    assert any(not torch.equal(a, b) for a, b in pairs)
+    trained = from_pretrained("shell/model")
+    first = build(trained.config, random_weights(trained.config, 0))
+    assert not torch.equal(trained.embed.weight, first.embed.weight)
 
 
 def test_gpt2_with_its_tokenizer_on_real_records(asset):
@@ -121,8 +120,9 @@ def test_an_absent_source_is_null_and_rounds_raise_alpha():
 def test_nonfinite_loss_stops_or_is_passed_over(sound):
     """The embedding of Z is infinite, and of the samples only one of source b has a Z. The
     checkpoint before that step stays, and the run goes on from there if it may pass over it."""
-    infinite = change_tensors(lambda t: t["model.embed_tokens.weight"][ord("Z")].fill_(torch.inf))
-    infinite(Path("checkpoint"))
+    tensors = load_file("checkpoint/model.safetensors")
+    tensors["model.embed_tokens.weight"][ord("Z")] = torch.inf
+    save_file(tensors, "checkpoint/model.safetensors")
     write_json(Path("b.json"), [{"text": "Zzz" if i == 5 else "abc"} for i in range(12)])
     sound["--train"][1] = "b=b.json"
     argv = [*flags(sound), *"--steps 6 --batch-size 4 --val-batch-size 4 --save-every 1".split()]
@@ -222,55 +222,33 @@ def test_sources_may_be_given_one_by_one_and_what_is_odd_is_noted(sound):
     assert any("there is one source" in note for note in found.notes)
 
 
-def change_tensors(change):
-    """What spoils a checkpoint by changing {name: tensor}."""
-
-    def spoil(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors")
-
-    return spoil
-
-
-UP = "model.layers.1.mlp.up_proj.weight"
-
-
-@pytest.mark.parametrize(
-    "spoil, expected",
-    [
-        (change_tensors(lambda t: t.update({UP: torch.zeros(7)})), UP),
-        (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
-        (lambda folder: write_model(folder, vocab_size=200),
-         "the tokenizer has 258 ids, the embedding only 200 rows"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("spoil, expected", [
+    (lambda folder: save_file({"odd": torch.zeros(7)}, folder / "model.safetensors"), "odd"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
+    (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+    (lambda folder: write_model(folder, vocab_size=200), "the tokenizer has 258 ids"),
+])  # fmt: skip
 def test_spoilt_checkpoints(sound, refusal, spoil, expected):
     spoil(Path(sound["--model"]))
-    lines = refusal(flags(sound))
-    assert len(lines) == 1 and expected in lines[0], lines
+    assert any(expected in line for line in refusal(flags(sound)))
 
 
 def test_an_out_that_holds_something_else_is_left_alone(sound, refusal):
     Path("kept").mkdir()
     Path("kept/letter.txt").write_text("dear")
-    lines = refusal(flags(sound | {"--out": "kept"}))
-    assert lines == ["--out kept: holds files, but no run to go on with"]
     of_no_run = "{", "[]", '{"model_type": "llama"}', '{"flags": {"a": 1}, "data": {"train a": 3}}'
     for content in of_no_run:
         Path("kept/config.json").write_text(content)
-        assert refusal(flags(sound | {"--out": "kept"})) == lines
+        (line,) = refusal(flags(sound | {"--out": "kept"}))
+        assert line == "--out kept: holds files, but no run to go on with"
 
 
 def test_bad_input_under_torchrun_prints_its_lines_and_no_traceback_of_ours():
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2"
     ended = launch("--batch-size", "63", "--lisa-layers", "9", launcher=torchrun)
-    assert ended.returncode != 0
-    assert "--batch-size 63 is not divisible by 2 ranks: take 62 or 64" in ended.stderr
-    assert "--lisa-layers 9" in ended.stderr
+    assert ended.returncode != 0 and not Path("runs").exists()
+    assert "--batch-size 63 " in ended.stderr and "--lisa-layers 9" in ended.stderr
     assert "train.py\", line" not in ended.stderr
-    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("flags", [["--seed", "1e3"], ["--sed", "1"]])
