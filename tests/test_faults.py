@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -78,11 +79,29 @@ def limit_file_size() -> None:
 
 
 def test_a_file_that_cannot_be_written_ends_the_run(out):
-    """The limit on the size of files stands for a full disk."""
+    """The limit on the size of files stands for a full disk where none can be mounted."""
     said = fails("--save-every", "2", fault=limit_file_size)
     assert "File too large" in said or "could not be written: is the disk full?" in said
     assert saved("out") == ["step-2", "step-4"]
     done("--out", "out", "--save-every", "2")
+
+
+def test_a_full_disk_ends_the_run_and_the_last_checkpoint_stays(stopped):
+    os.mkdir("disk")
+    mount = "mount -t tmpfs -o size=40m tmpfs disk".split()
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small tmpfs cannot be mounted here")
+    try:
+        shutil.copytree(stopped, "disk/out")
+        Path("disk/ballast").write_bytes(bytes(shutil.disk_usage("disk").free - 5_000_000))
+        code, said = run("--out", "disk/out", "--save-every", "2")
+        assert code == 1 and "Traceback" not in said
+        assert "No space left on device" in said or "is the disk full?" in said
+        assert saved("disk/out") == ["step-2", "step-4"]
+        Path("disk/ballast").unlink()
+        assert "goes on from disk/out/checkpoints/step-4" in done("--out", "disk/out")
+    finally:
+        subprocess.run(["umount", "-l", "disk"], check=True)
 
 
 def test_an_out_without_room_is_refused(refusal, monkeypatch):
@@ -200,6 +219,14 @@ def test_dropped_records_are_in_the_report():
     assert "records left out: 1 of train a: empty answer; 1 of train a: a val record too" in said
     source = json.loads(Path("out/weights.json").read_text())["sources"]["a"]
     assert source["samples"] == 2 and sum(source["dropped"].values()) == 2
+
+
+def test_problems_of_many_files_are_sixty_lines_and_a_count(refusal):
+    for name in "abv":
+        Path(f"{name}.jsonl").write_text(f"{{{name}\n" * 50)
+    lines = refusal("--train a=a.jsonl b=b.jsonl --val v.jsonl --alpha -1".split())
+    assert len(lines) == 61 and lines[-1] == "… and 91 more"
+    assert lines[0].startswith("--alpha -1.0: ") and lines[1].startswith("a.jsonl:1: ")
 
 
 def test_no_secret_is_written(out):
