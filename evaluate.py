@@ -44,9 +44,7 @@ from sources.records import Problems, located_values, source_paths
 # What ScaleBiO's evaluation puts after a question of GSM8K or MATH.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
-# --------------------------------------------------------------------------------------------------
 # Means
-
 
 def mean_se(sums: Tensor, counts: Tensor) -> tuple[float, float]:
     """The mean over what n independent samples hold, each a sum and a count, (n,), and its standard
@@ -69,9 +67,7 @@ def aligned(rows: list[list[str]]) -> list[str]:
     ]
 
 
-# --------------------------------------------------------------------------------------------------
 # Losses
-
 
 class Loss(NamedTuple):
     """Of a dataset: means with their standard errors, in nats."""
@@ -101,7 +97,7 @@ def sample_losses(
         parts.append(torch.stack([losses, tokens.to(losses), moved.group.to(losses)], 1))
     shard.release(model)
     table = torch.cat(parts)  # (n / ranks, 3)
-    if dist.is_initialized():
+    if world > 1:
         every = [torch.empty_like(table) for _ in range(world)]
         dist.all_gather(every, table)
         table = torch.stack(every, 1).flatten(0, 1)  # longest sample first, as eval_batches deals
@@ -133,7 +129,7 @@ def data_paths(items: list[str]) -> dict[str, Path]:
             problems.add(str(error).replace("--train", "--data"))
             continue
         for label in found.keys() & paths.keys():
-            problems.add(f"--data {found[label]}: the name {label} is used twice: give NAME=PATH")
+            problems.add(f"--data {item}: the name {label} is used twice: give NAME=PATH")
         paths |= found
     problems.raise_if_any()
     return paths
@@ -173,18 +169,21 @@ def loss_command(args: argparse.Namespace, device: torch.device) -> int:
                 datasets[c.name, label] = open_records(path, c, length)
     problems.raise_if_any()
     sources = {label: source_of_record(path) for label, path in paths.items()}
-    results: dict[tuple[str, str, str], Loss] = {}  # of (file, source or "", model)
+    rows = []  # (number of the file, source or "", cells)
     for c in checkpoints:
         model = replies.load(c, args.dtype, device)
-        for label in paths:
+        for n, label in enumerate(paths):
             dataset = datasets[c.name, label]
             x, tokens = sample_losses(model, dataset, args.micro_batch_size)
-            names = np.array([sources[label].get(n, "") for n in dataset.numbers.tolist()])
+            names = np.array([sources[label].get(i, "") for i in dataset.numbers.tolist()])
             for source in {"", *names}:
                 mine = torch.from_numpy((names == source) | (source == ""))
-                results[label, source, c.name] = summarise(x[mine], tokens[mine])
+                title = f"  {source}" if source else label
+                rows.append((n, source, loss_row(title, c.name, summarise(x[mine], tokens[mine]))))
         del model  # before the next one is loaded
-    say(*loss_table(results))
+    rows.sort(key=lambda row: row[:2])  # the models of a file stand below each other
+    header = ["data", "model", "samples", "mean sample loss", "perplexity"]
+    say(*aligned([header, *(cells for *_, cells in rows)]))
     for (name, label), dataset in datasets.items():
         for reason, count in dataset.dropped.items():
             if count:
@@ -195,50 +194,36 @@ def loss_command(args: argparse.Namespace, device: torch.device) -> int:
     return 0
 
 
-def loss_table(results: dict[tuple[str, str, str], Loss]) -> list[str]:
-    """A line for each (file, source, model); the models of a file stand below each other."""
-    lines = [["data", "model", "samples", "mean sample loss", "perplexity"]]
-    files = list(dict.fromkeys(label for label, _, _ in results))
-    for label, source, name in sorted(results, key=lambda key: (files.index(key[0]), key[1])):
-        r = results[label, source, name]
-        perplexity = math.exp(r.token_mean) if r.token_mean < 700 else math.inf
-        lines.append([f"  {source}" if source else label, name, str(r.n),
-                      plus_minus(r.mean, r.mean_se),
-                      plus_minus(perplexity, perplexity * r.token_mean_se, 3)])  # fmt: skip
-    return aligned(lines)
+def loss_row(title: str, model: str, r: Loss) -> list[str]:
+    perplexity = math.exp(r.token_mean) if r.token_mean < 700 else math.inf
+    return [title, model, str(r.n), plus_minus(r.mean, r.mean_se),
+            plus_minus(perplexity, perplexity * r.token_mean_se, 3)]  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------
 # Generation
-
 
 def generate_command(args: argparse.Namespace, device: torch.device) -> int:
     """What the model says to each prompt."""
     c = replies.open_model(args.model, args.template)
-    tok = c.tokenizer
+    tok, room = c.tokenizer, c.config.max_positions
     if args.template:
         prompts = [templates.render_prompt(tok, args.template, [("user", p)]) for p in args.prompt]
         stops, joint = c.stops, "\n-> "
     else:  # the prompt is text to go on with
         prompts = [[tok.bos_id] * tok.add_bos + tok.encode(p) for p in args.prompt]
         stops, joint = [*tok.eos_ids, *c.config.eos_ids], ""
-    room = c.config.max_positions
     Problems(
         f"--prompt {text[:40]!r}: {len(ids)} tokens: permitted are 1 to {room - 1}"
         for text, ids in zip(args.prompt, prompts, strict=True) if not 0 < len(ids) < room
     ).raise_if_any()  # fmt: skip
-    model = replies.load(c, args.dtype, device)
-    new = generate(
-        model, prompts, args.max_new_tokens, args.temperature, args.top_p, stops, args.seed
-    )
+    sampling = args.max_new_tokens, args.temperature, args.top_p, stops, args.seed
+    new = generate(replies.load(c, args.dtype, device), prompts, *sampling)
     for prompt, ids in zip(args.prompt, new, strict=True):
         say(f"{prompt}{joint}{tok.decode(ids)}\n")
     return 0
 
 
-# --------------------------------------------------------------------------------------------------
 # GSM8K, MATH and MT-Bench
-
 
 def problems_command(args: argparse.Namespace, device: torch.device) -> int:
     """Accuracy on word problems; every generation is kept, so that it can be scored again."""
@@ -246,15 +231,11 @@ def problems_command(args: argparse.Namespace, device: torch.device) -> int:
         from grading import answers
     except ImportError as error:
         raise ValueError(f"{args.command}: {error}: pip install math-verify") from None
-    if args.rescore:
-        rows = replies.read(args.rescore)
-        if not rows or any({"index", "answer", "output", "settings"} - row.keys() for row in rows):
-            raise ValueError(f"--rescore {args.rescore}: not a file of generations")
-    else:
-        rows = answer_problems(args, device)
+    rows = replies.read(args.rescore) if args.rescore else answer_problems(args, device)
+    if args.rescore and any({"answer", "output", "settings"} - row.keys() for row in rows or [{}]):
+        raise ValueError(f"--rescore {args.rescore}: not a file of generations")
     if dist.get_rank() != 0:
         return 0
-    rows = list({row["index"]: row for row in rows}.values())
     found = [answers.extract(row["output"], row["answer"]) for row in rows]
     right = [answers.equal(row["answer"], x) for row, x in zip(rows, found, strict=True)]
     x = torch.tensor(right, dtype=torch.float64)
@@ -280,25 +261,19 @@ def answer_problems(args: argparse.Namespace, device: torch.device) -> list[dict
         if args.exemplars:
             exemplars = answers.read_problems(local_file(args.exemplars))
         if args.shots > len(exemplars):
-            raise ValueError(f"--shots {args.shots}: there are {len(exemplars)} exemplars: "
-                             "--exemplars names a file with more")  # fmt: skip
+            raise ValueError(f"--shots {args.shots}: there are {len(exemplars)} exemplars")
     problems.raise_if_any()
     before = []
     for question, solution, *_ in exemplars[: args.shots]:
         before += [("user", f"{question}\n{args.instruction}"), ("assistant", solution)]
-    settings = replies.settings_of(c, args.max_new_tokens, args.dtype, [p.question for p in every])
-    settings |= {"shots": args.shots, "instruction": args.instruction,
-                 "exemplars": replies.fingerprint(before)}  # fmt: skip
-    asked = [
-        replies.Asked({"index": i, "question": p.question, "answer": p.answer},
-                      [f"{p.question}\n{args.instruction}"])
-        for i, p in enumerate(every[: args.limit])
-    ]  # fmt: skip
+    asked = [replies.Asked({"index": i, "question": question, "answer": answer},
+                           [f"{question}\n{args.instruction}"])
+             for i, (question, _, answer) in enumerate(every)]  # fmt: skip
     out = out_directory(args) / f"{args.command}.jsonl"
-    rows = replies.answer(out, c, asked, settings, lambda said: said[0]._asdict(), device,
-                          args.batch_size, before)  # fmt: skip
+    rows = replies.answer(out, c, asked, args.limit, lambda said: said[0]._asdict(), device,
+                          args.dtype, args.max_new_tokens, args.batch_size, before)  # fmt: skip
     say(f"{out} keeps every reply; --rescore {out} scores them again")
-    return [row for row in rows if row["index"] < len(asked)]
+    return rows
 
 
 def mtbench_command(args: argparse.Namespace, device: torch.device) -> int:
@@ -324,34 +299,26 @@ def mtbench_command(args: argparse.Namespace, device: torch.device) -> int:
                                   args.judge_tries, args.judge_concurrency)  # fmt: skip
     problems.raise_if_any()
     if not args.answers:
-        settings = replies.settings_of(c, args.max_new_tokens, args.dtype, [q.turns for q in every])
-        asked = [
-            replies.Asked({"question_id": q.id, "model_id": c.name, "questions": q.turns,
-                           "temperature": q.temperature}, q.turns, q.temperature)
-            for q in questions
-        ]  # fmt: skip
-        replies.answer(file, c, asked, settings, mtbench.as_row, device, args.batch_size,
-                       seed=args.seed)  # fmt: skip
-    return judged(questions, file, judge, out) if dist.get_rank() == 0 else 0
-
-
-def judged(
-    questions: list[mtbench.Question], file: Path, judge: mtbench.Judge | None, out: Path
-) -> int:
-    """Have the answers in a file graded, and report. Returns 1 if scores are missing."""
+        about = [{"question_id": q.id, "model_id": c.name, "questions": q.turns,
+                  "temperature": mtbench.TEMPERATURES.get(q.category, 0.7)} for q in every]
+        asked = [replies.Asked(row, row["questions"], row["temperature"]) for row in about]
+        replies.answer(file, c, asked, args.limit, mtbench.as_row, device, args.dtype,
+                       args.max_new_tokens, args.batch_size, seed=args.seed)  # fmt: skip
     if not judge:
         say(f"{file} holds the answers; --judge-url has them graded")
-        return 0
+    return judged(questions, file, judge, out) if judge and dist.get_rank() == 0 else 0
+
+
+def judged(questions: list[mtbench.Question], file: Path, judge: mtbench.Judge, out: Path) -> int:
+    """Have the answers in a file graded, and report. Returns 1 if scores are missing."""
     bare = [q for q in questions if q.category in mtbench.WITH_REFERENCE and not q.reference]
     if bare:
         say(f"note: {len(bare)} questions of {', '.join(mtbench.WITH_REFERENCE)} are graded "
             "without a reference answer: --reference gives them")  # fmt: skip
     scores = out / "mt-bench-scores.jsonl"
     scored, failure = mtbench.grade(questions, mtbench.read_answers(file), judge, scores)
-    say(*score_table(questions, scored))
-    say(f"graded by {judge.model}; {scores} keeps every judgement")
-    lacking = 2 * len(questions) - len(scored)
-    if lacking:
+    say(*score_table(questions, scored), f"graded by {judge.model}; {scores} keeps every judgement")
+    if lacking := 2 * len(questions) - len(scored):
         print(f"{lacking} scores are missing ({failure or 'replies without a grade'}); the same "
               "command asks for them again", file=sys.stderr)  # fmt: skip
     return int(lacking > 0)
@@ -371,9 +338,7 @@ def score_table(questions: list[mtbench.Question], scored: dict) -> list[str]:
     return aligned(rows)
 
 
-# --------------------------------------------------------------------------------------------------
 # Input and output
-
 
 def out_directory(args: argparse.Namespace) -> Path:
     """--out, by default runs/eval-<name of the model or of its run>."""
@@ -386,11 +351,11 @@ def local_file(name: str) -> Path:
     owner, *rest = name.split("/", 2)
     if len(rest) < 2 or Path(owner).is_dir() or Path(name).exists():
         return Path(name)
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(f"{owner}/{rest[0]}", rest[1], repo_type="dataset"))
-    except (errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{name}: there is no such file, nor one of a dataset in the hub's cache "
                          f"or on huggingface.co ({type(error).__name__})") from None  # fmt: skip
 
@@ -405,25 +370,21 @@ def plot_command(args: argparse.Namespace, _: None) -> int:
     """Draw runs into one picture."""
     from cli import report
 
-    folder = args.run[0] if len(args.run) == 1 else Path()
-    file = args.out or folder / "weights.png"
+    file = args.out or (args.run[0] if len(args.run) == 1 else Path()) / "weights.png"
     report.plot(args.run, file)
     print(file)
     return 0
 
 
-# --------------------------------------------------------------------------------------------------
 # The command line
-
 
 def from_to(least: float, most: float = math.inf) -> Callable[[str], float]:
     """A type for argparse: a number in a range, whole where `least` is."""
 
     def number(text: str) -> float:
-        if not least <= type(least)(text) <= most:
-            limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text}: permitted is a number {limits}")
-        return type(least)(text)
+        if not least <= (value := type(least)(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{text}: permitted is from {least} to {most}")
+        return value
 
     return number
 
@@ -458,8 +419,7 @@ FLAGS = [  # commands, flag, default, help, and what argparse takes beside
     ("mt-bench", "--questions", None, "FastChat's question.jsonl; may be owner/dataset/file", {}),
     ("mt-bench", "--reference", None, "FastChat's gpt-4.jsonl or its like [from --questions]", {}),
     ("mt-bench", "--answers", None, "grade these, in FastChat's format, not a --model's", {}),
-    ("mt-bench", "--judge-url", None, "an OpenAI-compatible endpoint; its key, if it needs one, is "
-     "read from the environment variable JUDGE_API_KEY", {}),
+    ("mt-bench", "--judge-url", None, "OpenAI-compatible; its key, if any, in $JUDGE_API_KEY", {}),
     ("mt-bench", "--judge-model", None, "the endpoint's name of the judge", {}),
     ("mt-bench", "--judge-concurrency", 4, "requests at a time", COUNT),
     ("mt-bench", "--judge-timeout", 120, "seconds without a byte", {"type": from_to(1e-3)}),
@@ -471,15 +431,12 @@ FLAGS = [  # commands, flag, default, help, and what argparse takes beside
     ("generate", "--temperature", 0.0, "0 is the likeliest token", {"type": from_to(0.0)}),
     ("generate", "--top-p", 1.0, "nucleus of the distribution", {"type": from_to(1e-6, 1)}),
     ("mt-bench generate", "--seed", 0, "of the draws at temperature > 0", SEED),
-    (RUNNING, "--dtype", "auto", "of parameters; auto: bf16 on GPUs, fp32 on CPUs",
-     {"choices": ("auto", *DTYPES)}),
-    (RUNNING, "--template", None, "[what the model's files tell, else alpaca]",
-     {"choices": templates.TEMPLATES}),
+    (RUNNING, "--dtype", "auto", "bf16 on GPUs, fp32 on CPUs", {"choices": ("auto", *DTYPES)}),
+    (RUNNING, "--template", None, "[the model's, or alpaca]", {"choices": templates.TEMPLATES}),
     (ASKING, "--out", None, "directory of the replies [runs/eval-<model>]", {}),
     ("plot", "run", None, "directories of train.py; runs that differ in their seed alone are drawn "
      "together", {"nargs": "+", "type": Path}),
-    ("plot", "--out", None, "png, pdf or svg [weights.png, in the run's directory if there is one]",
-     FILE),
+    ("plot", "--out", None, "png, pdf or svg [weights.png; of one run, in its directory]", FILE),
 ]  # fmt: skip
 
 

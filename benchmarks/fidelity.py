@@ -122,9 +122,7 @@ class PerMicroBatch(PenaltyStep):
 REPLACED = {
     PROPORTIONAL: {"data.Batches": Proportional, "train.PenaltyStep": PerMicroBatch},
     "λ decays by 0.01 (AdamW)": {"train.SourceWeights": Decayed},
-    "λ decays by 1 (AdamW)": {
-        "train.SourceWeights": type("StronglyDecayed", (Decayed,), {"decay": 1.0}),
-    },
+    "λ decays by 1 (AdamW)": {"train.SourceWeights": type("All", (Decayed,), {"decay": 1.0})},
 }
 
 
@@ -208,9 +206,7 @@ def run(cells: list[Cell], out: Path, workers: int) -> bool:
     return all((cell.folder(out) / "model").is_dir() for cell in cells)
 
 
-# ---------------------------------------------------------------------------------------------
 # Hyper-cleaning: a weight for each sample of scikit-learn's digits
-
 
 class SampleWeights(SourceWeights):
     """p_j = σ(λ_j) / n: every sample is a source of its own, and is kept or not."""
@@ -266,9 +262,7 @@ def digits(seed: int) -> dict[str, float]:
     }
 
 
-# ---------------------------------------------------------------------------------------------
 # Tables
-
 
 def read(out: Path, task: str, setting: str, file: str = "weights.json") -> dict[int, dict]:
     """{seed: the last record of its `file`} of the runs that are finished."""
@@ -293,14 +287,10 @@ def spearman(weights: dict[str, float]) -> float:
 def of_run(task: str, run: dict) -> dict:
     """What the weights that a run has learned are like, as a whole."""
     w, best = run["weights"], BEST[task]
-    found = {
-        f"weight of {best}": w[best],
-        f"{best} ranks first": max(w, key=w.get) == best,
-    }
+    found = {f"weight of {best}": w[best], f"{best} ranks first": max(w, key=w.get) == best}
     if task == "graded":
-        found["Spearman, weight and noise"] = spearman(w)
-        pure = [w[name] for name, rate in tasks.NOISE.items() if rate == 1]
-        found["weight of the five of pure noise"] = sum(pure)
+        pure = sum(w[name] for name, rate in tasks.NOISE.items() if rate == 1)
+        found |= {"Spearman, weight and noise": spearman(w), "weight of pure noise": pure}
     if task == "multilingual":
         found["weight of aru and eli (validation is 70% and 30% of them)"] = w["aru"] + w["eli"]
     return found
@@ -367,8 +357,7 @@ def write_tables(out: Path) -> None:
     """tables.json, and tables.md, which is also printed."""
     made = tables(out)
     report.write_json(out / "tables.json", made)
-    lines = [f"Weights: {SIZE}; LISA with 2 of 4 blocks, drawn anew every 5 steps; α = 10 unless "
-             f"stated. Fine-tuning: {TUNE}. Mean ± standard error over seeds.", ""]  # fmt: skip
+    lines = [f"Weights: {SIZE}. Fine-tuning: {TUNE}. Mean ± standard error over seeds.", ""]
     for title, (header, *rows) in made.items():
         table = [header, ["---"] * len(header), *rows]
         lines += [f"### {title}", "", *(f"| {' | '.join(map(str, row))} |" for row in table), ""]
@@ -381,10 +370,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="[all]")
     parser.add_argument("--out", type=Path, default=Path("runs/fidelity"), help="[runs/fidelity]")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each [2]")
+    parser.add_argument("--workers", type=int, default=2, choices=range(1, 17),
+                        help="runs at a time, a thread each [2]")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error(f"--workers {args.workers}: permitted is a whole number above 0")
     wanting = {"real": not CAPTIONS.exists() and ASSETS,
                "digits": not find_spec("sklearn") and "scikit-learn"}  # fmt: skip
     only = [name for name in args.only if not wanting.get(name)]
@@ -392,12 +380,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"left out, for want of {wanting[name]}: {name}")
     (args.out / "digits").mkdir(parents=True, exist_ok=True)
     if "real" in only:
-        lines = CAPTIONS.read_text().splitlines()
-        texts = "".join(json.dumps({"text": line}) + "\n" for line in lines)
-        report.replace(args.out / "captions.jsonl", texts)
-    if "digits" in only:
-        for seed in range(5):
-            report.write_json(args.out / "digits" / f"seed{seed}.json", digits(seed))
+        texts = [json.dumps({"text": line}) for line in CAPTIONS.read_text().splitlines()]
+        report.replace(args.out / "captions.jsonl", "\n".join(texts))
+    for seed in range(5 if "digits" in only else 0):
+        report.write_json(args.out / "digits" / f"seed{seed}.json", digits(seed))
     ran = [run(cells, args.out, args.workers) for cells in stages(only, args.out)]
     write_tables(args.out)
     return 0 if all(ran) else 1

@@ -23,7 +23,6 @@ import itertools
 import json
 import math
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -51,7 +50,7 @@ import train
 from cli import plan, report
 from cli.flags import Flags, Parser, parse
 from cli.inputs import TINY, Inputs
-from hf import pretrained, tokenizer
+from hf import pretrained, templates, tokenizer
 from model import DTYPES, ModelConfig, Transformer, build, random_weights, save_pretrained
 from sources import tasks
 
@@ -156,9 +155,7 @@ def quick(case: Case) -> Case:
     return replace(case, shape="quick", batch=8, micro=4, repeats=2, threads=1)
 
 
-# --------------------------------------------------------------------------------------------------
 # The samples
-
 
 def random_dataset(lengths: str, name: str, vocab: int, seed: int, n: int = 1000) -> data.Dataset:
     """n samples of random tokens, of which those of prompts are without loss."""
@@ -191,9 +188,7 @@ def make_batches(case: Case, micro: int, pad_to: int | None = None) -> data.Batc
     return data.Batches(sources, val, case.batch, case.batch, micro, 0, *at, pad_to)
 
 
-# --------------------------------------------------------------------------------------------------
 # The two sides
-
 
 class Ours:
     """The loop of train.py, without its log."""
@@ -295,36 +290,36 @@ class Reference:
 SIDES = {"ours": Ours, "reference": Reference}
 
 
-# --------------------------------------------------------------------------------------------------
 # What a worker measures
 
-
-def seconds(call: Callable, *args) -> float:
-    """Of one call, on all ranks and their devices."""
+def timed(call: Callable, *args) -> tuple[float, object]:
+    """Seconds of a call, on all ranks and their devices, and what it returns."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else int
     wait()
     dist.barrier()
     began = time.perf_counter()
-    call(*args)
+    result = call(*args)
     wait()
     dist.barrier()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, result
 
 
 def worker(case: Case) -> None:
-    """Print as JSON, on rank 0: seconds of each side's steps by turns, bytes at most, tokens and
-    products of a step."""
+    """Print as JSON, on rank 0: seconds and losses of each side's steps by turns, bytes at most,
+    tokens and products of a step."""
     torch.set_num_threads(case.threads)
     device = shard.start(timeout=600)
     sides = {name: SIDES[name](case, device) for name in case.sides}
-    took, steps = {name: [] for name in sides}, range(1, case.repeats + 1)
+    done, steps = {name: [] for name in sides}, range(1, case.repeats + 1)
     for t, (name, side) in itertools.product([0, *steps], sides.items()):
-        took[name].append(seconds(side.step, t, *side.batches.step(t)))
-    peak = report.peak_memory()
+        done[name].append(timed(side.step, t, *side.batches.step(t)))
+    peak = report.peak_memory()  # before what follows needs any
     batches = map(make_batches(case, case.micro).step, steps)
     passes = [[*2 * train_part, *val_part] for train_part, val_part, _ in batches]
     result = {
-        "seconds": {name: times[1:] for name, times in took.items()},  # after a step to warm up
+        # After a step to warm up.
+        "seconds": {name: [took for took, _ in its[1:]] for name, its in done.items()},
+        "losses": {name: [losses for _, losses in its] for name, its in done.items()},
         "peak": peak,
         "flops": median(map(partial(flop_count, case), steps, passes)),
         "flops_per_s": rate_of_products(case, device),
@@ -344,14 +339,14 @@ def flop_count(case: Case, step: int, passes: list[data.MicroBatch]) -> int:
     model.head.logits_bytes = math.inf
     f = case.flags
     lisa.Lisa(model, f.lisa_layers, f.lisa_interval, f.seed, f.lisa_ends).switch(step)
-    total, counted = 0, {}  # by what decides
+    total, kinds = 0, {}  # batches that count the same
     for batch in passes:
         kind = batch.tokens.shape, (batch.labels == data.IGNORE).numpy().tobytes()
-        if kind not in counted:
-            with FlopCounterMode(display=False) as counter:
-                model(batch.tokens.to("meta"), batch.labels).sum().backward()
-            counted[kind] = counter.get_total_flops()
-        total += counted[kind]
+        kinds.setdefault(kind, []).append(batch)
+    for batch, *others in kinds.values():
+        with FlopCounterMode(display=False) as counter:
+            model(batch.tokens.to("meta"), batch.labels).sum().backward()
+        total += (1 + len(others)) * counter.get_total_flops()
     return total
 
 
@@ -368,12 +363,14 @@ def rate_of_products(case: Case, device: torch.device) -> float:
         for _ in range(n):
             F.linear(x, weight)
 
-    return n * 2 * x.numel() * config.hidden / median(seconds(products) for _ in range(21))
+    return n * 2 * x.numel() * config.hidden / median(timed(products)[0] for _ in range(21))
 
 
-def start_ours() -> None:
-    """Print the seconds that train.py takes from the end of imports to its first step."""
+def start_side(side: str, *args: str) -> None:
+    """Print the seconds from the end of imports to the first step: of train.py with the flags
+    given, or of the reference, which maps two models and makes their optimisers."""
     import torch._dynamo  # noqa: F401  (which AdamW imports when it is first made)
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel  # noqa: F401
 
     began = time.perf_counter()
 
@@ -381,27 +378,18 @@ def start_ours() -> None:
         print(time.perf_counter() - began)
         shard.exit_now(0)
 
-    with mock.patch("train.PenaltyStep.step", first_step):
-        train.main(sys.argv[1:])
-
-
-def start_reference() -> None:
-    """The same of the reference, which maps two models and makes their optimisers."""
-    import torch._dynamo  # noqa: F401
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel  # noqa: F401
-
-    began, folder = time.perf_counter(), sys.argv[1]
-    AutoTokenizer.from_pretrained(f"{folder}/model")
-    for tokens, lengths in torch.load(f"{folder}/samples.pt"):
+    if side == "ours":
+        with mock.patch("train.PenaltyStep.step", first_step):
+            train.main(args)
+    AutoTokenizer.from_pretrained(f"{args[0]}/model")
+    for tokens, lengths in torch.load(f"{args[0]}/samples.pt"):
         tokens.split(lengths)
-    copies = [AutoModelForCausalLM.from_pretrained(f"{folder}/model") for _ in "wu"]
-    for model in copies:
-        torch.optim.AdamW(model.parameters(), 1e-5)
-    torch.optim.Adam([torch.zeros(2, requires_grad=True)], 1e-2)
-    print(time.perf_counter() - began)
+    copies = [AutoModelForCausalLM.from_pretrained(f"{args[0]}/model") for _ in "wu"]
+    opts = [torch.optim.AdamW(model.parameters(), 1e-5) for model in copies]
+    opts.append(torch.optim.Adam([torch.zeros(2, requires_grad=True)], 1e-2))
+    first_step()
 
 
-# --------------------------------------------------------------------------------------------------
 # What the first process does: start workers, print the table
 
 COLUMNS = {
@@ -431,8 +419,8 @@ def start(command: list[str], threads: int = 1, device: str = "cpu") -> dict | l
 def run(case: Case) -> dict:
     """What `worker` says, in processes of its own."""
     several = f"-m torch.distributed.run --standalone --nproc_per_node={case.ranks}".split()
-    command = [*(several if case.ranks > 1 else []), "-m", "benchmarks.speed", "worker"]
-    return start([*command, json.dumps(asdict(case))], case.threads, case.device)
+    command = ["-m", "benchmarks.speed", "worker", json.dumps(asdict(case))]
+    return start(several * (case.ranks > 1) + command, case.threads, case.device)
 
 
 def ratio(a: list[float], b: list[float]) -> str:
@@ -462,9 +450,9 @@ def figures(case: Case, r: dict, reference: dict | None) -> dict:
     """Of a row. `of rate`: matrix products a second, over the rate that they alone reach."""
     took, ours = r["seconds"][case.sides[0]], "ours" in case.sides
     step, alone = median(took), len(case.sides) == 1  # a peak is a process's
-    cells = {"step": f"{step:.3f}s", "goal": case.goal or ""}
-    cells |= {"tokens/s": f"{r['tokens'] / step:.0f}"}
-    cells |= {"of rate": f"{r['flops'] / step / r['flops_per_s']:.2f}"}
+    cells = {"step": f"{step:.3f}s", "goal": case.goal or "",
+             "tokens/s": f"{r['tokens'] / step:.0f}",
+             "of rate": f"{r['flops'] / step / r['flops_per_s']:.2f}"}  # fmt: skip
     if alone:
         cells["peak"] = f"{r['peak'] / 1e9:.2f}GB"
     if ours and alone:
@@ -501,28 +489,23 @@ def start_up(small: bool, repeats: int = 5) -> dict:
         for n in range(repeats):
             words = {"ours": [*ours, f"{folder}/run{n}"], "reference": [folder]}
             for side, times in took.items():
-                begin = f"from benchmarks import speed; speed.start_{side}()"
-                times.append(start(["-c", begin, *words[side]], threads=2))
+                command = ["-m", "benchmarks.speed", "start", side, *words[side]]
+                times.append(start(command, threads=2))
     cells = {"step": f"{median(took['ours']):.3f}s", "goal": 0.5}
     show("start-up, imports to first step", cells | {"ours / reference": ratio(*took.values())})
     return took
 
 
 def write_files(folder: Path, shape: str, n: int) -> None:
-    """A checkpoint with a tokenizer, and three files of n records each, whose tokens
-    are in our cache and in the reference's."""
-    from tokenizers import ByteLevelBPETokenizer
-
+    """A checkpoint with the byte tokenizer, and three files of n records each, whose tokens are in
+    our cache and in the reference's."""
     config = ModelConfig.from_hf(SHAPES[shape])
     save_pretrained(build(config, random_weights(config, 0)), folder / "model")
-    bpe = ByteLevelBPETokenizer()
-    only_bytes = {"special_tokens": ["<|endoftext|>"], "show_progress": False}
-    bpe.train_from_iterator([], **only_bytes)
-    bpe.save(str(folder / "model/tokenizer.json"))
-    tok, cached, rng = tokenizer.load_tokenizer(folder / "model"), [], random.Random(0)
+    templates.save_tokenizer(tokenizer.byte_tokenizer(), folder / "model", "alpaca")
+    tok, cached = tokenizer.load_tokenizer(folder / "model"), []
     for name in ("a", "b", "val"):
-        texts = ["".join(rng.choices("abcdefgh ", k=rng.randint(20, 160))) for _ in range(2 * n)]
-        records = [{"instruction": texts[i], "output": texts[n + i]} for i in range(n)]
+        records = [{"instruction": f"{name}{i} " * (3 + i % 20), "output": f"{i} " * (3 + i % 30)}
+                   for i in range(n)]  # fmt: skip
         file = folder / f"{name}.json"
         file.write_text(json.dumps(records))
         dataset = data.load_dataset(file, tok, "alpaca", 512, data.cache_dir())
@@ -565,4 +548,6 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:  # started by `run`
         worker(Case(**json.loads(sys.argv[2])))
+    if sys.argv[1:2] == ["start"]:  # started by `start_up`
+        start_side(*sys.argv[2:])
     sys.exit(main())

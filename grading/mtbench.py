@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import re
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,11 +49,6 @@ class Question(NamedTuple):
     turns: tuple[str, str]
     reference: tuple[str, ...]  # a reference answer to each turn, or nothing
 
-    @property
-    def temperature(self) -> float:
-        """Of its answers."""
-        return TEMPERATURES.get(self.category, 0.7)
-
 
 def read_questions(path: str | os.PathLike, references: dict | None = None) -> list[Question]:
     """Rows {question_id, category, turns, reference?}; the hub's copies say `prompt` for turns.
@@ -89,21 +83,17 @@ def read_answers(path: str | os.PathLike) -> dict[int | str, tuple[str, str]]:
 def as_row(replies: list[Reply]) -> dict:
     """Replies to the turns of a question as `read_answers` reads them."""
     turns, _, ends = zip(*replies, strict=True)
-    return {"choices": [{"index": 0, "turns": turns}], "ends": ends, "tstamp": time.time()}
+    return {"choices": [{"index": 0, "turns": turns}], "ends": ends}
 
 
 def judge_messages(q: Question, answers: tuple[str, str], turn: int) -> list[dict]:
     """What the judge is asked about the answer to turn 0 or 1."""
-
-    def part(title: str, text: str) -> str:
-        return f"<{title}>\n{text}\n</{title}>"
-
     parts = []
     for n in range(turn + 1):
-        parts.append(part(f"question {n + 1}", q.turns[n]))
-        if len(q.reference) > n and q.reference[n]:
-            parts.append(part(f"reference answer {n + 1}", q.reference[n]))
-        parts.append(part(f"reply {n + 1}", answers[n]))
+        reference = "".join(q.reference[n : n + 1])
+        told = {"question": q.turns[n], "reference answer": reference, "reply": answers[n]}
+        parts += [f"<{title} {n + 1}>\n{text}\n</{title} {n + 1}>"
+                  for title, text in told.items() if text or title == "reply"]  # fmt: skip
     task = ("Grade the assistant's reply to the question below." if turn == 0 else
             "Grade the assistant's second reply in the conversation below. The first is shown for "
             "context only.")  # fmt: skip
@@ -127,7 +117,7 @@ class Unreachable(Exception):
     """The endpoint does not answer, or refuses: no use in going on."""
 
 
-RETRIED = {408, 409, 425, 429}  # and 500 and above
+PASSING = {408, 409, 425, 429}  # statuses after which it is asked again; and 500 and above
 READINGS = 3  # replies without a grade, after which a question is left for another time
 
 
@@ -158,7 +148,7 @@ class Judge:
         self.key = os.environ.get(KEY) or "no-key"
         self.client = InferenceClient(base_url=self.url, api_key=self.key, timeout=self.timeout)
 
-    def ask(self, messages: list[dict], temperature: float = 0.0) -> str:
+    def ask(self, messages: list[dict], temperature: float) -> str:
         """The judge's reply. Raises Unreachable."""
         from huggingface_hub import errors
 
@@ -175,7 +165,7 @@ class Judge:
             except errors.HfHubHTTPError as error:
                 status = error.response.status_code
                 reason = f"{status} {error.response.reason_phrase} {error.server_message or ''}"
-                if status not in RETRIED and status < 500:
+                if status not in PASSING and status < 500:
                     break
                 asked = error.response.headers.get("retry-after", "")
                 if re.fullmatch(r"\d+(\.\d+)?", asked):  # seconds
@@ -188,14 +178,13 @@ class Judge:
         raise Unreachable(" ".join(told.replace(self.key, "***").split()))
 
     def score(self, messages: list[dict]) -> dict:
-        """{score, reply, temperature, asked}; the score is None if no reply has a grade."""
-        for reading in range(READINGS):
+        """{score, reply, asked}; the score is None if no reply has a grade."""
+        for asked in range(1, READINGS + 1):
             # A judge that is deterministic would repeat what could not be read.
-            temperature = 0.7 if reading else 0.0
-            reply = self.ask(messages, temperature)
+            reply = self.ask(messages, temperature=0.7 if asked > 1 else 0.0)
             if (score := parse_score(reply)) is not None:
                 break
-        return {"score": score, "reply": reply, "temperature": temperature, "asked": reading + 1}
+        return {"score": score, "reply": reply, "asked": asked}
 
 
 def grade(
@@ -205,25 +194,22 @@ def grade(
     these questions by (id, turn 0 or 1), and why it ended early, None if it did not."""
     asked = {(q.id, turn): judge_messages(q, answers[q.id], turn)
              for q in questions for turn in (0, 1)}  # fmt: skip
-    category = {q.id: q.category for q in questions}
     failures = []
 
     def scores() -> dict[tuple[int | str, int], float]:
         """Of the rows that grade these answers as would be asked today."""
-        rows = [row for row in journal.rows if row.get("judge") == judge.model]
-        keys = [(row["question_id"], row["turn"] - 1) for row in rows]
-        return {key: row["score"] for key, row in zip(keys, rows, strict=True)
-                if row["score"] is not None and row["messages"] == asked.get(key)}  # fmt: skip
+        keys = [(row["question_id"], row["turn"] - 1) for row in journal.rows]
+        return {key: row["score"] for key, row in zip(keys, journal.rows, strict=True)
+                if row["judge"] == judge.model and row["messages"] == asked.get(key)
+                and row["score"] is not None}  # fmt: skip
 
     def one(key: tuple[int | str, int]) -> None:
         try:
-            result = judge.score(asked[key])
+            row = {"question_id": key[0], "turn": key[1] + 1, "judge": judge.model}
+            journal.append({**row, **judge.score(asked[key]), "messages": asked[key]})
         except Unreachable as error:
             failures.append(str(error))
             judge.stop.set()
-            return
-        about = {"question_id": key[0], "turn": key[1] + 1, "category": category[key[0]]}
-        journal.append({**about, "judge": judge.model, **result, "messages": asked[key]})
 
     with Journal(file) as journal, ThreadPoolExecutor(judge.concurrency) as pool:
         done = scores()
@@ -231,7 +217,6 @@ def grade(
             waiting = [pool.submit(one, key) for key in asked if key not in done]
             for future in tqdm(waiting, disable=not waiting, mininterval=5):
                 future.result()
-        except BaseException:  # Ctrl-C: what is being asked is still kept, what waits is not asked
+        finally:  # after Ctrl-C what is being asked is still kept, what waits is not asked
             judge.stop.set()
-            raise
         return scores(), (failures or [None])[0]

@@ -1,10 +1,9 @@
 """What models say: checkpoints opened and loaded, conversations answered in batches on all ranks,
 and the files in which the replies are kept as they come.
 
-    c = open_model("runs/x/model")
     asked = [Asked({"id": 1}, ["Hi!", "Why?"])]
-    settings = settings_of(c, 512, "auto", ["Hi!", "Why?"])
-    rows = answer(path, c, asked, settings, lambda said: {"last": said[-1].output}, device, 16)
+    rows = answer(file, open_model("runs/x/model"), asked, None,
+                  lambda said: {"last": said[-1].output}, device, "auto", 512, 16)
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import fcntl
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -59,9 +57,7 @@ def load(c: Checkpoint, dtype: str, device: torch.device) -> Transformer:
 class Reply(NamedTuple):
     output: str
     tokens: int
-    # "stop"; "length": cut by --max-new-tokens or the last position; "no room": the prompt alone
-    # is too long
-    end: str
+    end: str  # "stop"; "length": it was cut; "no room": the prompt alone is too long
 
 
 class Asked(NamedTuple):
@@ -73,41 +69,45 @@ class Asked(NamedTuple):
 
 
 def answer(
-    file: Path, c: Checkpoint, asked: list[Asked], settings: dict,
-    as_row: Callable[[list[Reply]], dict], device: torch.device, batch_size: int,
-    before: Turns = (), seed: int = 0,
+    file: Path, c: Checkpoint, asked: list[Asked], limit: int | None,
+    as_row: Callable[[list[Reply]], dict], device: torch.device, dtype: str, max_new_tokens: int,
+    batch_size: int, before: Turns = (), seed: int = 0,
 ) -> list[dict]:  # fmt: skip
-    """On rank 0 the rows of a file, once it has one for each question: what it lacks is answered,
-    and appended as `as_row` of the replies to the turns, beside what is kept with them.
+    """On rank 0 the rows of a file, once it has one for each of the first `limit` questions: what
+    it lacks is answered, and appended as `as_row` of the replies to the turns, beside what is kept
+    with them.
 
     before: turns of the conversation that come first
     ValueError if the file is of other settings. Collective: every rank calls it.
     """
+    weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns)  # stand for what they hold
+               for f in sorted(c.directory.glob("*.safetensors"))]  # fmt: skip
+    settings = {
+        "model": c.name, "weights": fingerprint(weights), "template": c.template, "dtype": dtype,
+        "max_new_tokens": max_new_tokens, "exemplars": fingerprint(before),
+        "questions": fingerprint([q.turns for q in asked]),
+    }  # fmt: skip
     rows = read(file)
-    if any("settings" not in row for row in rows):
-        raise ValueError(f"{file}: not a file of generations: take another --out")
-    old = rows[-1]["settings"] if rows else settings
-    Problems(
-        f"{file} holds generations of other settings: {key} was {old.get(key)!r}, now "
-        f"{settings.get(key)!r}: take another --out"
-        for key in sorted(old.keys() | settings.keys()) if old.get(key) != settings.get(key)
-    ).raise_if_any()  # fmt: skip
+    old = rows[-1].get("settings", {}) if rows else settings
+    if other := [key for key in settings if old.get(key) != settings[key]]:
+        raise ValueError(f"{file} holds replies of other settings ({', '.join(other)}): take "
+                         "another --out")  # fmt: skip
     name = next(iter(asked[0].about))
     done = shard.broadcast_from_rank0(lambda: {row[name] for row in rows})
-    todo = [q for q in asked if q.about[name] not in done]
+    todo = [q for q in asked[:limit] if q.about[name] not in done]
     with Journal(file) as journal:
-        model = load(c, settings["dtype"], device) if todo else None
-        sizes = settings["max_new_tokens"], batch_size
-        answered = respond(model, c, todo, before, *sizes, seed)
+        model = load(c, dtype, device) if todo else None
+        answered = respond(model, c, todo, before, max_new_tokens, batch_size, seed)
         quiet = not todo or dist.get_rank() > 0
         for q, said in tqdm(answered, total=len(todo), disable=quiet, mininterval=5):
             journal.append({**q.about, **as_row(said), "settings": settings})
-    return journal.rows
+    wanted = {q.about[name] for q in asked[:limit]}
+    return [row for row in journal.rows if row[name] in wanted]
 
 
 def respond(
     model: Transformer, c: Checkpoint, asked: list[Asked], before: Turns, max_new_tokens: int,
-    batch_size: int, seed: int = 0,
+    batch_size: int, seed: int,
 ) -> Iterator[tuple[Asked, list[Reply]]]:  # fmt: skip
     """Each question and a reply to each turn as they are done, `batch_size` on each rank at a time,
     the longest first, those of a temperature together. Collective: every rank calls it, takes all
@@ -204,8 +204,7 @@ class Journal:
 
     def __init__(self, path: Path):
         """Raises ValueError if another process writes to the file, and what `read` does."""
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        self.lock, self.rows = threading.Lock(), []
+        first, self.rows = not dist.is_initialized() or dist.get_rank() == 0, []
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path if first else os.devnull, "ab")  # noqa: SIM115 (see __exit__)
         if first:
@@ -218,25 +217,15 @@ class Journal:
 
     def append(self, row: dict) -> None:
         """Add a row; once this returns, killing the process does not lose it."""
-        with self.lock:
-            self.file.write(json.dumps(row).encode() + b"\n")
-            self.file.flush()
-            self.rows.append(row)
+        self.file.write(json.dumps(row).encode() + b"\n")  # a row at a time: Python's own lock
+        self.file.flush()
+        self.rows.append(row)
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_) -> None:
         self.file.close()
-
-
-def settings_of(c: Checkpoint, max_new_tokens: int, dtype: str, questions: list) -> dict:
-    """What decides the generations. Weights count by size and time."""
-    files = sorted(c.directory.glob("*.safetensors"))
-    weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return {"model": c.name, "weights": fingerprint(weights), "template": c.template,
-            "max_new_tokens": max_new_tokens, "dtype": dtype,
-            "questions": fingerprint(questions)}  # fmt: skip
 
 
 def fingerprint(thing: object) -> str:

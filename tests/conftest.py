@@ -40,19 +40,26 @@ def asset():
 
 
 @pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """The test runs in a folder with small records, and a cache of its own."""
+    from tests import forked
+
+    forked.enter(tmp_path, monkeypatch)
+
+
+@pytest.fixture
 def refusal(capsys, monkeypatch):
     """refusal(argv): the problems that train.py prints. It must leave with 2 and write nothing."""
     import train
 
     def refuse(argv, world=1):
         monkeypatch.setenv("WORLD_SIZE", str(world))
-        before = sorted(Path().rglob("*"))
+        before = set(Path().rglob("*"))
         assert train.main(argv) == 2
         monkeypatch.delenv("WORLD_SIZE")
         out, err = capsys.readouterr()
         assert out == "" and "Traceback" not in err
-        made = [path for path in Path().rglob("*") if path not in before]
-        assert all(path.parts[0] == "cache" for path in made), made
+        assert all(path.parts[0] == "cache" for path in {*Path().rglob("*")} - before)
         return err.splitlines()
 
     return refuse

@@ -41,6 +41,9 @@ CONTEXT.set_forkserver_preload(["tests.forked"])
 FLAGS = ("--train . --val val.jsonl --test test.jsonl --steps 12 --lisa-interval 2 "
          "--lisa-layers 1 --batch-size 8 --val-batch-size 8 --micro-batch-size 8").split()
 
+Fault = Callable[[], None]
+Runs = list[multiprocessing.Process]
+
 # What a fault can happen in the midst of: where the function is found, and its name.
 PHASES = {
     "forward": (Transformer, "forward"),
@@ -49,10 +52,6 @@ PHASES = {
     "cache": (data, "_build_entry"),
     "model": (shard, "save"),
 }
-
-
-# ---------------------------------------------------------------------------------------------
-# Runs
 
 
 def enter(folder: Path, patch) -> None:
@@ -76,34 +75,31 @@ def write_model(folder: Path, family: str = "llama", **changes) -> Path:
 
 
 def start(
-    argv: list[str],
-    ranks: int = 1,
-    faults: dict[int, Callable[[], None]] | None = None,
+    argv: list[str], ranks: int = 1, faults: dict[int, Fault] | None = None,
     flags: list[str] = FLAGS,
-) -> list[multiprocessing.Process]:
+) -> Runs:  # fmt: skip
     """One process a rank, without a launcher. faults: rank -> what to call before the run."""
-    world = {}
-    if ranks > 1:
-        with socket.socket() as s:
-            s.bind(("localhost", 0))
-            port = str(s.getsockname()[1])
-        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    started = []
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = str(s.getsockname()[1])
+    world, started = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}, []
     for rank in range(ranks):
-        env = dict(os.environ) | world | ({"RANK": str(rank)} if world else {})
-        log = tempfile.mktemp(prefix="log", dir=".")
+        env = dict(os.environ)
+        if ranks > 1:
+            env |= world | {"WORLD_SIZE": str(ranks), "RANK": str(rank)}
+        log = Path(tempfile.mktemp(prefix="log", dir=os.getcwd()))
         fault = (faults or {}).get(rank)
-        process = CONTEXT.Process(target=_run, args=([*flags, *argv], env, os.getcwd(), log, fault))
-        process.log = Path(log).absolute()
+        process = CONTEXT.Process(target=_run, args=([*flags, *argv], env, log, fault))
+        process.log = log
         process.start()
         started.append(process)
     return started
 
 
-def _run(argv: list[str], env: dict, folder: str, log: str, fault: Callable | None) -> None:
+def _run(argv: list[str], env: dict, log: Path, fault: Fault | None) -> None:
     gc.freeze()  # else every collection looks through all that was loaded, and copies its pages
     sys.modules["matplotlib"] = None
-    os.chdir(folder)
+    os.chdir(log.parent)
     os.environ.clear()
     os.environ.update(env)
     file = os.open(log, os.O_WRONLY | os.O_CREAT)
@@ -118,12 +114,10 @@ def _run(argv: list[str], env: dict, folder: str, log: str, fault: Callable | No
     shard.exit_now(train.main(argv))
 
 
-def finish(
-    processes: list[multiprocessing.Process], seconds: float = 240, frozen: int | None = None
-) -> tuple[int, str]:
+def finish(processes: Runs, frozen: int | None = None) -> tuple[int, str]:
     """(exit code of rank 0, what all ranks printed). All must end by themselves, but one that a
     fault froze."""
-    end = time.time() + seconds
+    end = time.time() + 240
     for n, process in enumerate(processes):
         if n != frozen:
             process.join(end - time.time())
@@ -137,10 +131,7 @@ def finish(
 
 
 def run(
-    *argv: str,
-    ranks: int = 1,
-    fault: Callable[[], None] | None = None,
-    flags: list[str] = FLAGS,
+    *argv: str, ranks: int = 1, fault: Fault | None = None, flags: list[str] = FLAGS
 ) -> tuple[int, str]:
     """Start and wait for the end; the fault happens to the last rank."""
     return finish(start(list(argv), ranks, {ranks - 1: fault}, flags))
@@ -153,11 +144,7 @@ def done(*argv: str, **kwargs) -> str:
     return printed
 
 
-# ---------------------------------------------------------------------------------------------
-# Faults
-
-
-def at(phase: str, n: int, act: Callable[[], None], entry: int = 1) -> None:
+def at(phase: str, n: int, act: Fault, entry: int = 1) -> None:
     """Have this process `act` at the nth call that Python makes within a phase, counted from the
     time that the phase is entered for the `entry`th time. at("save", 4, act, entry=2):
 
@@ -196,17 +183,9 @@ def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def run_out_of_memory() -> None:
-    raise torch.OutOfMemoryError("out of memory: tried to allocate 34 GB")
-
-
 def draw() -> None:
     """No fault, but a wish: to have the picture, which takes longer than all steps."""
     del sys.modules["matplotlib"]
-
-
-# ---------------------------------------------------------------------------------------------
-# Results
 
 
 def rows(out: str) -> list[dict]:

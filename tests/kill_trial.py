@@ -49,7 +49,7 @@ def trial(kills: Iterable[Kill], ranks: int, dtype: str) -> list[int]:
 
 
 def at_random(n: int, ranks: int, seed: int) -> Iterator[Kill]:
-    """Kills within a few steps, so that a run is killed several times before it is through."""
+    """Within a few steps, so that a run is killed several times before it is through."""
     rng = random.Random(seed)
     for _ in range(n):
         phase = rng.choice(list(forked.PHASES))
@@ -61,10 +61,8 @@ def at_random(n: int, ranks: int, seed: int) -> Iterator[Kill]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--dtype", default="fp32")
-    parser.add_argument("--seed", type=int, default=0)
+    for name, default in {"kills": 20, "ranks": 1, "dtype": "fp32", "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         forked.enter(Path(folder), patch)

@@ -1,7 +1,7 @@
 """The reference of benchmarks.speed computes what ours does, and its tables come out."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,41 +86,19 @@ def test_alpaca_lengths_have_the_means_of_the_files():
         np.testing.assert_allclose([made.lengths.mean(), answers], [mean, answer], rtol=0.05)
 
 
-ON_TWO_RANKS = """
-import json, sys
-import torch.distributed as dist
-import shard
-from benchmarks import speed
-device = shard.start(timeout=60)
-case = speed.Case(**json.loads(sys.argv[1]))
-losses = []
-for side in (speed.Ours(case, device), speed.Reference(case, device)):
-    losses.append([side.step(t, *side.batches.step(t)) for t in range(2)])
-if dist.get_rank() == 0:
-    print(json.dumps(losses))
-dist.destroy_process_group()
-"""
-
-
-def test_reference_computes_the_losses_of_ours_on_two_ranks(tmp_path):
+def test_command_prints_a_table_and_the_same_losses_of_both_sides_on_two_ranks(monkeypatch, capsys):
     """The second step's would differ if the first one's gradients were not those of all ranks."""
-    script = tmp_path / "losses.py"
-    script.write_text(ON_TWO_RANKS)
     more = "--lr-w 1e-3 --lr-u 1e-3"  # large enough that the second step sees the first
-    case = replace(CASE, micro=1, ranks=2, more=more)
-    launch = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
-    first, second = speed.start([*launch, str(script), json.dumps(asdict(case))])
-    torch.testing.assert_close(torch.tensor(first), torch.tensor(second))
-    assert first[0] != first[1]
-
-
-def test_command_prints_a_table_and_json(capsys):
-    """Of a case on two ranks, both sides in each process."""
-    assert speed.main(["--quick", "--device", "cpu", "--only", "alpaca, 2"]) == 0
+    case = replace(CASE, title="tried, 2 ranks", ranks=2, more=more)
+    monkeypatch.setitem(speed.CASES, "cpu", [case])
+    assert speed.main(["--quick", "--device", "cpu", "--only", "tried"]) == 0
     *_, header, row, last = capsys.readouterr().out.splitlines()
-    assert header.split()[0] == "step" and row.startswith("124M, alpaca, 2 ranks")
+    assert header.split()[0] == "step" and row.startswith("tried, 2 ranks")
     (result,) = json.loads(last)["speed"]["steps"].values()
     assert [len(took) for took in result["seconds"].values()] == [2, 2]
+    ours, reference = (torch.tensor(losses) for losses in result["losses"].values())
+    torch.testing.assert_close(ours, reference)
+    assert not ours[0].equal(ours[1])
 
 
 def test_table_has_a_process_for_each_side(monkeypatch, capsys):

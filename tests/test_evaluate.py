@@ -3,7 +3,6 @@
 import gzip
 import json
 import math
-import random
 import sys
 from pathlib import Path
 
@@ -105,36 +104,29 @@ def test_standard_error_of_the_token_mean_matches_the_jackknife():
     assert evaluate.summarise(x, tokens).token_mean_se == pytest.approx(jackknife, rel=0.02)
 
 
-def test_data_is_a_file_a_directory_of_sources_or_a_built_in_task(checkpoint, records, here):
-    Path("sources").mkdir()
-    for name in ("math", "code"):
-        Path(f"sources/train_{name}.jsonl").write_text(records.read_text())
-    code, out, _ = here("loss", "--model", checkpoint, "--data", "sources", records,
-                        "instruction-seed3")  # fmt: skip
-    rows = [line.split() for line in out.splitlines()[1:]]
-    assert code == 0 and [row[0] for row in rows] == ["code", "math", "val", "instruction-seed3"]
-    _, _, test = tasks.task("instruction", 3)
-    dataset = data.Dataset.from_records(test, data.byte_tokenizer(), "plain", 128)
-    expected = evaluate.loss(from_pretrained(checkpoint), dataset).mean
-    assert rows[3][2:4] == [str(len(test)), f"{expected:.4f}"]
-
-
 def test_loss_table_is_the_same_on_one_process_and_two(checkpoint, records, here):
+    """Of a directory of sources, a file with sources within, and a built-in task."""
     other = make_checkpoint(Path(), seed=1)
     mixture = [{"text": "x" * n, "source": "short" if n < 9 else "long"} for n in range(3, 20)]
     Path("mix.json").write_text(json.dumps(mixture))
-    args = ("loss", "--model", checkpoint, other, "--data", records, "both=mix.json",
-            "--micro-batch-size", 2)  # fmt: skip
+    Path("sources").mkdir()
+    for name in ("math", "code"):
+        Path(f"sources/train_{name}.jsonl").write_text(records.read_text())
+    args = ("loss", "--model", checkpoint, other, "--data", "sources", "both=mix.json",
+            "instruction-seed3", "--micro-batch-size", 2)  # fmt: skip
     code, one, _ = here(*args)
     assert (code, one) == (0, one) == on_two_ranks(*args)
     rows = [line.replace("±", "").split() for line in one.splitlines()[1:]]
+    _, _, test = tasks.task("instruction", 3)
+    turns = {label: [[("text", r["text"])] for r in mixture if label in ("both", r["source"])]
+             for label in ("both", "long", "short")}  # fmt: skip
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    text = [[("text", r["text"])] for r in lines]
+    expected = {"code": text, "math": text, **turns, "instruction-seed3": test}
     models = [str(checkpoint), str(other)]
-    assert [row[:2] for row in rows] == [
-        [label, name] for label in ("val", "both", "long", "short") for name in models
-    ]
-    for label, name, *values in rows[2:4] + rows[6:]:
-        turns = [[("text", r["text"])] for r in mixture if label in ("both", r["source"])]
-        dataset = data.Dataset.from_records(turns, data.byte_tokenizer(), "plain", 128)
+    assert [row[:2] for row in rows] == [[label, name] for label in expected for name in models]
+    for label, name, *values in rows:
+        dataset = data.Dataset.from_records(expected[label], data.byte_tokenizer(), "plain", 128)
         r = evaluate.loss(from_pretrained(name), dataset)
         p = math.exp(r.token_mean)
         wanted = [r.n, r.mean, r.mean_se, p, p * r.token_mean_se]
@@ -213,16 +205,10 @@ def test_gsm8k_is_the_same_on_two_ranks_and_goes_on_where_it_was_cut(
 
     file = Path("one/gsm8k.jsonl")
     file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])  # within a line
-    left, inner, asked = len(read(file)), generate, []
-    assert 0 < left < 11
-
-    def counted(model, prompts, *args, **kwargs):
-        asked.extend(prompts)
-        return inner(model, prompts, *args, **kwargs)
-
-    monkeypatch.setattr(replies, "generate", counted)
+    kept = read(file)
+    assert 0 < len(kept) < 11
     assert here(*args, "one")[1] == out and of_index(file) == rows
-    assert len(asked) == 11 - left
+    assert read(file)[: len(kept)] == kept  # and of_index: none is there twice
     monkeypatch.setattr(replies, "generate", None)  # what is complete needs no generation
     assert here(*args, "one")[1] == out
     assert here("gsm8k", "--rescore", file)[1] == "".join(out.splitlines(True)[1:])
@@ -297,26 +283,24 @@ def test_other_settings_and_other_questions_are_refused(checkpoint, sums, here):
     def refused(*flags):
         code, _, err = here(*args, *flags)
         assert code == 2 and Path("out/gsm8k.jsonl").read_bytes() == before
-        return [line.split(": ")[1].split(" was ")[0] for line in err.splitlines()]
+        return err.partition("(")[2].partition(")")[0]
 
-    assert refused("--shots", 3, "--dtype", "fp64") == ["dtype", "exemplars", "shots"]
+    assert refused("--shots", 3, "--dtype", "fp64") == "dtype, exemplars"
     Path(sums).write_text(Path(sums).read_text().replace("1 + 1?", "1 plus 1?"))
-    assert refused() == ["questions"]
+    assert refused() == "questions"
 
 
 def test_from_sources_to_accuracy_on_real_data(asset, here):
     """Learn the weights of five real sources, fine-tune on them, then losses and 50 questions."""
     model, sources = asset("model/stories260K-hf"), asset("scalebio/math_exp")
-    common = (f"--model {model} --train {sources} --template alpaca --max-length 192 "
+    common = (f"--model {model} --train {sources} --template alpaca --max-length 128 "
               "--batch-size 20 --micro-batch-size 20 --lr-w 1e-3").split()  # fmt: skip
-    learn = f"--val {sources}/val.json --val-batch-size 20 --lr-u 1e-3 --lr-lambda 0.1 --steps 4"
+    learn = f"--val {sources}/val.json --val-batch-size 20 --lr-u 1e-3 --lr-lambda 0.1 --steps 3"
     done(*learn.split(), "--out", "learned", flags=common)
-    weights = json.loads(Path("learned/weights.json").read_text())["weights"]
-    assert len(weights) == 5 and max(weights.values()) > 0.21
-    tune = "--mode finetune --weights learned/weights.json --samples 300 --out tuned"
+    tune = "--mode finetune --weights learned/weights.json --samples 200 --out tuned"
     done(*tune.split(), flags=common)
     code, out, _ = here("loss", "--model", model, "tuned/model", "--data", f"{sources}/test.json",
-                        "--template", "alpaca", "--max-length", 192)  # fmt: skip
+                        "--template", "alpaca", "--max-length", 128)  # fmt: skip
     before, after = (float(line.split()[3]) for line in out.splitlines()[1:3])
     assert code == 0 and 0 < after < before
     questions = asset("math/gsm8k/test.jsonl")
@@ -329,18 +313,18 @@ def test_from_sources_to_accuracy_on_real_data(asset, here):
 
 
 def test_a_journal_drops_a_torn_line_and_has_one_writer(tmp_path):
-    file = tmp_path / "new" / "x.jsonl"
+    file, torn = tmp_path / "new" / "x.jsonl", tmp_path / "torn.jsonl"
     with Journal(file) as journal:
         for n in range(3):
             journal.append({"n": n, "text": "\ud800 ü\n"})
         with pytest.raises(ValueError, match="another process"):
             Journal(file)
-    for cut in random.Random(0).sample(range(file.stat().st_size), 10):
-        torn = tmp_path / "torn.jsonl"
+    for cut in range(0, file.stat().st_size, 7):
         torn.write_bytes(file.read_bytes()[:cut])
         with Journal(torn) as journal:
             kept = len(journal.rows)
             journal.append({"n": 9})
+        assert kept == file.read_bytes()[:cut].count(b"\n")
         assert [row["n"] for row in read(torn)] == [*range(kept), 9]
     torn.write_text('{"n": 1}\n{"n"\n{"n": 2}\n')
     with pytest.raises(ValueError, match="torn.jsonl:2"):
@@ -348,30 +332,25 @@ def test_a_journal_drops_a_torn_line_and_has_one_writer(tmp_path):
 
 
 def test_questions_from_a_hub_dataset(sums, monkeypatch):
-    asked = []
-
     def download(repo, file, repo_type):
-        asked.append((repo, file, repo_type))
-        if repo == "some/sums":
+        if (repo, file, repo_type) == ("some/sums", "data/test.jsonl", "dataset"):
             return sums
         raise errors.LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert len(answers.read_problems(evaluate.local_file("some/sums/data/test.jsonl"))) == 11
-    with pytest.raises(ValueError, match="^no/sums/x.jsonl: .* cache .*LocalEntryNotFound"):
+    with pytest.raises(ValueError, match="^no/sums/x.jsonl: .*LocalEntryNotFound"):
         evaluate.local_file("no/sums/x.jsonl")
     Path("data").mkdir()  # a misspelt path of one's own is not looked for on the hub
     assert evaluate.local_file("data/math/tset.jsonl") == Path("data/math/tset.jsonl")
-    assert asked == [("some/sums", "data/test.jsonl", "dataset"), ("no/sums", "x.jsonl", "dataset")]
 
 
 def test_bad_input_is_a_line_for_each_problem_and_writes_nothing(checkpoint, records, here):
     Path("bad.jsonl").write_text('{"question": 1}\n')
     Path("long.jsonl").write_text('{"question": 1}\n' * 100)
     Path("folder").mkdir()
-    packed = bytearray(gzip.compress(b'{"question": "1 + 1?", "answer": "2"}\n' * 1000))
-    packed[30:60] = bytes(30)
-    Path("broken.gz").write_bytes(packed)
+    packed = gzip.compress(b'{"question": "1 + 1?", "answer": "2"}\n' * 1000)
+    Path("broken.gz").write_bytes(packed[:30] + bytes(30) + packed[60:])
     loss, no_model, mt = ("loss", "--model", checkpoint, "--data"), ("--model", "no/x"), "mt-bench"
     say = "generate", "--model", checkpoint, "--prompt", "Hi"
     for n, args in (

@@ -1,9 +1,6 @@
 """The plan against live tensors, real processes on gloo; and what it says of the public models.
 
     python tests/test_plan.py table      # the table of docs/memory.md
-    torchrun --nproc_per_node=2 tests/test_plan.py state OUT
-
-The second runs a worker by hand; each rank writes its results to OUT.<rank>.json.
 """
 
 import functools
@@ -78,11 +75,9 @@ def one_step(
     penalty: PenaltyStep, config: ModelConfig, B: int, T: int, n_train: int = 2, t: int = 0
 ) -> None:
     """Step t: `n_train` training micro-batches and one of validation."""
-    rng = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, config.vocab, (B, T), generator=rng)
-    fit, val = (
-        SimpleNamespace(tokens=tokens, labels=tokens, group=torch.full((B,), g)) for g in (0, 1)
-    )
+    tokens = torch.randint(0, config.vocab, (B, T), generator=torch.Generator().manual_seed(0))
+    fit, val = (SimpleNamespace(tokens=tokens, labels=tokens, group=torch.full((B,), group))
+                for group in (0, 1))  # fmt: skip
     for opt in (penalty.opt_w, penalty.opt_u):
         opt.switch(t)
     counts = torch.tensor([n_train * B, B]) * dist.get_world_size()
@@ -225,12 +220,6 @@ def alone(tmp_path_factory):
 # Tests
 
 
-def skip_unless_measured(peaks) -> None:
-    if None in peaks:
-        assert torch.__version__ < "2.12", "a step does not give back all that it takes"
-        pytest.skip(f"the profiler of torch {torch.__version__} loses memory events")
-
-
 def test_state_of_live_tensors_equals_the_plan_to_the_byte(alone, tmp_path):
     """bf16 and fp32, tied and untied, all that LISA may do with the ends; uneven shards; one copy
     on the device and one on the host."""
@@ -242,12 +231,16 @@ def test_state_of_live_tensors_equals_the_plan_to_the_byte(alone, tmp_path):
 
 
 def test_peak_matches_what_the_allocator_counts(alone, tmp_path):
-    """Within 0.1% where activations matter, as in real runs; within 3% for batches of 8 tokens."""
+    """Within 0.1% where activations matter, as in real runs; within 3% for batches of 8 tokens. And
+    over twenty periods of LISA it is flat."""
     results = alone["peak"] + run(tmp_path / "results", "peak", pretended="2")[0]["peak"]
-    skip_unless_measured(allocated for _, allocated, _ in results)
+    if None in [*(allocated for _, allocated, _ in results), *sum(alone["flat"], [])]:
+        assert torch.__version__ < "2.12", "a step does not give back all that it takes"
+        pytest.skip(f"the profiler of torch {torch.__version__} loses memory events")
     for what, allocated, planned in results:
         tolerance = 1e-3 if "--max-length 64" in what else 0.03
         assert abs(planned - allocated) < tolerance * allocated, what
+    assert len(alone["flat"]) > 1 and all(len(set(peaks)) == 1 for peaks in alone["flat"])
 
 
 def test_resident_memory_of_124m_parameters_is_near_the_plan(tmp_path):
@@ -258,30 +251,14 @@ def test_resident_memory_of_124m_parameters_is_near_the_plan(tmp_path):
     assert abs(used - planned) < 0.1 * planned
 
 
-def test_peak_is_flat_over_twenty_periods(alone):
-    skip_unless_measured(itertools.chain(*alone["flat"]))
-    assert len(alone["flat"]) > 1 and all(len(set(peaks)) == 1 for peaks in alone["flat"])
-
-
-def test_models_have_their_published_parameter_counts():
-    assert {name: n_parameters(config) for name, config in CONFIGS.items()} == {
-        "GPT-2": 124_439_808, "LLaMA-3-8B": 8_030_261_248, "Gemma-2-9B": 9_241_705_984,
-        "GPT-NeoX-20B": 20_554_567_680, "Qwen-2.5-32B": 32_763_876_352,
-        "Yi-34B": 34_388_917_248, "LLaMA-3-70B": 70_553_706_496,
-    }  # fmt: skip
-
-
 def test_34b_fits_eight_gpus_of_48_gb_and_70b_eight_of_80_gb():
     checkpointed = FLAGS | {"activation_checkpointing": True}
-    yi, llama = CONFIGS["Yi-34B"], CONFIGS["LLaMA-3-70B"]
-    assert fits(planning.plan(yi, **FLAGS), 48)  # without checkpointing even
-    assert fits(planning.plan(llama, **checkpointed), 80)
+    assert fits(planning.plan(CONFIGS["Yi-34B"], **FLAGS), 48)  # without checkpointing even
     # (4 P + 2 A (4 + 8 + 4)) / D, of both copies
-    assert round(planning.plan(yi, **checkpointed).persistent / 1e9, 1) == 25.3
-    assert round(planning.plan(llama, **checkpointed).persistent / 1e9, 1) == 50.5
-    for config in (yi, llama):
-        assert not fits(planning.plan(config, **checkpointed | EVERYTHING), 141)
-
+    for name, card, state in ("Yi-34B", 48, 25.3), ("LLaMA-3-70B", 80, 50.5):
+        p = planning.plan(CONFIGS[name], **checkpointed)
+        assert fits(p, card) and round(p.persistent / 1e9, 1) == state
+        assert not fits(planning.plan(CONFIGS[name], **checkpointed | EVERYTHING), 141)
 
 
 @pytest.mark.parametrize(
@@ -290,8 +267,6 @@ def test_34b_fits_eight_gpus_of_48_gb_and_70b_eight_of_80_gb():
         ("Yi-34B", 48, {"micro_batch_size": 4}, "--micro-batch-size 1"),
         ("LLaMA-3-70B", 80, {}, "--activation-checkpointing"),
         ("LLaMA-3-70B", 60, {"activation_checkpointing": True}, "--cpu-offload"),
-        ("LLaMA-3-70B", 60, {"activation_checkpointing": True, "cpu_offload": True,
-                             "max_length": 8192, "micro_batch_size": 2}, "--micro-batch-size 1"),
         ("Yi-34B", 20, {"activation_checkpointing": True, "cpu_offload": True}, "--gpus 16"),
         ("GPT-2", 2.001, {}, None),
     ],
@@ -305,11 +280,10 @@ def test_first_fix_names_the_first_flag_that_is_enough(name, card, change, fix):
 def test_checkpointing_offload_and_frozen_ends_need_less():
     config = CONFIGS["LLaMA-3-8B"]
     base = planning.plan(config, **FLAGS)
-    for change in (
-        {"activation_checkpointing": True}, {"cpu_offload": True}, {"lisa_ends": "frozen"},
-        {"lisa_ends": "sampled"}, {"ranks": 16}, {"max_length": 64},
-    ):  # fmt: skip
-        assert planning.plan(config, **FLAGS | change).peak <= base.peak, change
+    less = {"activation_checkpointing": True, "cpu_offload": True, "lisa_ends": "frozen",
+            "ranks": 16, "max_length": 64}  # fmt: skip
+    for name, value in less.items():
+        assert planning.plan(config, **FLAGS | {name: value}).peak <= base.peak, name
     offloaded = planning.plan(config, **FLAGS | {"cpu_offload": True})
     assert offloaded.persistent + offloaded.host == base.persistent
     assert offloaded.host == (base.persistent - base.components["gradients"]) // 2
@@ -327,18 +301,13 @@ def test_validation_pass_is_what_larger_validation_micro_batches_add():
 
 def test_most_helpful_flags_of_a_run():
     """Those that take most off; on a CPU the device's memory is the host's."""
-    on = {device: planning.most_helpful(CONFIGS["LLaMA-3-8B"], device, **FLAGS | {"ranks": 1})
-          for device in ("cuda", "cpu")}  # fmt: skip
-    assert on["cuda"][1] == "--cpu-offload" and on["cuda"][0].startswith("--nproc_per_node")
-    assert on["cpu"][1] == "--activation-checkpointing"
+    for device, flag in ("cuda", "--cpu-offload"), ("cpu", "--activation-checkpointing"):
+        best = planning.most_helpful(CONFIGS["LLaMA-3-8B"], device, **FLAGS | {"ranks": 1})
+        assert best[0].startswith("--nproc_per_node") and best[1] == flag
 
 
 def fits(p: planning.Plan, card: float) -> bool:
     return p.peak <= planning.room(card)
-
-
-def n_parameters(config: ModelConfig) -> int:
-    return sum(map(math.prod, parameter_shapes(config).values()))
 
 
 def table() -> str:
@@ -347,15 +316,15 @@ def table() -> str:
         "| model | size | GPUs | LISA: state | peak | fits in | AdamW: state | peak | fits in |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, config in CONFIGS.items():
-        for ranks in (1, 8, 16):
-            cells = [name, f"{n_parameters(config) / 1e9:.3g} B", str(ranks)]
-            for change in ({}, EVERYTHING):
-                flags = FLAGS | {"activation_checkpointing": True, "ranks": ranks} | change
-                p = planning.plan(config, **flags)
-                card = next((f"{n} GB" for n in (24, 48, 80, 141) if fits(p, n)), "–")
-                cells += [f"{p.persistent / 1e9:.1f}", f"{p.peak / 1e9:.1f}", card]
-            lines.append(f"| {' | '.join(cells)} |")
+    for (name, config), ranks in itertools.product(CONFIGS.items(), (1, 8, 16)):
+        n_parameters = sum(map(math.prod, parameter_shapes(config).values()))
+        cells = [name, f"{n_parameters / 1e9:.3g} B", str(ranks)]
+        for change in ({}, EVERYTHING):
+            flags = FLAGS | {"activation_checkpointing": True, "ranks": ranks} | change
+            p = planning.plan(config, **flags)
+            card = next((f"{n} GB" for n in (24, 48, 80, 141) if fits(p, n)), "–")
+            cells += [f"{p.persistent / 1e9:.1f}", f"{p.peak / 1e9:.1f}", card]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -18,11 +18,7 @@ from tests import forked, kill_trial
 from tests.forked import at, done, rows, run, saved, send, state
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    forked.enter(tmp_path, monkeypatch)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +50,9 @@ def test_a_signal_in_the_midst_of_a_step_saves_and_the_same_command_goes_on(whol
     steps = len(rows("out"))
     assert f"stopped after {steps} of 12 steps" in said and 1 <= steps < 12
     assert saved("out") == [f"step-{steps}"]
-    assert f"saved out/checkpoints/step-{steps} in " in said
     if number == signal.SIGTERM:
+        with open("out/metrics.jsonl", "a") as file:
+            file.write('{"step": 11, "val_l')  # torn
         said = done("--out", "out", "--save-every", "2")
         assert f"goes on from out/checkpoints/step-{steps}" in said
         forked.assert_same("out", whole)
@@ -69,24 +66,22 @@ def test_one_rank_asked_to_stop_is_enough():
 
 
 def test_torchrun_restarts_after_a_rank_dies():
-    done("--out", "whole", "--save-every", "2", ranks=2)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                "--max-restarts=2", str(ROOT / "train.py")]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, *launcher, *forked.FLAGS, "--out", "out", "--save-every", "2"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    end = time.time() + 200
-    metrics = Path("out/metrics.jsonl")
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=1".split()
+    flags = [*forked.FLAGS, "--out", "out", "--save-every", "2"]
+    process = subprocess.Popen([sys.executable, *launcher, str(ROOT / "train.py"), *flags],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics, weights, end = Path("out/metrics.jsonl"), Path("out/weights.json"), time.time() + 200
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
         assert process.poll() is None and time.time() < end
+        if weights.exists():
+            json.loads(weights.read_text())  # it is whole at any time
         time.sleep(0.005)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
-    assert "goes on from out/checkpoints/step-" in said
-    assert "ends: another rank is gone" in said
+    assert "goes on from out/checkpoints/step-" in said and "another rank is gone" in said
+    done("--out", "whole", "--save-every", "2", ranks=2)
     forked.assert_same("out", "whole")
 
 
@@ -101,8 +96,7 @@ def test_it_resumes_on_another_number_of_ranks(dtype, tolerance, ranks, others):
     assert saved("same") == ["step-4"]
     shutil.copytree("same", "other")
     for out, n in (("same", ranks), ("other", others)):
-        said = done(*flags, "--out", out, "--save-every", "9", ranks=n)
-        assert f"goes on from {out}/checkpoints/step-4" in said
+        done(*flags, "--out", out, "--save-every", "9", ranks=n)
     same, other = (state(f"{out}/checkpoints/step-9") for out in ("same", "other"))
     assert same.keys() == other.keys()
     parameters = [name for name in same if ".lisa." not in name and name != "lam"]
@@ -111,44 +105,27 @@ def test_it_resumes_on_another_number_of_ranks(dtype, tolerance, ranks, others):
         assert (a - b).norm() <= tolerance * b.norm()
 
 
-def test_metrics_are_cut_to_the_checkpoint_and_weights_are_always_whole(whole):
-    killed = partial(at, "save", 50, partial(send, signal.SIGKILL), entry=3)  # in the third save
-    (process,) = forked.start(["--out", "out", "--save-every", "2"], faults={0: killed})
-    seen = 0
-    while process.exitcode is None:
-        if Path("out/weights.json").exists():
-            seen += json.loads(Path("out/weights.json").read_text())["step"] > 0
-        process.join(0.001)
-    assert seen and process.exitcode == -signal.SIGKILL
-    newest = saved("out")[-1]
-    with open("out/metrics.jsonl", "a") as file:
-        file.write('{"step": 11, "val_l')  # torn
-    assert f"goes on from out/checkpoints/{newest}" in done("--out", "out", "--save-every", "2")
-    forked.assert_same("out", whole)
-
-
 def test_a_finished_run_says_so_and_resume_never_leaves_it_alone(whole):
     before = {p: p.stat().st_mtime_ns for p in Path(whole).rglob("*")}
     assert "finished run" in done("--out", whole)
     shutil.copytree(whole, "robbed")
-    Path("robbed/weights.json").unlink()
-    assert "no report: robbed/weights.json: No such file" in done("--out", "robbed")
     Path("robbed/weights.json").write_text("")
     assert "no report: a file in robbed is damaged" in done("--out", "robbed")
+    Path("robbed/weights.json").unlink()
+    assert "no report: robbed/weights.json" in done("--out", "robbed")
     done("--out", whole, "--resume", "never", "--save-every", "2")
     forked.assert_same(f"{whole}-2", whole)
     assert {p: p.stat().st_mtime_ns for p in Path(whole).rglob("*")} == before
 
 
-def wait_for(path: str) -> None:
-    while not Path(path).exists():
+def wait_for_out() -> None:
+    while not Path("out").exists():
         time.sleep(0.05)
 
 
 def test_a_rank_that_starts_late_takes_the_same_fresh_out():
     argv = ["--out", "out", "--resume", "never", "--steps", "2", "--save-every", "1"]
-    code, said = forked.finish(forked.start(argv, 2, {1: partial(wait_for, "out")}))
-    assert code == 0, said
+    done(*argv, ranks=2, fault=wait_for_out)
     assert saved("out") == ["step-1"] and not Path("out-2").exists()
 
 
@@ -165,20 +142,17 @@ def test_after_a_restart_the_fresh_out_is_the_one_that_this_run_made(monkeypatch
     assert saved("out-3") == saved("out-2") == ["step-1"] and not Path("out/model").exists()
 
 
-def test_a_run_branches_off_from_a_checkpoint_of_another(whole):
+def test_a_run_branches_off_from_a_checkpoint_of_another(whole, refusal):
     newest = shard.whole_checkpoints(Path(whole) / "checkpoints")
-    for out, named in (("a", Path(whole)), ("b", newest[1])):
+    for out, named, start in (("a", whole, newest[0]), ("b", newest[1], newest[1])):
         said = done("--out", out, "--resume", str(named), "--save-every", "2")
-        assert f"goes on from {newest[out == 'b']}" in said
-        assert rows(out) == rows(whole)
+        assert f"goes on from {start}" in said and rows(out) == rows(whole)
     forked.assert_same("b", whole)
     for flags, problem in (
         (["--resume", whole, "--alpha", "3"], "holds another run: --alpha was 10.0, now 3.0"),
-        (["--resume", whole, "--val", "test.jsonl"], "the data of val has changed"),
+        (["--resume", str(newest[1]), "--val", "test.jsonl"], "the data of val has changed"),
         (["--resume", "nowhere"], "--resume nowhere: holds no checkpoint"),
         (["--out", str(Path(whole).parent), "--resume", whole], "--resume"),
         (["--out", whole, "--resume", str(newest[1])], "is in --out itself"),
     ):
-        code, said = run("--out", "c", *flags)
-        assert code == 2 and problem in said and "Traceback" not in said
-        assert not Path("c").exists()
+        assert any(problem in line for line in refusal([*forked.FLAGS, "--out", "c", *flags]))

@@ -1,8 +1,11 @@
 """train.py as a user meets it: runs on real input, the files they leave, and refusals."""
 
+import itertools
 import json
 import math
+import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,23 +19,16 @@ from cli import report
 from cli.flags import parse
 from cli.inputs import prepare
 from model import build, from_pretrained, random_weights
-from tests import forked
 from tests.forked import FLAGS, done, rows, run, saved, write_model
 
 ROOT = Path(__file__).parents[1]
 QUICK = "--steps 3 --batch-size 8 --val-batch-size 8 --micro-batch-size 4 --max-length 64".split()
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Each test in a folder with small records, and a cache of its own."""
-    forked.enter(tmp_path, monkeypatch)
-
-
-def launch(*args: str, ranks: int = 0) -> subprocess.CompletedProcess:
-    """train.py as it is started from a shell; under torchrun if `ranks`."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *(launcher if ranks else []), str(ROOT / "train.py"), *args]
+def launch(*args: str, launcher: str = "") -> subprocess.CompletedProcess:
+    """train.py as it is started from a shell."""
+    command = [sys.executable, *launcher.split(), str(ROOT / "train.py"), *args]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -53,69 +49,47 @@ def flags(sound: dict) -> list[str]:
     return [x for k, v in sound.items() for x in (k, *(v if isinstance(v, list) else [v]))]
 
 
-def write_json(path: Path, records: list) -> str:
+def write_json(path: Path, records: list) -> None:
     path.write_text(json.dumps(records))
-    return str(path)
 
 
-# ---------------------------------------------------------------------------------------------
-# Runs
-
-
-def test_denoising_orders_the_sources_under_torchrun(refusal):
+def test_denoising_orders_the_sources(refusal):
     """The README's command, shortened: the clean source leads, and the test loss falls."""
-    ended = launch("--steps", "40", "--out", "out", ranks=2)
-    assert ended.returncode == 0, ended.stderr
+    size = "--batch-size 48 --val-batch-size 32 --micro-batch-size 48".split()
+    said = done("--steps", "20", "--out", "out", flags=size)
     result = json.loads(Path("out/weights.json").read_text())
-    weights = result["weights"]
+    weights, (before, after) = result["weights"], result["test_loss"]
     assert weights["clean"] > max(weights["shuffled"], weights["junk"]) + 0.1
-    assert sum(weights.values()) == pytest.approx(1)
-    before, after = result["test_loss"]
-    assert after < 0.5 * before
-    for text in ("clean", "interleave_probs", "dataset_mixer", "held-out test loss", "█"):
-        assert text in ended.stdout
-    mixer = json.loads(ended.stdout.split("dataset_mixer: ")[1].splitlines()[0])
+    assert sum(weights.values()) == pytest.approx(1) and after < 0.5 * before
+    assert all(text in said for text in ("interleave_probs", "held-out test loss", "█"))
+    mixer = json.loads(said.split("dataset_mixer: ")[1].splitlines()[0])
     assert all(1 < n <= result["sources"][name]["samples"] for name, n in mixer.items())
     table = rows("out")
-    assert len(table) == 40
-    assert table[0]["source_loss_w"] == table[0]["source_loss_u"]
+    assert len(table) == 20 and table[0]["source_loss_w"] == table[0]["source_loss_u"]
     assert table[0]["weights"] == {name: pytest.approx(1 / 3, abs=1e-6) for name in weights}
-
-    lines = refusal(["--steps", "41", "--alpha", "30", "--out", "out"])
-    assert [line.split("run: ")[1] for line in lines] == [
-        "--alpha was 10.0, now 30.0", "--steps was 40, now 41",
-    ]  # fmt: skip
+    assert len(refusal([*size, "--steps", "41", "--alpha", "30", "--out", "out"])) == 2
 
 
-def look_at_what_a_run_left(out: str) -> None:
-    saved = from_pretrained(f"{out}/model")
-    start = build(saved.config, random_weights(saved.config, 0))
-    pairs = zip(saved.parameters(), start.parameters(), strict=True)
-    assert any(not torch.equal(a, b) for a, b in pairs)
-    settings = json.loads(Path(f"{out}/config.json").read_text())
-    assert settings["flags"]["steps"] == 3 and settings["data"]["train a"]["sha256"]
-
-
-def test_runs_without_torchrun():
-    ended = launch(*FLAGS, *QUICK, "--out", "out")
+def test_runs_from_a_shell_and_as_the_one_rank_of_a_launcher(monkeypatch):
+    ended = launch(*FLAGS, *QUICK, "--out", "shell")
     assert ended.returncode == 0, ended.stderr
-    look_at_what_a_run_left("out")
-
-
-def test_runs_as_the_one_rank_of_a_launcher(monkeypatch):
     launched = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
-    done(*QUICK, "--out", "out")
-    look_at_what_a_run_left("out")
+    done(*QUICK, "--out", "launched")
+    assert rows("launched") == rows("shell")
+    launched, shell = (Path(out, "model/model.safetensors") for out in ("launched", "shell"))
+    assert launched.read_bytes() == shell.read_bytes()
+    trained = from_pretrained("shell/model")
+    first = build(trained.config, random_weights(trained.config, 0))
+    assert not torch.equal(trained.embed.weight, first.embed.weight)
 
 
-def test_gpt2_on_two_sources_with_the_gpt2_tokenizer(asset):
-    """scalebio/data_tiny with a random GPT-2 of two small layers."""
-    small = {"n_embd": 16, "n_head": 2, "n_layer": 2, "vocab_size": 50257, "n_positions": 256}
-    write_model(Path("gpt2"), "gpt2", **small)
+def test_gpt2_with_its_tokenizer_on_real_records(asset):
+    """A random one of two small layers."""
+    write_model(Path("gpt2"), "gpt2", n_embd=16, n_head=2, n_layer=2, vocab_size=50257)
     Path("gpt2/tokenizer_config.json").unlink()
-    Path("gpt2/tokenizer.json").write_bytes(asset("tokenizers/gpt2/tokenizer.json").read_bytes())
+    shutil.copy(asset("tokenizers/gpt2/tokenizer.json"), "gpt2")
     Path("some").mkdir()
     for name in ("train_alpaca", "train_gpt4_alpaca", "val"):
         records = json.loads(asset(f"scalebio/data_tiny/{name}.json").read_text())
@@ -131,35 +105,9 @@ def test_overlap_is_a_warning_with_counts():
         write_json(Path(f"{name}.json"), some)
     args = "--train a=a.json --val v.json --test t.json".split()
     all_of, kept = (prepare(parse([*args, *more]), 1) for more in ([], ["--drop-overlap"]))
-    notes = "\n".join(all_of.notes)
-    assert "2 records of a are val records too" in notes
-    assert "3 records of a are test records too" in notes
+    for count in ("2 records of a are val records too", "3 records of a are test records too"):
+        assert count in "\n".join(all_of.notes)
     assert len(all_of.sources["a"]) == 20 and len(kept.sources["a"]) == 15
-
-
-def test_sharegpt_sources(asset):
-    names = ("GPT4-LLM-Cleaned", "GPTeacher-General-Instruct", "MathInstruct",
-             "dart-math-uniform", "orca-math-word-problems-200k")  # fmt: skip
-    Path("some").mkdir()
-    for name in ("val", *(f"train_{name}" for name in names)):
-        records = json.loads(asset(f"scalebio/math_exp/{name}.json").read_text())
-        write_json(Path("some", f"{name}.json"), records[:40])
-    flags = "--train some/train_*.json --val some/val.json --max-length 512 --out out".split()
-    done(flags=[*QUICK, *flags])
-    assert sorted(rows("out")[-1]["weights"]) == sorted(names)
-
-
-def test_a_real_trained_model(asset):
-    """stories260K: its loss on a story is that of a trained model, and it trains."""
-    pytest.importorskip("tokenizers")
-    story = "Once upon a time, there was a little girl named Lily. She loved to play."
-    for name, text in (("a", story), ("b", story[::-1]), ("v", story + " One day.")):
-        write_json(Path(f"{name}.json"), [{"text": text}] * 8)
-    argv = ["--model", str(asset("model/stories260K-hf")), "--train", "a=a.json", "b=b.json",
-            "--val", "v.json", "--template", "plain"]  # fmt: skip
-    done(*QUICK, "--out", "out", flags=argv)
-    losses = rows("out")[0]["source_loss_w"]
-    assert losses["a"] < 2 < 4 < losses["b"]
 
 
 def test_an_absent_source_is_null_and_rounds_raise_alpha():
@@ -172,21 +120,20 @@ def test_an_absent_source_is_null_and_rounds_raise_alpha():
 def test_nonfinite_loss_stops_or_is_passed_over(sound):
     """The embedding of Z is infinite, and of the samples only one of source b has a Z. The
     checkpoint before that step stays, and the run goes on from there if it may pass over it."""
-    change_tensors(lambda t: t["model.embed_tokens.weight"][ord("Z")].fill_(torch.inf))(
-        Path("checkpoint")
-    )
+    tensors = load_file("checkpoint/model.safetensors")
+    tensors["model.embed_tokens.weight"][ord("Z")] = torch.inf
+    save_file(tensors, "checkpoint/model.safetensors")
     write_json(Path("b.json"), [{"text": "Zzz" if i == 5 else "abc"} for i in range(12)])
     sound["--train"][1] = "b=b.json"
     argv = [*flags(sound), *"--steps 6 --batch-size 4 --val-batch-size 4 --save-every 1".split()]
     code, said = run(flags=argv)
     assert code == 1 and "Traceback" not in said
-    message = said[said.index("step ") :]
-    assert "not finite: the loss of source b under w, the loss of source b under u." in message
-    step = int(message.removeprefix("step ").split(":")[0])
+    why = ": not finite: the loss of source b under w, the loss of source b under u."
+    step = int(said.partition(why)[0].rpartition("step ")[2])
     assert 0 < step < 6 and len(rows("out")) == step and saved("out")[-1] == f"step-{step}"
 
     said = done("--skip-nonfinite", flags=argv)
-    assert "steps passed over because something was not finite: 1" in said
+    assert "not finite: 1" in said
     assert json.loads(Path("out/weights.json").read_text())["skipped"] == 1
     before, bad = rows("out")[step - 1 : step + 1]
     assert bad["source_loss_w"]["b"] is None and bad["source_loss_w"]["a"] is not None
@@ -212,17 +159,10 @@ def test_out_of_memory_names_the_plan_and_what_helps():
     large = ["--batch-size", "8192", "--micro-batch-size", "8192", "--steps", "1"]
     code, said = run(*large, "--out", "out", fault=limit_memory)
     assert code == 1 and "Traceback" not in said
-    lines = said.splitlines()
-    (planned,) = (line for line in lines if line.startswith("memory: planned peak "))
-    (line,) = (line for line in lines if "rank 0 ends: " in line)
-    assert f"out of memory: {planned.removeprefix('memory: ')}, measured " in line
-    assert "most likely to help: --" in line and "--activation-checkpointing" in line
-    assert "traceback in out/error-rank0.log" in line
+    planned = said.split("memory: ")[1].splitlines()[0]
+    (line,) = (line for line in said.splitlines() if "rank 0 ends: " in line)
+    assert f"out of memory: {planned}, measured " in line and "--activation-checkpointing" in line
     assert "Traceback" in Path("out/error-rank0.log").read_text()
-
-
-# ---------------------------------------------------------------------------------------------
-# Refusals
 
 
 def test_all_problems_are_printed_together(sound, refusal):
@@ -233,9 +173,7 @@ def test_all_problems_are_printed_together(sound, refusal):
     sound |= {"--batch-size": "63", "--lisa-layers": "4", "--max-length": "129", "--tau": "0"}
     lines = refusal(flags(sound), world=2)
     for expected in ("broken.jsonl:2: ", "odd.jsonl:2: ", "empty.json: ", "missing.json: ",
-                     "--batch-size 63 is not divisible by 2 ranks: take 62 or 64",
-                     "--lisa-layers 4: the model has 3 blocks", "--tau 0.0: ",
-                     "--max-length 129: the model has 128 positions"):  # fmt: skip
+                     "--batch-size 63 ", "--lisa-layers 4: ", "--tau 0.0: ", "--max-length 129: "):
         assert sum(expected in line for line in lines) == 1, (expected, lines)
 
 
@@ -248,22 +186,17 @@ TOO_LONG = "[Errno 36] File name too long: 'x"
     [
         ({"--train": [A, f"a={B}"]}, f"--train {B}: the name a is used twice"),
         ({"--train": [A, B]}, f"--train {B}: expected NAME=PATH"),
-        ({"--train": [A, f"={B}"]}, f"--train ={B}: expected NAME=PATH"),
         ({"--train": [A, f"b,c={B}"]}, f"--train b,c={B}: a name may have no comma"),
         ({"--train": [A, f"b={'x' * 300}"]}, TOO_LONG),
         ({"--out": "x" * 300}, TOO_LONG),
-        ({"--out": "x" * 300, "--resume": "never"}, TOO_LONG),
         ({"--train": ["nowhere*.json"]}, "--train nowhere*.json: no file matches"),
         ({"--train": ["twins"]}, "--train twins/train_x.jsonl: the name x is used twice"),
         ({"--val": "train_a.jsonl"}, "--val train_a.jsonl is the same file as --train a"),
         ({"--train": [A, "b=as-val.jsonl"], "--drop-overlap": []},
          "train b: no record is left after --drop-overlap"),
-        ({"--val-batch-size": "0"}, "--val-batch-size 0: "),
         ({"--alpha": "nan"}, "--alpha nan: "),
-        ({"--seed": "-1"}, "--seed -1: "),
         ({"--seed": str(2**32)}, "--seed 4294967296: "),
         ({"--alpha": "1e308"}, "--alpha 1e+308: "),
-        ({"--steps": "0"}, "--steps 0: "),
         ({"--tau": "1e5", "--outer-rounds": "3"}, "--tau 100000.0: "),
         ({"--template": "llama3"}, "--template llama3: "),
         ({"--model": "no/such/model"}, "no/such/model: "),
@@ -289,112 +222,77 @@ def test_sources_may_be_given_one_by_one_and_what_is_odd_is_noted(sound):
     assert any("there is one source" in note for note in found.notes)
 
 
-def change_tensors(change):
-    """What spoils a checkpoint by changing {name: tensor}."""
-
-    def spoil(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors")
-
-    return spoil
-
-
-UP = "model.layers.1.mlp.up_proj.weight"
-
-
-@pytest.mark.parametrize(
-    "spoil, expected",
-    [
-        (change_tensors(lambda tensors: tensors.pop(UP)), UP),
-        (change_tensors(lambda t: t.update({"model.surprise": torch.zeros(2)})), "model.surprise"),
-        (change_tensors(lambda t: t.update({UP: torch.zeros(7)})), UP),
-        (lambda folder: (folder / "model.safetensors").rename(folder / "a.bin"), "*.bin only"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
-        (lambda folder: write_model(folder, vocab_size=200),
-         "the tokenizer has 258 ids, the embedding only 200 rows"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("spoil, expected", [
+    (lambda folder: save_file({"odd": torch.zeros(7)}, folder / "model.safetensors"), "odd"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
+    (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+    (lambda folder: write_model(folder, vocab_size=200), "the tokenizer has 258 ids"),
+])  # fmt: skip
 def test_spoilt_checkpoints(sound, refusal, spoil, expected):
     spoil(Path(sound["--model"]))
-    lines = refusal(flags(sound))
-    assert len(lines) == 1 and expected in lines[0], lines
+    assert any(expected in line for line in refusal(flags(sound)))
 
 
 def test_an_out_that_holds_something_else_is_left_alone(sound, refusal):
     Path("kept").mkdir()
     Path("kept/letter.txt").write_text("dear")
-    lines = refusal(flags(sound | {"--out": "kept"}))
-    assert lines == ["--out kept: holds files, but no run to go on with"]
-    of_no_run = ("{", "[]", '{"model_type": "llama"}',
-                 '{"flags": {"a": 1}, "data": {"train a": 3}, "mixture": null}',
-                 '{"flags": {"a": 1}, "data": {}, "mixture": [1]}')  # fmt: skip
+    of_no_run = "{", "[]", '{"model_type": "llama"}', '{"flags": {"a": 1}, "data": {"train a": 3}}'
     for content in of_no_run:
         Path("kept/config.json").write_text(content)
-        assert refusal(flags(sound | {"--out": "kept"})) == lines
+        (line,) = refusal(flags(sound | {"--out": "kept"}))
+        assert line == "--out kept: holds files, but no run to go on with"
 
 
 def test_bad_input_under_torchrun_prints_its_lines_and_no_traceback_of_ours():
-    ended = launch("--batch-size", "63", "--lisa-layers", "9", ranks=2)
-    assert ended.returncode != 0
-    assert "--batch-size 63 is not divisible by 2 ranks: take 62 or 64" in ended.stderr
-    assert "--lisa-layers 9" in ended.stderr
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2"
+    ended = launch("--batch-size", "63", "--lisa-layers", "9", launcher=torchrun)
+    assert ended.returncode != 0 and not Path("runs").exists()
+    assert "--batch-size 63 " in ended.stderr and "--lisa-layers 9" in ended.stderr
     assert "train.py\", line" not in ended.stderr
-    assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--seed", "1e3"], "argument --seed: invalid int value: '1e3'"),
-    (["--sed", "1"], "unrecognized arguments: --sed 1"),
-])  # fmt: skip
-def test_flags_that_cannot_be_read_are_refused_in_a_line(capsys, flags, said):
+@pytest.mark.parametrize("flags", [["--seed", "1e3"], ["--sed", "1"]])
+def test_flags_that_cannot_be_read_are_refused_in_a_line(capsys, flags):
     with pytest.raises(SystemExit) as stopped:
         train.main(flags)
-    assert stopped.value.code == 2 and capsys.readouterr() == ("", said + "\n")
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out
+    assert flags[0] in err and len(err.splitlines()) == 1
 
 
 def test_compile_without_a_compiler_is_refused_in_a_line(refusal, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert refusal(["--compile"]) == [
-        "--compile needs a C++ compiler: install g++, or name one in CXX"
-    ]
-
-
-# ---------------------------------------------------------------------------------------------
-# The plan
+    (line,) = refusal(["--compile"])
+    assert line.startswith("--compile needs a C++ compiler")
 
 
 def test_plan_from_a_config_alone(capsys, refusal):
     shapes = json.loads((ROOT / "tests/models.json").read_text())
     Path("config.json").write_text(json.dumps(shapes["Yi-34B"]))
     args = "--plan --model config.json --gpus 8 --max-length 1024 --micro-batch-size 1".split()
-    assert train.main([*args, "--gpu-memory", "48"]) == 0
-    text = capsys.readouterr().out
+
+    def plan(*more: str, code: int) -> str:
+        assert train.main([*args, *more]) == code
+        return capsys.readouterr().out
+
+    text = plan("--gpu-memory", "48", code=0)
     assert "fits" in text and "AdamW moments" in text and "peak" in text
-    assert train.main([*args, "--gpu-memory", "24", "--json"]) == 1
-    answer = json.loads(capsys.readouterr().out)
+    answer = json.loads(plan("--gpu-memory", "24", "--json", code=1))
     assert answer["fits"] is False and answer["peak"] > answer["persistent"] > 25e9
-    assert train.main([*args, "--gpu-memory", "24"]) == 1
-    text = capsys.readouterr().out
-    assert "does not fit" in text and "would fit with: --gpus" in text
+    assert "would fit with: --gpus" in plan("--gpu-memory", "24", code=1)
     assert len(refusal(["--plan", "--model", "nowhere.json"])) == 1
 
 
 def test_contradictory_flags_of_a_plan_are_refused_together(refusal):
-    lines = refusal(["--plan", *"--gpus 0 --gpu-memory 2 --lisa-layers 0 --lisa-ends sampled "
-                     "--lisa-coupling independent --max-length 513".split()])  # fmt: skip
-    for expected in ("--gpus 0: ", "--gpu-memory 2.0: ", "--lisa-ends sampled contradicts ",
-                     "--lisa-coupling independent contradicts ", "--max-length 513: "):  # fmt: skip
-        assert sum(line.startswith(expected) for line in lines) == 1, (expected, lines)
-    assert len(lines) == 5
+    lines = refusal(("--plan --gpus 0 --gpu-memory 2 --lisa-layers 0 --lisa-ends sampled "
+                     "--lisa-coupling independent --max-length 513").split())  # fmt: skip
+    assert sorted(re.split(" contradicts |: ", line)[0] for line in lines) == [
+        "--gpu-memory 2.0", "--gpus 0", "--lisa-coupling independent", "--lisa-ends sampled",
+        "--max-length 513",
+    ]  # fmt: skip
     assert refusal(["--json", "--gpu-memory", "80"]) == [
         "--gpu-memory goes with --plan alone", "--json goes with --plan alone",
     ]  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------
-# Parts
 
 
 def test_learning_rate_schedule():
@@ -417,13 +315,12 @@ def summary(p_of_t, steps: int = 500, lr=lambda t: 0.005) -> dict:
 
 def test_settled_and_drifting_weights():
     still = summary(lambda t: 0.7 + 0.01 * math.sin(t * t))
-    assert still["settled"] == {"a": True, "b": True}
     assert still["gap"]["a"] == pytest.approx(0.05) and still["gap"]["b"] is None
     near = summary(lambda t: 0.99 + 1e-5 * t)
-    assert near["settled"] == {"a": True, "b": True} and not any(near["limited"].values())
-    assert summary(lambda t: 0.3 + 0.001 * t)["settled"] == {"a": False, "b": False}
-    short = summary(lambda t: 0.5, steps=20)
-    assert short["settled"] == short["limited"] | {"a": False, "b": False}
+    assert all(still["settled"].values()) and all(near["settled"].values())
+    drifting, short = summary(lambda t: 0.3 + 0.001 * t), summary(lambda t: 0.5, steps=20)
+    assert not any([*drifting["settled"].values(), *short["settled"].values()])
+    assert not any([*near["limited"].values(), *short["limited"].values()])
 
 
 @pytest.mark.parametrize("speed, start, limited", [
@@ -434,6 +331,6 @@ def test_weights_limited_by_the_schedule(speed, start, limited):
     """λ at Adam's full speed to the end is told from λ that the data stopped: 500 steps in which
     the logit of a moves `speed` times as far as the rates permit."""
     rates = [0.004 * train.lr_factor(t, 500, 0, "cosine") for t in range(500)]
-    logits = [start + speed * sum(rates[: t + 1]) for t in range(500)]
-    found = summary(lambda t: 1 / (1 + math.exp(-2 * logits[t])), lr=lambda t: rates[t])
+    logits = [start + speed * moved for moved in itertools.accumulate(rates)]
+    found = summary(lambda t: 1 / (1 + math.exp(-2 * logits[t])), lr=rates.__getitem__)
     assert found["limited"] == {"a": limited, "b": limited}
