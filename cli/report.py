@@ -474,7 +474,9 @@ def draw_bars(axes, runs: list[Run], colours: dict) -> None:
         value, se, final = values[name]
         axes.barh(y, value, color=colours[name], xerr=se, ecolor="black", capsize=2)
         axes.plot(final, [y + 0.28] * len(final), "o", color="black", markersize=2.5)
-        names.append(f"{shorten(name, 32)}  {value:.4f}" + (f" ± {se:.4f}" if se else ""))
+        label = f"{shorten(name, 32)}  {value:.4f}" + (f" ± {se:.4f}" if se else "")
+        apart = len(runs) > 1 or runs[0].shares or runs[0].rows[-1]["snr"][name] > DIFFERS
+        names.append(label if apart else f"{label}, not told from others")
     axes.set_yticks(range(len(order)), names, fontsize=8)
     for name, label in zip(order, axes.get_yticklabels(), strict=True):
         label.set(color=colours[name], parse_math=False)  # a "$" in a name is a dollar

@@ -43,7 +43,7 @@ def printed(code: str, folder: Path) -> str:
 
 
 def test_minimal_loop_matches_train_to_the_last_bit(tmp_path):
-    code = program("The maths").replace("lr_lambda = 200,", f"lr_lambda = {STEPS},")
+    code = program("The maths").replace("steps, seed = 200,", f"steps, seed = {STEPS},")
     lines = printed(code + AFTER_LOOP, tmp_path).splitlines()
     loop = [list(map(float, line.split())) for line in lines[:STEPS]]
     rows = map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())

@@ -32,6 +32,7 @@ def write_run(path, names, steps=60, seed=0, learns=True, absent=0.0):
         row = {"step": t, "source_loss_w": dict(zip(names, losses, strict=True)), "finite": True}
         if learns:
             row |= {"weights": dict(zip(names, p.tolist(), strict=True)), "val_loss": 1.0}
+            row |= {"weights_se": dict.fromkeys(names, 0.01), "snr": dict.fromkeys(names, 3.0)}
         else:
             row |= {"train_loss": 1 + 1 / (1 + t)} | ({"val_loss": 1.5} if t % 9 == 0 else {})
         rows.append(row)
@@ -81,14 +82,11 @@ def test_no_two_texts_overlap(tmp_path, monkeypatch, case):
 
 def test_what_a_bar_says(tmp_path):
     runs = [report.read_run(write_run(tmp_path / str(s), ["a", "b"], 100, s)) for s in range(3)]
-    series = [[row["weights"]["a"] for row in run.rows] for run in runs]
-    batch_means = np.array(series[0][-20:]).reshape(10, 2).mean(1)
-    means = np.array([np.mean(s[-20:]) for s in series])
-    for n, parts in (1, batch_means), (3, means):
-        value, se, final = report.bar(runs[:n], "a")
-        assert value == pytest.approx(parts.mean())
-        assert se == pytest.approx(parts.std(ddof=1) / math.sqrt(len(parts)))
-        assert final == [s[-1] for s in series[:n]]
+    final = np.array([run.rows[-1]["weights"]["a"] for run in runs])
+    assert report.bar(runs[:1], "a") == (final[0], 0.01, [])
+    value, se, dots = report.bar(runs, "a")
+    assert value == pytest.approx(final.mean()) and dots == final.tolist()
+    assert se == pytest.approx(final.std(ddof=1) / math.sqrt(3))
     tuned = report.read_run(write_run(tmp_path / "tuned", ["a", "b", "c"], learns=False))
     assert report.bar([tuned], "c") == (0.5, None, [])
 
@@ -142,3 +140,31 @@ def test_why_a_rank_ends_is_one_line(tmp_path, monkeypatch, capsys, error, said)
     assert said in line and "\n" not in line
     assert ("a bug" in capsys.readouterr().err) == (said == "a bug")
     assert (tmp_path / "error-rank1.log").exists() == ("out of memory" in line)
+
+
+def told(snr, steps=100):
+    """weights.json of a run whose sources differed from 0 by so many standard errors."""
+    same = dict.fromkeys(snr, 0.5)
+    row = {"finite": True, "alpha": 1.0, "weights": same, "weights_se": same, "snr": snr,
+           "gap": {"a": 0.1, "b": None}, "gap_se": {"a": 0.02, "b": None}}  # fmt: skip
+    return report.summarise([row | {"step": t} for t in range(steps)])
+
+
+def test_gaps_are_means_of_the_last_fifth_with_their_errors():
+    result = told({"a": 1.0, "b": 1.0})
+    assert result["gap"] == {"a": pytest.approx(0.1), "b": None}
+    assert result["gap_se"] == {"a": pytest.approx(0.02 / 20**0.5), "b": None}
+
+
+@pytest.mark.parametrize("snr, differs, said", [
+    ({"a": 1.0, "b": 1.9}, [], ["take any weights"]),
+    ({"a": 9.0, "b": 4.1}, ["a", "b"], ["tell a, b from the others"]),
+    ({"a": 9.0, "b": 1.0}, ["a"], ["tell a from the others"]),
+    # From 2.5 standard errors in 100 steps to 4.
+    ({"a": 9.0, "b": 2.5}, ["a"], ["tell a from", "too short to tell b", "about 256 steps"]),
+])  # fmt: skip
+def test_verdict_says_what_differs_and_what_to_do(snr, differs, said):
+    result = told(snr)
+    assert [name for name, flag in result["differs"].items() if flag] == differs
+    lines = "\n".join(report.verdict(result))
+    assert all(words in lines for words in said)

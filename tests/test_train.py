@@ -1,8 +1,6 @@
 """train.py as a user meets it: runs on real input, the files they leave, and refusals."""
 
-import itertools
 import json
-import math
 import re
 import resource
 import shutil
@@ -15,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from cli import report
 from cli.flags import parse
 from cli.inputs import prepare
 from model import build, from_pretrained, random_weights
@@ -301,36 +298,3 @@ def test_learning_rate_schedule():
     assert factors[-1] < 1e-3 and factors == sorted(factors[:3]) + sorted(factors[3:])[::-1]
     assert train.lr_factor(50, 100, 0, "linear") == pytest.approx(0.5)
     assert train.lr_factor(99, 100, 0.1, "constant") == 1
-
-
-def summary(p_of_t, steps: int = 500, lr=lambda t: 0.005) -> dict:
-    """What the report says of a run of two sources, of which the first had the weight p_of_t(t)."""
-    return report.summarise([
-        {"step": t, "finite": True, "alpha": 1.0, "lr_lambda": lr(t),
-         "weights": {"a": p_of_t(t), "b": 1 - p_of_t(t)},
-         "source_loss_w": {"a": 1.0 + 0.1 * (t % 2), "b": None},
-         "source_loss_u": {"a": 1.0, "b": None}} for t in range(steps)
-    ])  # fmt: skip
-
-
-def test_settled_and_drifting_weights():
-    still = summary(lambda t: 0.7 + 0.01 * math.sin(t * t))
-    assert still["gap"]["a"] == pytest.approx(0.05) and still["gap"]["b"] is None
-    near = summary(lambda t: 0.99 + 1e-5 * t)
-    assert all(still["settled"].values()) and all(near["settled"].values())
-    drifting, short = summary(lambda t: 0.3 + 0.001 * t), summary(lambda t: 0.5, steps=20)
-    assert not any([*drifting["settled"].values(), *short["settled"].values()])
-    assert not any([*near["limited"].values(), *short["limited"].values()])
-
-
-@pytest.mark.parametrize("speed, start, limited", [
-    (0.8, 0.0, True), (0.2, 0.0, False),
-    (0.8, 2.0, False),  # at 0.996 it has arrived
-])  # fmt: skip
-def test_weights_limited_by_the_schedule(speed, start, limited):
-    """λ at Adam's full speed to the end is told from λ that the data stopped: 500 steps in which
-    the logit of a moves `speed` times as far as the rates permit."""
-    rates = [0.004 * train.lr_factor(t, 500, 0, "cosine") for t in range(500)]
-    logits = [start + speed * moved for moved in itertools.accumulate(rates)]
-    found = summary(lambda t: 1 / (1 + math.exp(-2 * logits[t])), lr=rates.__getitem__)
-    assert found["limited"] == {"a": limited, "b": limited}
