@@ -1,12 +1,10 @@
 """Records to tokens to deterministic, stratified micro-batches.
 
     source = load_dataset("alpaca.json", tokenizer, "alpaca", max_length=512, cache_dir="cache")
-    batches = Batches([source, …], val, batch_size=64, val_batch_size=64,
-                      micro_batch_size=8, seed=0)
+    batches = Batches([source, …], val, 64, val_batch_size=64, micro_batch_size=8, seed=0)
     train, val, counts = batches.step(t)  # a pure function of t: a resume needs only the step
 
 A file is read once, by sources/records.py, tokenised, and kept as memory-mapped arrays in a cache.
-Every batch has the same number of samples of each source (stratified).
 
 B batch, T time (tokens of the longest sample, padded), S sources.
 """
@@ -303,10 +301,8 @@ class Batches:
         self._orders = {}  # of each group, (epoch, permutation): the last used
 
     def step(self, t: int) -> tuple[list[MicroBatch], list[MicroBatch], torch.Tensor]:
-        """This rank's training and validation micro-batches of step t, and the global counts.
-
-        counts (S + 1,): samples of each source in the global batch, then of validation.
-        """
+        """This rank's training and validation micro-batches of step t; and counts (S + 1,): samples
+        of each source in the global batch, then of validation."""
         S, n_val = self.n_sources, self.val_batch_size
         starts, stops = self._taken(t), self._taken(t + 1)
         train = [s for i in range(S) for s in self._samples(i, starts[i], stops[i])]
@@ -331,14 +327,13 @@ class Batches:
             self._orders[group] = epoch, rng.permutation(n)
         return self._orders[group][1]
 
-    def _deal(self, samples: list[Sample], tokens: list[int] | None = None) -> list[MicroBatch]:
+    def _deal(self, samples: list[Sample], tokens: list[int]) -> list[MicroBatch]:
         """This rank's share. Sorted by length, the samples make rounds of W micro-batches; in each
         round the longest goes to the rank that has the fewest tokens so far, and so on.
 
-        tokens (W,): of each rank so far, added to; by default none. All ranks get as many samples:
-        fillers, of group -1, complete what W does not divide.
+        tokens (W,): of each rank so far, added to. All ranks get as many samples: fillers, of group
+        -1, complete what W does not divide.
         """
-        tokens = tokens or [0] * self.world
         samples = sorted(samples, key=lambda s: -self.datasets[s[0]].lengths[s[1]])  # stable
         places = [(s, s[0]) for s in samples]
         places += [(s, -1) for s in samples[-1:]] * (-len(samples) % self.world)
@@ -354,8 +349,8 @@ class Batches:
 
 
 class MixtureBatches(Batches):
-    """Global batches of a mixture: its sources as one set, of which every sample comes once an epoch;
-    the last batch of an epoch is what is left for it."""
+    """Global batches of a mixture: its sources as one set. Every sample comes once an epoch; the last
+    batch of an epoch is what is left for it."""
 
     def __init__(
         self, sources: list[Dataset], batch_size: int, micro_batch_size: int, seed: int,
@@ -373,7 +368,7 @@ class MixtureBatches(Batches):
         starts = self.ends - [len(source) for source in self.datasets]
         samples = list(zip(groups.tolist(), (picked - starts[groups]).tolist(), strict=True))
         counts = torch.from_numpy(np.bincount(groups, minlength=self.n_sources + 1))
-        return self._deal(samples), [], counts
+        return self._deal(samples, [0] * self.world), [], counts
 
 
 def prefetch(batches: Batches, steps: range) -> Iterator[tuple[int, tuple]]:

@@ -1,11 +1,9 @@
-"""Sharding with FSDP2: the process group, a model cut over the ranks (`shard` applies FSDP2), and
-its way to and from files. The same code runs on CPU with gloo and on CUDA with nccl, on one process
-or many.
+"""Sharding with FSDP2: the process group, a model cut over the ranks, its way to files and back.
+The same code runs on CPU with gloo and on CUDA with nccl, on one process or many.
 
 `fully_shard` cuts each parameter along its first dimension: of D ranks, rank r holds the rows
 [r ⌈n/D⌉, (r+1) ⌈n/D⌉). A model is built on the meta device, cut, and filled tensor by tensor, so
-that no rank ever holds more than one full tensor beside its shards. A single rank has the whole:
-nothing is cut, and its parameters are plain tensors.
+that no rank ever holds more than one full tensor beside its shards. A single rank cuts nothing.
 """
 
 from __future__ import annotations
@@ -34,8 +32,8 @@ from hf.families import ModelConfig
 from lisa import local
 from model import Transformer
 
-# A model of at most this many bytes is gathered once a pass and its gradients are reduced once; of a
-# larger one each block is gathered each time it is used.
+# A model of at most this many bytes is gathered once a pass, and its gradients are reduced once; of
+# a larger one each block is gathered each time it is used.
 GATHER_ONCE_BYTES = 1_000_000_000
 # Seconds that ranks wait for one another while a disk is read or written.
 FILES_TIMEOUT = 4 * 3600.0
@@ -97,10 +95,9 @@ def shard(model: Transformer, device: torch.device, keep_gathered: bool) -> None
     keep_gathered: keep what was gathered until the end of backward (see `once_per_pass`).
     """
     dtype = model.norm.weight.dtype
-    low = torch.finfo(dtype).bits < 32
+    low = {"param_dtype": dtype, "reduce_dtype": torch.float32}
     mixed = MixedPrecisionPolicy(
-        param_dtype=dtype if low else None,
-        reduce_dtype=torch.float32 if low else None,
+        **low if torch.finfo(dtype).bits < 32 else {},
         cast_forward_inputs=False,  # a block's RoPE tables stay fp32
     )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -118,7 +115,7 @@ def shard(model: Transformer, device: torch.device, keep_gathered: bool) -> None
 def build(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, offload: Offload | None = None
 ) -> Transformer:
-    """A model, sharded if there are several ranks, and not filled yet. Copies that take turns on the
+    """A model, sharded if there are several ranks, not filled yet. Copies that take turns on the
     device share an `offload`. Collective."""
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
@@ -171,8 +168,8 @@ def copy_shards(target: nn.Module, source: nn.Module) -> None:
 
 
 def once_per_pass(model: Transformer, last: bool) -> None:
-    """For PenaltyStep.on_micro: gather parameters with the first micro-batch of a pass, reduce
-    gradients and let go of the gathered copies with the last, where the model is small enough."""
+    """For PenaltyStep.on_micro: gather parameters with the first micro-batch of a pass, and reduce
+    gradients with the last, where the model is small enough."""
     move_to_device(model)
     if model.gather_once:
         model.set_requires_gradient_sync(last)
@@ -188,9 +185,7 @@ def release(model: nn.Module) -> None:
 
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, full tensor on the CPU), one at a time; on one CPU rank they are the parameters' own.
-
-    Collective: every rank calls it and takes all of it.
-    """
+    Collective: every rank takes all of it."""
     return ((name, full(p).cpu()) for name, p in model.named_parameters())
 
 
@@ -278,8 +273,8 @@ def current_values(model: nn.Module, t: Tensor) -> Tensor:
 # To files and back. A checkpoint is a directory step-N, which has its name only once it is whole.
 
 def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None:
-    """Write `model` in Hugging Face format to the directory `target`, whole or not at all. Before it
-    has its name rank 0 calls `finish` with it, to add the tokenizer. Collective."""
+    """Write `model` in Hugging Face format to the directory `target`, whole or not at all. `finish`
+    adds the tokenizer, on rank 0. Collective."""
     move_to_device(model)
     release(model)
     main = dist.get_rank() == 0
@@ -296,8 +291,7 @@ def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None
 def save_checkpoint(
     folder: Path, step: int, tensors: dict[str, Tensor], run: dict, about: dict, keep: int
 ) -> None:
-    """Write `folder`/step-N, whole or not at all; of the checkpoints up to it the `keep` newest stay.
-    Collective.
+    """Write `folder`/step-N, whole or not at all; the `keep` newest up to it stay. Collective.
 
     tensors: DTensors and replicated tensors; run: small things that are the same on all ranks, to
     be read back; about: what the run is made of, as its config.json
@@ -328,8 +322,7 @@ def save_checkpoint(
 
 
 def delete(folder: Path, checkpoints: Iterable[Path]) -> None:
-    """Delete these, so that at no moment a part of one has its name; and what a save or a deletion
-    that was cut off has left."""
+    """Delete these, so that at no moment a part of one has its name; and what was left behind."""
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover)
     for checkpoint in checkpoints:

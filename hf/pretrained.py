@@ -129,14 +129,14 @@ class Stored(NamedTuple):
 
 def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, Stored], list[str]]:
     """The tensors of a directory by key, read from the headers alone, and the files' problems."""
-    stored, problems, index = {}, [], {}
+    stored, problems = {}, []
     # GPT-2's own files leave out the prefix of all keys but the head's.
     prefix = "transformer." if config.family == "gpt2" else ""
     files = [directory / WEIGHTS]
     if not files[0].exists():
         try:
-            index = read_json(directory / INDEX)["weight_map"]
-            files = sorted({directory / name for name in index.values()})
+            index = read_json(directory / INDEX)
+            files = sorted({directory / name for name in index["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return {}, [f"{directory}: has neither {WEIGHTS} nor an index of such files ({error}); "
                         "*.bin files, pickles that can run any code, are not opened: convert them"]
@@ -145,9 +145,8 @@ def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, Stored], list[
             with safe_open(file, "pt") as handle:
                 for key in handle.keys():  # noqa: SIM118 (not a dict)
                     part = handle.get_slice(key)
-                    if index.get(key, file.name) == file.name:
-                        full = key if key.startswith((prefix, "lm_head.")) else prefix + key
-                        stored[full] = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
+                    full = key if key.startswith((prefix, "lm_head.")) else prefix + key
+                    stored[full] = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
             problems.append(f"{file}: missing, truncated or damaged ({error})")
     return stored, problems
@@ -156,8 +155,7 @@ def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, Stored], list[
 def check_weights(
     directory: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """What keeps parameters of these names and shapes from being read, a line each. Reads the
-    files' headers alone."""
+    """What keeps parameters of these names and shapes from being read, a line each."""
     stored, problems = scan(directory, config)
     if problems:
         return problems
@@ -228,10 +226,8 @@ def write_tensors(
     directory: str | Path | None, config: ModelConfig, tensors: Named, max_bytes: float = 5e9
 ) -> None:
     """Write tensors, which come in the model's order, as safetensors files of at most `max_bytes`
-    (or one tensor), with index and config.json. Holds one file's tensors at a time.
-
-    directory   None: take all pairs and write none, on a rank that gathers along with the others
-    """
+    (or one tensor), with index and config.json. Holds one file's tensors at a time. A directory of
+    None takes all pairs and writes none, on a rank that gathers along with the others."""
     if directory is None:
         for _ in tensors:
             pass

@@ -64,8 +64,7 @@ class BytePairCodec:
         self.bytes |= {i: token.encode() for token, i in added.items()}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        # Many texts are one piece of work: tiktoken's own batch call makes one of each, which takes
-        # longer than encoding it.
+        # tiktoken's own batch call makes a task of each text, which costs more than encoding it
         size = max(64, -(-len(texts) // (os.cpu_count() or 1)))
         parts = [texts[n : n + size] for n in range(0, len(texts), size)]
         with ThreadPoolExecutor() as pool:
@@ -189,10 +188,8 @@ def byte_spec() -> dict:
     text = [{"Sequence": {"id": letter, "type_id": 0}} for letter in "AB"]
     return {
         "version": "1.0",
-        "added_tokens": [
-            {"id": 256, "content": "<bos>", "special": True, **options},
-            {"id": 257, "content": "<eos>", "special": True, **options},
-        ],
+        "added_tokens": [{"id": i, "content": name, "special": True, **options}
+                         for i, name in ((256, "<bos>"), (257, "<eos>"))],
         "normalizer": None,
         "pre_tokenizer": {**byte_level, "use_regex": True},
         "post_processor": {
@@ -205,10 +202,7 @@ def byte_spec() -> dict:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a checkpoint directory; ValueError in one line if there is none to read.
-
-    Which tokens open and end a text comes from the configuration files beside tokenizer.json.
-    """
+    """The tokenizer of a checkpoint directory; ValueError in one line if there is none to read."""
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"{file}: missing; write it with transformers' save_pretrained")
@@ -311,10 +305,8 @@ def _split_pattern(pre_tokenizer: dict) -> str | None:
 
 
 def _ranks(vocab: dict[str, int], merges: list, keep_all: bool) -> dict[bytes, int] | None:
-    """Token bytes -> id, or None where ids do not grow in the order of the merges.
-
-    tiktoken merges the pair whose union has the lowest id; `tokenizers` the pair listed first.
-    """
+    """Token bytes -> id, or None where ids do not grow in the order of the merges: tiktoken merges
+    the pair whose union has the lowest id, `tokenizers` the one listed first."""
     byte_of = _byte_of_char()
     merged = dict.fromkeys(a + b for a, b in merges)  # in order; several pairs may give one token
     ids = [vocab.get(token, -1) for token in merged]
