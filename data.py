@@ -349,8 +349,8 @@ class Batches:
 
 
 class MixtureBatches(Batches):
-    """Global batches of a mixture: its sources as one set. Every sample comes once an epoch; the last
-    batch of an epoch is what is left for it."""
+    """Global batches of a mixture: its sources as one set. Every sample comes once an epoch; the
+    last batch of an epoch is what is left for it."""
 
     def __init__(
         self, sources: list[Dataset], batch_size: int, micro_batch_size: int, seed: int,

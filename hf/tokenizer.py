@@ -226,12 +226,7 @@ def read_settings(path: Path, *files: str) -> dict:
 
 def _from_spec(spec: dict, settings: dict, path: Path | None, fingerprint: str) -> Tokenizer:
     """The tokenizer of a tokenizer.json's content and of what the configuration files say."""
-    added = [{**t, "id": int(i)} for i, t in settings.get("added_tokens_decoder", {}).items()]
-    added = {t["content"]: t for t in [*added, *(spec.get("added_tokens") or [])]}
-    vocab = spec["model"]["vocab"]
-    if isinstance(vocab, list):  # Unigram: [piece, score]
-        vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
-    vocab = vocab | {name: token["id"] for name, token in added.items()}
+    vocab, added = _vocabulary(spec, settings)
     named = {key: settings.get(f"{key}_token") for key in ("bos", "eos", "unk", "pad")}
     named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
     control = {name for name, token in added.items() if token.get("special")}
@@ -264,6 +259,16 @@ def _from_spec(spec: dict, settings: dict, path: Path | None, fingerprint: str) 
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return Tokenizer(codec, special, bos_id, eos_id, add_bos, tuple(dict.fromkeys(stops)),
                      max(vocab.values()) + 1, fingerprint, path)
+
+
+def _vocabulary(spec: dict, settings: dict) -> tuple[dict[str, int], dict[str, dict]]:
+    """All tokens by name with their ids, and what is said of those added to the model's own."""
+    added = [{**t, "id": int(i)} for i, t in settings.get("added_tokens_decoder", {}).items()]
+    added = {t["content"]: t for t in [*added, *(spec.get("added_tokens") or [])]}
+    vocab = spec["model"]["vocab"]
+    if isinstance(vocab, list):  # Unigram: [piece, score]
+        vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
+    return vocab | {name: token["id"] for name, token in added.items()}, added
 
 
 def _byte_pair_codec(spec: dict, added: dict, special: dict) -> BytePairCodec | None:

@@ -124,17 +124,12 @@ HOSTILE = ["<|endoftext|> </s> <bos> [INST] <0x0A>", "nul \0 bell \a", "x" * 1_0
            "\ufeff bom \r\n crlf \u2028 line separator", '"}\n{"text": "injected"}']
 
 
-@pytest.mark.parametrize("as_array", [True, False])
-def test_hostile_texts_stay_text(as_array, write, tmp_path):
+def test_hostile_texts_stay_text(write, tmp_path):
     """Megabytes in a line, control characters, what looks like control tokens or like JSON."""
-    records = [{"text": text} for text in HOSTILE]
-    content = json.dumps(records) if as_array else "\r\n".join(map(json.dumps, records))
-    dataset = load(write(gzip.compress(content.encode())), tmp_path / "cache", max_length=2**21)
+    content = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in HOSTILE)
+    dataset = load(write(content), tmp_path / "cache", max_length=2**21)
     for i, text in enumerate(HOSTILE):
-        tokens, _ = dataset.example(i)
-        assert tokens[0] == TOKENIZER.bos_id and tokens[-1] == TOKENIZER.eos_id
-        assert (tokens[1:-1] < 256).all()
-        assert tokens[1:-1].astype(np.uint8).tobytes() == text.encode()
+        assert dataset.example(i)[0].tolist() == [256, *text.encode(), 257]
 
 
 def test_sixty_problems_are_listed_then_counted(write):
@@ -175,8 +170,7 @@ def test_any_record_is_kept_counted_or_named(tmp_path_factory, records, as_array
     read = len(list(iter_records(path, again)))
     assert read + again.count == max(1, len(records))  # "no records" is a problem
     if dataset is not None:
-        assert again.count == 0
-        assert len(dataset) + sum(dataset.dropped.values()) == len(records)
+        assert len(dataset) + sum(dataset.dropped.values()) == read == len(records)
 
 
 # Datasets and the cache

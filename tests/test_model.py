@@ -304,7 +304,6 @@ def test_frozen_parameters_cost_no_gradient(case, recompute, checkpoint):
 def test_random_weights_depend_on_seed_and_place_alone():
     config = ModelConfig.from_hf({"model_type": "gpt2"} | GPT2_SIZES)
     first, again, other = (dict(random_weights(config, seed)) for seed in (3, 3, 4))
-    assert list(first) == list(parameter_shapes(config))
     assert all(torch.equal(first[name], again[name]) for name in first)
     a, b = "blocks.0.mlp.up.weight", "blocks.1.mlp.up.weight"
     assert not torch.equal(first[a], other[a]) and not torch.equal(first[a], first[b])
