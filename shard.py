@@ -57,7 +57,8 @@ def start(timeout: float) -> torch.device:
         store = dist.PrefixStore(f"attempt {attempt}", store)
     else:
         store, rank, world = dist.HashStore(), 0, 1
-    dist.init_process_group(backend, timedelta(seconds=timeout), world, rank, store)
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
     return device
 
 
