@@ -118,17 +118,9 @@ def find_checkpoint(id_or_dir: str | Path, weights: bool = True) -> Path:
         ) from None
 
 
-class Stored(NamedTuple):
-    """A tensor in a file, as its header describes it."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, Stored], list[str]]:
-    """The tensors of a directory by key, read from the headers alone, and the files' problems."""
+def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, tuple], list[str]]:
+    """{full key: (file, key there, shape, dtype)} of the tensors of a directory, read from the
+    headers alone; and the files' problems."""
     stored, problems = {}, []
     # GPT-2's own files leave out the prefix of all keys but the head's.
     prefix = "transformer." if config.family == "gpt2" else ""
@@ -146,7 +138,7 @@ def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, Stored], list[
                 for key in handle.keys():  # noqa: SIM118 (not a dict)
                     part = handle.get_slice(key)
                     full = key if key.startswith((prefix, "lm_head.")) else prefix + key
-                    stored[full] = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
+                    stored[full] = file, key, tuple(part.get_shape()), part.get_dtype()
         except (SafetensorError, OSError) as error:
             problems.append(f"{file}: missing, truncated or damaged ({error})")
     return stored, problems
@@ -183,12 +175,12 @@ def read_tensors(directory: Path, config: ModelConfig, names: Iterable[str]) -> 
     """Each parameter asked for, in the files' dtype, memory-mapped. Call check_weights first."""
     stored, _ = scan(directory, config)
     with ExitStack() as stack:
-        files = {entry.file for entry in stored.values()}
+        files = {file for file, *_ in stored.values()}
         opened = {file: stack.enter_context(safe_open(file, "pt")) for file in files}
         for name in names:
             key = hf_key(config, name)
-            entry = stored[key.name]
-            tensor = opened[entry.file].get_tensor(entry.key)
+            file, key_there, *_ = stored[key.name]
+            tensor = opened[file].get_tensor(key_there)
             tensor = tensor.T if key.transposed else tensor
             if key.part is not None:  # (3 rows, …) -> (rows, …)
                 parts = tensor.reshape(key.groups, 3, -1, *tensor.shape[1:])

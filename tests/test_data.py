@@ -476,14 +476,13 @@ def test_denoising_shuffles_answers_between_the_same_questions():
 
 def test_graded_swaps_the_stated_share_of_answers():
     sources, _, _ = task("graded", 0)
-    assert list(sources) == list(NOISE)
     answers = dict(map(tuple, sources["clean"]))
+    assert list(sources) == list(NOISE) and len({*map(len, sources.values())}) == 1
     for name, rate in NOISE.items():
         known = [(q, a) for q, a in sources[name] if q in answers]
         wrong = sum(answers[q] != a for q, a in known) / len(known)
         # Answers are swapped among 24 values of uneven frequency: some are right by chance.
         assert wrong == pytest.approx(rate, abs=0.1)
-        assert len(sources[name]) == len(sources["clean"])
 
 
 def test_instruction_answers_the_same_questions_well_and_poorly():
