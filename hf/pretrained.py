@@ -121,14 +121,14 @@ def find_checkpoint(id_or_dir: str | Path, weights: bool = True) -> Path:
 def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, tuple], list[str]]:
     """{full key: (file, key there, shape, dtype)} of the tensors of a directory, read from the
     headers alone; and the files' problems."""
-    stored, problems = {}, []
+    stored, problems, index = {}, [], {}
     # GPT-2's own files leave out the prefix of all keys but the head's.
     prefix = "transformer." if config.family == "gpt2" else ""
     files = [directory / WEIGHTS]
     if not files[0].exists():
         try:
-            index = read_json(directory / INDEX)
-            files = sorted({directory / name for name in index["weight_map"].values()})
+            index = read_json(directory / INDEX)["weight_map"]
+            files = sorted({directory / name for name in index.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return {}, [f"{directory}: has neither {WEIGHTS} nor an index of such files ({error}); "
                         "*.bin files, pickles that can run any code, are not opened: convert them"]
@@ -138,7 +138,8 @@ def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, tuple], list[s
                 for key in handle.keys():  # noqa: SIM118 (not a dict)
                     part = handle.get_slice(key)
                     full = key if key.startswith((prefix, "lm_head.")) else prefix + key
-                    stored[full] = file, key, tuple(part.get_shape()), part.get_dtype()
+                    if index.get(key, file.name) == file.name:  # two files may hold a tensor
+                        stored[full] = file, key, tuple(part.get_shape()), part.get_dtype()
         except (SafetensorError, OSError) as error:
             problems.append(f"{file}: missing, truncated or damaged ({error})")
     return stored, problems

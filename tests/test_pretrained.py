@@ -55,6 +55,11 @@ def test_checkpoint_in_many_files(checkpoint, tmp_path):
     ours = from_pretrained(tmp_path)
     assert distance(ours(tokens), reopened(tokens).logits) < 1e-5
 
+    # Where two files hold a tensor, the index says which to read.
+    last = load_file(files[-1])
+    save_file(last | {"gpt_neox.embed_in.weight": torch.zeros(67, 32)}, files[-1])
+    assert torch.equal(from_pretrained(tmp_path).embed.weight, ours.embed.weight)
+
     files[1].unlink()
     assert [files[1].name in p for p in refusal(tmp_path)] == [True]
     (tmp_path / "model.safetensors.index.json").write_text("[]")
