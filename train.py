@@ -217,7 +217,7 @@ def resume(flags: Flags, trainer: Trainer) -> tuple[int, Path]:
     run = shard.read_run(checkpoint)
     for _, opt in trainer.copies.values():
         opt.switch(run["done"] - 1)  # the blocks that were active when it was saved
-    shard.load_checkpoint(checkpoint, state_of(trainer))
+    dcp.load(state_of(trainer), checkpoint_id=checkpoint)
     trainer.load_state_dict(run)
     if dist.get_rank() == 0:
         print(f"goes on from {checkpoint}")

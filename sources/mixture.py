@@ -23,12 +23,9 @@ PERMITTED = "a weights.json, uniform, proportional, or NAME=WEIGHT,..."
 
 
 def parse_source_weights(spec: str, names: list[str]) -> dict[str, float] | None:
-    """The weights of the sources `names` that `spec` states, summing to 1; None for "proportional".
-
-    spec: the weights.json of a run, which must be about these sources; "uniform"; "proportional" to
-    the sources' sizes; or NAME=WEIGHT,... where sources that are not named get nothing.
-    ValueError with a line per problem.
-    """
+    """The weights of the sources `names` that `spec` states, summing to 1; None for "proportional"
+    to their sizes. A weights.json must be about these sources; in NAME=WEIGHT,... those that are
+    not named get nothing. ValueError with a line per problem."""
     if spec == "proportional":
         return None
     if spec == "uniform":
@@ -74,11 +71,8 @@ def apportion(weights: dict[str, float], total: int) -> dict[str, int]:
 def count(
     weights: dict[str, float], sizes: dict[str, int], samples: int, repeat: bool = False
 ) -> tuple[dict[str, int], list[str]]:
-    """How many samples of each source, and a note on each source that is short.
-
-    Without `repeat` no source gives more than it has: what it lacks goes to the others, in
-    proportion to their weights.
-    """
+    """How many samples of each source, and a note on each that is short: without `repeat` what it
+    lacks goes to the others, in proportion to their weights."""
     wanted = parts = apportion(weights, samples)
     if repeat:
         return parts, []
@@ -103,8 +97,7 @@ def draw(
     """The sources cut down to a mixture, those without a sample left out; and notes for the user.
 
     Drawn without replacement; with `repeat`, all of a short source as often as it fits, and then
-    the rest without replacement. What is drawn from a source depends on seed, its name, its size
-    and the count, and on nothing else.
+    the rest. What is drawn depends on the seed, the source's name and size, and the count alone.
     """
     sizes = {name: len(source) for name, source in sources.items()}
     parts, notes = count(weights, sizes, samples, repeat)
@@ -120,8 +113,6 @@ def draw(
 def as_jsonl(drawn: dict[str, Dataset]) -> str:
     """A line for each sample: its source, and its record's number in the source's file (from 1; in
     JSON Lines, the line)."""
-    return "".join(
-        json.dumps({"source": name, "record": number}, ensure_ascii=False) + "\n"
-        for name, source in drawn.items()
-        for number in source.numbers.tolist()
-    )
+    rows = [{"source": name, "record": number}
+            for name, source in drawn.items() for number in source.numbers.tolist()]  # fmt: skip
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
