@@ -4,8 +4,8 @@ GPT-2, Llama (2, 3, 3.1, Yi), Mistral, Qwen2, Qwen3, Gemma-2 and GPT-NeoX differ
 `ModelConfig`. A field that would change the result and is not supported is refused by name.
 
 To add a family: write a reader of its config.json here and enter it in READERS, at the end of this
-file; enter the names of its tensors in MODULES of pretrained.py; add a small model to
-tests/cases.py.
+file; where its tensors' names are not Llama's, enter them in MODULES and KEYS of pretrained.py; add
+a small model to tests/cases.py.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A checkpoint is a directory of config.json, safetensors and a tokenizer's files, local or the hub's.
 Its tensors are streams of (name, full CPU tensor) in both directions, so that a sharded model is
 filled and saved by the same functions, one tensor at a time. Names and layout are ours on this
-side, the family's in the files; MODULES is where a new family enters the names of its tensors.
+side, the family's in the files: see MODULES and KEYS, which name Llama's for any other family.
 """
 
 from __future__ import annotations
