@@ -1,12 +1,10 @@
 """Records to tokens to deterministic, stratified micro-batches.
 
     source = load_dataset("alpaca.json", tokenizer, "alpaca", max_length=512, cache_dir="cache")
-    batches = Batches([source, …], val, batch_size=64, val_batch_size=64,
-                      micro_batch_size=8, seed=0)
+    batches = Batches([source, …], val, 64, val_batch_size=64, micro_batch_size=8, seed=0)
     train, val, counts = batches.step(t)  # a pure function of t: a resume needs only the step
 
 A file is read once, by sources/records.py, tokenised, and kept as memory-mapped arrays in a cache.
-Every batch has the same number of samples of each source (stratified).
 
 B batch, T time (tokens of the longest sample, padded), S sources.
 """
@@ -58,7 +56,6 @@ class Dataset:
         return len(self.starts)
 
     def stored(self, i: int) -> np.ndarray:
-        """Sample i as it is kept, int32."""
         return self.tokens[self.starts[i] : self.starts[i] + self.lengths[i]]
 
     def example(self, i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,10 +94,7 @@ ARRAYS = {"tokens": np.int32, "lengths": np.int64, "hashes": np.uint64, "numbers
 
 
 def _tokenise(
-    records: Iterable[tuple[int, Turns]],
-    tokenizer: Tokenizer,
-    template: str,
-    max_length: int,
+    records: Iterable[tuple[int, Turns]], tokenizer: Tokenizer, template: str, max_length: int,
     dropped: Counter,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The arrays of a Dataset, in parts; counts in `dropped` what is left out."""
@@ -121,12 +115,12 @@ def _tokenise(
         yield {
             "tokens": np.concatenate([np.zeros(0, np.int32), *stored]).astype(np.int32),
             "lengths": np.array([len(tokens) for tokens in stored], np.int64),
-            "hashes": np.array([_record_hash(answered[n][1]) for n in kept], np.uint64),
+            "hashes": np.array([_hash(answered[n][1]) for n in kept], np.uint64),
             "numbers": np.array([answered[n][0] for n in kept], np.int64),
         }
 
 
-def _record_hash(turns: Turns) -> int:
+def _hash(turns: Turns) -> int:
     digest = hashlib.blake2b(json.dumps(turns).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
@@ -144,10 +138,7 @@ def cache_dir() -> Path:
 
 
 def load_dataset(
-    path: str | os.PathLike,
-    tokenizer: Tokenizer,
-    template: str,
-    max_length: int,
+    path: str | os.PathLike, tokenizer: Tokenizer, template: str, max_length: int,
     cache_dir: str | os.PathLike,
 ) -> Dataset:
     """Tokenise a file, or map what an earlier call left in `cache_dir`.
@@ -195,12 +186,12 @@ def _build_entry(
             for name, array in part.items():
                 with open(temporary / f"{name}.bin", "ab") as file:
                     file.write(array.tobytes())
-        if not n_samples and not problems.count:
-            reasons = ", ".join(f"{n} dropped: {reason}" for reason, n in dropped.items() if n)
-            problems.add(f"{path}: no records left: {reasons} (at --max-length {max_length})")
-        if not problems.count and _sha256(path) != digest:
-            problems.add(f"{path}: was written to while it was read")
         problems.raise_if_any()
+        if not n_samples:
+            reasons = ", ".join(f"{n} dropped: {reason}" for reason, n in dropped.items() if n)
+            raise ValueError(f"{path}: no records left: {reasons} (at --max-length {max_length})")
+        if _sha256(path) != digest:
+            raise ValueError(f"{path}: was written to while it was read")
         arrays = _map_arrays(temporary)
         content = {"dropped": dropped, "checks": _checks(arrays, dropped)}
         (temporary / "meta.json").write_text(json.dumps(content))
@@ -270,8 +261,10 @@ def padding() -> int:
 
 
 def _collate(
-    datasets: list[Dataset], samples: Sequence[Sample], pad_to: int, groups: Sequence[int]
+    datasets: list[Dataset], samples: Sequence[Sample], groups: Sequence[int],
+    pad_to: int | None = None,
 ) -> MicroBatch:
+    pad_to = pad_to or padding()
     parts = [datasets[group].stored(i) for group, i in samples]
     limit = max(datasets[group].max_length for group, _ in samples)
     width = min(-(-max(map(len, parts)) // pad_to) * pad_to, limit)
@@ -295,31 +288,21 @@ class Batches:
     """
 
     def __init__(
-        self,
-        sources: list[Dataset],
-        val: Dataset | None,
-        batch_size: int,
-        val_batch_size: int,
-        micro_batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        pad_to: int | None = None,
-    ):
+        self, sources: list[Dataset], val: Dataset | None, batch_size: int, val_batch_size: int,
+        micro_batch_size: int, seed: int, rank: int = 0, world: int = 1, pad_to: int | None = None,
+    ):  # fmt: skip
         assert batch_size % world == 0 and val_batch_size % world == 0
         self.datasets = [*sources, *([val] if val is not None else [])]
         self.n_sources = len(sources)
         self.batch_size, self.val_batch_size = batch_size, val_batch_size
-        self.micro_batch_size, self.pad_to = micro_batch_size, pad_to or padding()
+        self.micro_batch_size, self.pad_to = micro_batch_size, pad_to
         self.seed, self.rank, self.world = seed, rank, world
         self.steps_per_epoch = -(-sum(map(len, sources)) // batch_size)
         self._orders = {}  # of each group, (epoch, permutation): the last used
 
     def step(self, t: int) -> tuple[list[MicroBatch], list[MicroBatch], torch.Tensor]:
-        """This rank's training and validation micro-batches of step t, and the global counts.
-
-        counts (S + 1,): samples of each source in the global batch, then of validation.
-        """
+        """This rank's training and validation micro-batches of step t; and counts (S + 1,): samples
+        of each source in the global batch, then of validation."""
         S, n_val = self.n_sources, self.val_batch_size
         starts, stops = self._taken(t), self._taken(t + 1)
         train = [s for i in range(S) for s in self._samples(i, starts[i], stops[i])]
@@ -344,14 +327,13 @@ class Batches:
             self._orders[group] = epoch, rng.permutation(n)
         return self._orders[group][1]
 
-    def _deal(self, samples: list[Sample], tokens: list[int] | None = None) -> list[MicroBatch]:
+    def _deal(self, samples: list[Sample], tokens: list[int]) -> list[MicroBatch]:
         """This rank's share. Sorted by length, the samples make rounds of W micro-batches; in each
         round the longest goes to the rank that has the fewest tokens so far, and so on.
 
-        tokens (W,): of each rank so far, added to; by default none. All ranks get as many samples:
-        fillers, of group -1, complete what W does not divide.
+        tokens (W,): of each rank so far, added to. All ranks get as many samples: fillers, of group
+        -1, complete what W does not divide.
         """
-        tokens = tokens or [0] * self.world
         samples = sorted(samples, key=lambda s: -self.datasets[s[0]].lengths[s[1]])  # stable
         places = [(s, s[0]) for s in samples]
         places += [(s, -1) for s in samples[-1:]] * (-len(samples) % self.world)
@@ -363,14 +345,12 @@ class Batches:
                 tokens[rank] += sum(int(self.datasets[g].lengths[i]) for (g, i), _ in part)
                 if rank == self.rank:
                     parts.append(zip(*part, strict=True))
-        return [_collate(self.datasets, part, self.pad_to, groups) for part, groups in parts]
+        return [_collate(self.datasets, *part, self.pad_to) for part in parts]
 
 
 class MixtureBatches(Batches):
-    """Global batches of a mixture: its sources as one set, shuffled anew for each epoch.
-
-    Every sample comes once an epoch; the last batch of an epoch is what is left for it.
-    """
+    """Global batches of a mixture: its sources as one set. Every sample comes once an epoch; the
+    last batch of an epoch is what is left for it."""
 
     def __init__(
         self, sources: list[Dataset], batch_size: int, micro_batch_size: int, seed: int,
@@ -388,7 +368,7 @@ class MixtureBatches(Batches):
         starts = self.ends - [len(source) for source in self.datasets]
         samples = list(zip(groups.tolist(), (picked - starts[groups]).tolist(), strict=True))
         counts = torch.from_numpy(np.bincount(groups, minlength=self.n_sources + 1))
-        return self._deal(samples), [], counts
+        return self._deal(samples, [0] * self.world), [], counts
 
 
 def prefetch(batches: Batches, steps: range) -> Iterator[tuple[int, tuple]]:
@@ -404,13 +384,10 @@ def prefetch(batches: Batches, steps: range) -> Iterator[tuple[int, tuple]]:
 def eval_batches(
     dataset: Dataset, micro_batch_size: int, rank: int = 0, world: int = 1
 ) -> Iterator[MicroBatch]:
-    """Every sample once over all ranks, as group 0, longest first.
-
-    Every rank makes the same number of micro-batches: fillers, of group -1, complete the last.
-    """
-    places = [(i, 0) for i in np.argsort(-dataset.lengths, kind="stable").tolist()]
-    places += [(i, -1) for i, _ in places[-1:]] * (-len(places) % world)
+    """Every sample once over all ranks, as group 0, longest first. Every rank makes the same number
+    of micro-batches: fillers, of group -1, complete the last."""
+    places = [((0, i), 0) for i in np.argsort(-dataset.lengths, kind="stable").tolist()]
+    places += [(sample, -1) for sample, _ in places[-1:]] * (-len(places) % world)
     own = places[rank::world]
     for n in range(0, len(own), micro_batch_size):
-        indices, groups = zip(*own[n : n + micro_batch_size], strict=True)
-        yield _collate([dataset], [(0, i) for i in indices], padding(), groups)
+        yield _collate([dataset], *zip(*own[n : n + micro_batch_size], strict=True))

@@ -1,11 +1,9 @@
-"""Sharding with FSDP2: the process group, a model cut over the ranks (`shard` applies FSDP2), and
-its way to and from files. The same code runs on CPU with gloo and on CUDA with nccl, on one process
-or many.
+"""Sharding with FSDP2: the process group, a model cut over the ranks, its way to files and back.
+The same code runs on CPU with gloo and on CUDA with nccl, on one process or many.
 
 `fully_shard` cuts each parameter along its first dimension: of D ranks, rank r holds the rows
 [r ⌈n/D⌉, (r+1) ⌈n/D⌉). A model is built on the meta device, cut, and filled tensor by tensor, so
-that no rank ever holds more than one full tensor beside its shards. A single rank has the whole:
-nothing is cut, and its parameters are plain tensors.
+that no rank ever holds more than one full tensor beside its shards. A single rank cuts nothing.
 """
 
 from __future__ import annotations
@@ -34,12 +32,10 @@ from hf.families import ModelConfig
 from lisa import local
 from model import Transformer
 
-# A model of at most this many bytes stays gathered on every rank between the micro-batches of a
-# pass, so that parameters are gathered once and gradients reduced once. A larger one is gathered
-# block by block, each time it is used.
+# A model of at most this many bytes is gathered once a pass, and its gradients are reduced once; of
+# a larger one each block is gathered each time it is used.
 GATHER_ONCE_BYTES = 1_000_000_000
-# Seconds that ranks wait for one another while models and checkpoints are read and written: what
-# that takes is up to the disk. (Tokenising has no limit: the process group starts after it.)
+# Seconds that ranks wait for one another while a disk is read or written.
 FILES_TIMEOUT = 4 * 3600.0
 CHECKSUMS = "checksums.json"
 
@@ -48,9 +44,7 @@ CHECKSUMS = "checksums.json"
 
 def start(timeout: float) -> torch.device:
     """Join torchrun's process group, or make one of a single process. Returns this rank's device.
-
-    timeout: seconds after which a collective that does not complete ends the run.
-    """
+    A collective that is not through after `timeout` seconds ends the run."""
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -102,22 +96,20 @@ def shard(model: Transformer, device: torch.device, keep_gathered: bool) -> None
     keep_gathered: keep what was gathered until the end of backward (see `once_per_pass`).
     """
     dtype = model.norm.weight.dtype
-    low = torch.finfo(dtype).bits < 32
+    low = {"param_dtype": dtype, "reduce_dtype": torch.float32}
     mixed = MixedPrecisionPolicy(
-        param_dtype=dtype if low else None,
-        reduce_dtype=torch.float32 if low else None,
+        **low if torch.finfo(dtype).bits < 32 else {},
         cast_forward_inputs=False,  # a block's RoPE tables stay fp32
     )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     rules = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": not keep_gathered}
     for block in model.blocks:
         fully_shard(block, **rules)
-    # The head is the first to be needed again in backward, so it is not cut in between.
     if model.config.tied:
         fully_shard([model.embed, model.norm, model.head], **rules)
-    else:
+    else:  # the head is the first to be needed again in backward: it is not cut in between
         fully_shard(model.embed, **rules)
-        fully_shard([model.norm, model.head], **{**rules, "reshard_after_forward": False})
+        fully_shard([model.norm, model.head], **rules | {"reshard_after_forward": False})
     fully_shard(model, **rules)
 
 
@@ -144,10 +136,8 @@ def differences(w: nn.Module, u: nn.Module, opt_w, opt_u) -> Callable[[Tensor, T
 def build(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, offload: Offload | None = None
 ) -> Transformer:
-    """A model, sharded if there are several ranks, and not filled yet. Collective.
-
-    offload: shared by the copies that take turns on the device
-    """
+    """A model, sharded if there are several ranks, not filled yet. Copies that take turns on the
+    device share an `offload`. Collective."""
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
     several = dist.get_world_size() > 1
@@ -161,8 +151,7 @@ def build(
     model.to_empty(device=device)
     if several:
         # FSDP notes in which dtype gradients are reduced when it is first used, and only for
-        # parameters that train then. Let it do so now, before LISA freezes any. (A forward would do
-        # it through the public interface, but gather more than one tensor.)
+        # parameters that train then: let it do so now, before LISA freezes any.
         model._get_fsdp_state()._lazy_init()
     else:
         model.tie()
@@ -170,15 +159,11 @@ def build(
 
 
 def compile_blocks(model: Transformer, backend: str = "inductor") -> None:
-    """Fuse what each block does. FSDP's hooks stay outside.
-
-    dynamic: widths depend on the data, and one compilation is to serve them all.
-    """
+    """Fuse what each block does, for all widths that the data have. FSDP's hooks stay outside."""
     # Lengths that happen to be equal the first time (time and head size, say) are not one length.
     torch.fx.experimental._config.use_duck_shape = False
-    # Compiled apart are blocks that train or not, above or below the lowest that does, the last
-    # one, with padding or not, with gradients or not, with or without a window: more than the usual
-    # 8, past which a block would silently run uncompiled.
+    # Blocks that train or not, the last one, with padding, gradients, a window or without: more
+    # cases than the usual 8, past which a block would silently run uncompiled.
     torch._dynamo.config.recompile_limit = 64
     for block in model.blocks:
         block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
@@ -204,8 +189,8 @@ def copy_shards(target: nn.Module, source: nn.Module) -> None:
 
 
 def once_per_pass(model: Transformer, last: bool) -> None:
-    """For PenaltyStep.on_micro: gather parameters with the first micro-batch of a pass, reduce
-    gradients and let go of the gathered copies with the last, where the model is small enough."""
+    """For PenaltyStep.on_micro: gather parameters with the first micro-batch of a pass, and reduce
+    gradients with the last, where the model is small enough."""
     move_to_device(model)
     if model.gather_once:
         model.set_requires_gradient_sync(last)
@@ -221,9 +206,7 @@ def release(model: nn.Module) -> None:
 
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, full tensor on the CPU), one at a time; on one CPU rank they are the parameters' own.
-
-    Collective: every rank calls it and takes all of it.
-    """
+    Collective: every rank takes all of it."""
     return ((name, full(p).cpu()) for name, p in model.named_parameters())
 
 
@@ -237,11 +220,10 @@ def full(t: Tensor) -> Tensor:
 
 class Offload:
     """Copies of a model that take turns on the device (--cpu-offload): while one is at work the
-    others' shards, masters and moments wait in host memory.
+    others' shards, masters and moments wait in host memory; gradients stay on the device.
 
     A tensor that waits stays the same object but has no storage, so that using it out of turn
-    fails. Gradients stay on the device: a step needs the norms of all copies' at once. On a CPU
-    both memories are one, but the moves are made all the same.
+    fails. On a CPU both memories are one, but the moves are made all the same.
     """
 
     def __init__(self, device: torch.device):
@@ -258,8 +240,7 @@ class Offload:
         self.switch(model)
 
     def switch(self, model: nn.Module) -> None:
-        """Make `model` the one on the device. All of it goes through the current stream: nothing is
-        freed or read too early."""
+        """Make `model` the one on the device, in the order of the current stream."""
         if self.here is model:
             return
         arriving, leaving = self.waiting.pop(model, {}), []
@@ -283,9 +264,9 @@ class Offload:
 
     def current_values(self, model: nn.Module, t: Tensor) -> Tensor:
         """`t`, or while it waits its values on the host, likewise sharded."""
-        part, (_, host) = local(t), self.waiting.get(model, {}).get(storage_key(t), (None, None))
-        if host is None:
+        if storage_key(t) not in self.waiting.get(model, {}):
             return t
+        part, (_, host) = local(t), self.waiting[model][storage_key(t)]
         if self.pinned:
             torch.cuda.synchronize()
         host = host.as_strided(part.shape, part.stride(), part.storage_offset())
@@ -313,11 +294,8 @@ def current_values(model: nn.Module, t: Tensor) -> Tensor:
 # To files and back. A checkpoint is a directory step-N, which has its name only once it is whole.
 
 def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None:
-    """Write `model` in Hugging Face format to the directory `target`, whole or not at all.
-
-    finish: rank 0 calls it with the directory before it has its name, to add the tokenizer.
-    Collective: every rank calls it.
-    """
+    """Write `model` in Hugging Face format to the directory `target`, whole or not at all. `finish`
+    adds the tokenizer, on rank 0. Collective."""
     move_to_device(model)
     release(model)
     main = dist.get_rank() == 0
@@ -334,11 +312,10 @@ def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None
 def save_checkpoint(
     folder: Path, step: int, tensors: dict[str, Tensor], run: dict, about: dict, keep: int
 ) -> None:
-    """Write `folder`/step-N; of the checkpoints up to it the `keep` newest stay. Collective.
+    """Write `folder`/step-N, whole or not at all; the `keep` newest up to it stay. Collective.
 
     tensors: DTensors and replicated tensors; run: small things that are the same on all ranks, to
-    be read back; about: what the run is made of, as its config.json. If it raises, all that was
-    whole still is.
+    be read back; about: what the run is made of, as its config.json
     """
     main, target = dist.get_rank() == 0, folder / f"step-{step}"
     if main:
@@ -366,8 +343,7 @@ def save_checkpoint(
 
 
 def delete(folder: Path, checkpoints: Iterable[Path]) -> None:
-    """Delete these, so that at no moment a part of one has its name; and what a save or a deletion
-    that was cut off has left."""
+    """Delete these, so that at no moment a part of one has its name; and what was left behind."""
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover)
     for checkpoint in checkpoints:
@@ -391,19 +367,18 @@ def damaged_files(checkpoint: Path) -> list[str]:
     try:
         sums = json.loads((checkpoint / CHECKSUMS).read_text())
         names = sorted({*sums, ".metadata", "run.pt"})[dist.get_rank() :: dist.get_world_size()]
-        files = {name: checkpoint / name for name in names}
-        bad = {n: 1 for n, f in files.items() if not f.is_file() or crc32(f) != sums.get(n)}
+        bad = {name for name in names if not (checkpoint / name).is_file()
+               or crc32(checkpoint / name) != sums.get(name)}  # fmt: skip
     except (OSError, ValueError, TypeError, AttributeError):
-        bad = {CHECKSUMS: 1}
-    return sorted(gathered(bad))
+        bad = {CHECKSUMS}
+    return sorted(gathered(dict.fromkeys(bad)))
 
 
 def newest_checkpoint(candidates: list[Path]) -> tuple[Path | None, list[str]]:
     """The first that is not damaged, and a line on each before it that is. Collective."""
     complaints = []
     for checkpoint in candidates:
-        bad = damaged_files(checkpoint)
-        if not bad:
+        if not (bad := damaged_files(checkpoint)):
             return checkpoint, complaints
         complaints.append(f"{checkpoint} is damaged ({', '.join(bad)}): passed over")
     return None, complaints
@@ -412,11 +387,6 @@ def newest_checkpoint(candidates: list[Path]) -> tuple[Path | None, list[str]]:
 def read_run(checkpoint: Path) -> dict:
     """The small things of a checkpoint."""
     return torch.load(checkpoint / "run.pt", weights_only=True)
-
-
-def load_checkpoint(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """Read into `tensors` in place, however their shards are cut. Collective."""
-    dcp.load(tensors, checkpoint_id=checkpoint)
 
 
 def gathered(own: dict) -> dict:

@@ -34,11 +34,19 @@ import shard
 from bilevel import PenaltyStep, PlainStep, SourceWeights
 from cli import plan, report
 from cli.flags import Flags, parse
-from cli.inputs import Inputs, about, checkpoints, lock_directory, plan_inputs, prepare, record
+from cli.inputs import (
+    Inputs,
+    about,
+    checkpoints,
+    lock_directory,
+    mixture_jsonl,
+    plan_inputs,
+    prepare,
+    record,
+)
 from hf import templates
 from lisa import Lisa
 from model import Transformer, dtype_of, random_weights, read_tensors
-from sources import mixture
 
 
 def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
@@ -138,8 +146,9 @@ def train(
         if dist.get_rank() == 0:
             print(f"weights: {flags.reach(total, len(inputs.sources))}")
     start, origin = resume(flags, trainer)
-    learned = flags.mode == "bilevel" and {"model": flags.model, "sources": about(inputs.sources)}
-    log = report.Log(flags.out, learned or None, start, total, dist.get_rank() == 0, origin)
+    learned = {"model": flags.model, "sources": about(inputs.sources)}
+    learned = learned if flags.mode == "bilevel" else None
+    log = report.Log(flags.out, learned, start, total, dist.get_rank() == 0, origin)
     shard.set_timeout(flags.timeout)
 
     for step, batch in data.prefetch(batches, range(start, total)):
@@ -227,7 +236,7 @@ def resume(flags: Flags, trainer: Trainer) -> tuple[int, Path]:
     run = shard.read_run(checkpoint)
     for _, opt in trainer.copies.values():
         opt.switch(run["done"] - 1)  # the blocks that were active when it was saved
-    shard.load_checkpoint(checkpoint, state_of(trainer))
+    dcp.load(state_of(trainer), checkpoint_id=checkpoint)
     trainer.load_state_dict(run)
     if dist.get_rank() == 0:
         print(f"goes on from {checkpoint}")
@@ -256,7 +265,8 @@ def held_out_losses(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 a run that failed, 2 bad input."""
+    """Returns the exit code: 0 done, 1 a run that failed or a plan that does not fit, 2 bad input,
+    128 + n stopped by signal n."""
     flags, first = parse(argv), os.environ.get("RANK", "0") == "0"
     for stream in (sys.stdout, sys.stderr):
         outlive(stream)
@@ -371,7 +381,7 @@ def announce(flags: Flags, inputs: Inputs, memory: report.Memory) -> None:
     print(f"memory: {memory.planned}")
     report.write_json(flags.out / "config.json", record(flags, inputs))
     if inputs.mixture:
-        report.replace(flags.out / "mixture.jsonl", mixture.as_jsonl(inputs.mixture))
+        report.replace(flags.out / "mixture.jsonl", mixture_jsonl(inputs.mixture))
 
 
 if __name__ == "__main__":

@@ -29,10 +29,11 @@ from cli import plan
 from hf import templates
 from lisa import ENDS
 from model import DTYPES
-from sources import mixture, tasks
+from sources import tasks
 
+WEIGHTS = "a weights.json, uniform, proportional, or NAME=WEIGHT,..."  # what --weights may be
 # How far λ_k can go in a run, at Adam's full speed: weights that start equal can end at a ratio of
-# exp(2 REACH), 9 million. On the built-in tasks smaller ones end short of what the data say.
+# exp(2 REACH), 9 million.
 REACH = 8.0
 LOCK = ".lock"  # in --out, with the process that launched the run
 
@@ -90,7 +91,7 @@ class Flags:
     val: str | None = MOST(None, "validation records, JSON or JSONL: the weights minimise their "
                            "loss; finetune watches it", same_run=False)
     test: str | None = MOST(None, "held-out records, for the report", same_run=False)
-    weights: str | None = MOST(None, "what --mode finetune draws samples by: " + mixture.PERMITTED,
+    weights: str | None = MOST(None, "what --mode finetune draws samples by: " + WEIGHTS,
                                only="finetune", same_run=False)  # the numbers are compared
     out: Path = MOST(None, "directory of the run [runs/<task or model>-seed<seed>; finetune: "
                      "runs/<task or model>-finetune-seed<seed>]", same_run=False)
@@ -299,7 +300,7 @@ def check_flags(flags: Flags, world: int) -> list[str]:
     if not flags.train and (flags.val or flags.test):
         problems.append("--train is missing: --val and --test do not go with a built-in task")
     if flags.mode == "finetune" and not flags.weights and not flags.plan:
-        problems.append(f"--weights is missing: --mode finetune needs {mixture.PERMITTED}")
+        problems.append(f"--weights is missing: --mode finetune needs {WEIGHTS}")
     if flags.compile and not flags.plan and not shutil.which(os.environ.get("CXX", "g++")):
         problems.append("--compile needs a C++ compiler: install g++, or name one in CXX")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -33,7 +33,7 @@ import shard
 from bilevel import StepStats
 from cli import plan
 from cli.flags import HARMLESS
-from sources import mixture
+from cli.inputs import apportion
 from sources.records import Problems
 
 DIFFERS = 4.0  # standard errors; a source that is no different gets there in 1 of 200 runs
@@ -329,12 +329,12 @@ def weight_lines(result: dict) -> list[str]:
 def elsewhere(result: dict) -> list[str]:
     """The learned mixture as other tools are told it."""
     weights = result["weights"]
-    parts = mixture.apportion(weights, MIXTURE)  # so that the printed probabilities sum to one
+    parts = apportion(weights, MIXTURE)  # so that the printed probabilities sum to one
     probs = ",".join(f"{n / MIXTURE:.4f}" for n in parts.values())
     # Of a source with weight p, n p samples are asked: as large an n as the sources permit. A count
     # of 1 would be read as all of a source.
     most = [result["sources"][name]["samples"] / p for name, p in weights.items() if p > 0]
-    counts = mixture.apportion(weights, int(min(MIXTURE, *most)))
+    counts = apportion(weights, int(min(MIXTURE, *most)))
     mixer = json.dumps({name: n for name, n in counts.items() if n > 1})
     return [
         "",

@@ -4,8 +4,8 @@ GPT-2, Llama (2, 3, 3.1, Yi), Mistral, Qwen2, Qwen3, Gemma-2 and GPT-NeoX differ
 `ModelConfig`. A field that would change the result and is not supported is refused by name.
 
 To add a family: write a reader of its config.json here and enter it in READERS, at the end of this
-file; enter the names of its tensors in MODULES of pretrained.py; add a small model to
-tests/cases.py.
+file; where its tensors' names are not Llama's, enter them in MODULES and KEYS of pretrained.py; add
+a small model to tests/cases.py.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ModelConfig:
     rotary: int = 0  # R
     rope_theta: float = 10000.0
     rope_llama3: tuple[float, float, float, float] | None = None  # see rope_tables
-    score_scale: float = 1.0  # of q·k
+    score_scale: float = 1.0  # of q·k; by default in config.json, 1/√H
     score_cap: float | None = None  # s -> cap tanh(s / cap) on attention's scores (Gemma-2)
     logit_cap: float | None = None  # the same on the logits
     embed_scale: float = 1.0
@@ -74,14 +74,10 @@ class ModelConfig:
             f.problems.append(f"eos_token_id = {config['eos_token_id']!r}: must be an id or ids")
         if problems := f.problems or f.clashes:
             raise ValueError("\n".join(problems))
-        return cls(
-            family=family,
-            bos_id=bos,
-            eos_ids=eos,
-            ignored_dropout=tuple(k for k, v in config.items() if DROPOUT.search(k) and v),
-            hf=dict(config),
-            **values,
-        )
+        values = {"score_scale": values["head_size"] ** -0.5} | values
+        dropout = tuple(k for k, v in config.items() if DROPOUT.search(k) and v)
+        return cls(family, bos_id=bos, eos_ids=eos, ignored_dropout=dropout, hf=dict(config),
+                   **values)  # fmt: skip
 
 
 def read_json(file: Path) -> dict:
@@ -128,18 +124,19 @@ class Fields:
     def size(self, key: str, default: int | None = None) -> int:
         """A positive integer; `default` where it is missing or null."""
         value = self.get(key)
-        return self.positive(key, default if value is None else value, "integer")
+        return self.positive(key, default if value is None else value, (int,))
 
     def number(self, key: str, default: float, null: bool = False) -> float | None:
         """A positive number, or None where `null` permits it; `default` where it is missing."""
         value = self.get(key, default)
         return None if null and value is None else self.positive(key, value)
 
-    def positive(self, key: str, value, kind: str = "number") -> float:
-        """The value; or 1, and a problem, if it is not a positive number or integer."""
-        if type(value) in {"number": (int, float), "integer": (int,)}[kind] and value > 0:
+    def positive(self, key: str, value, kinds=(int, float)) -> float:
+        """The value; or 1, and a problem, if it is not a positive number of these kinds."""
+        if type(value) in kinds and value > 0:
             return value
-        self.problems.append(f"{key} = {value!r}: must be a positive {kind}")
+        names = " or ".join(kind.__name__ for kind in kinds)
+        self.problems.append(f"{key} = {value!r}: must be a positive {names}")
         return 1
 
     def only(self, key: str, *allowed):
@@ -167,7 +164,6 @@ class Fields:
             "n_heads": N,
             "n_kv_heads": N,
             "head_size": max(D // N, 1),
-            "score_scale": (D / N) ** -0.5,
             "max_positions": self.size(positions),
             "windows": (None,) * n_layers,
         }
@@ -215,8 +211,9 @@ PLAIN = {"norm": "layer", "gated": False, "mlp_bias": True}
 
 
 def read_gpt2(f: Fields) -> dict:
-    values = f.sizes("n_embd", "n_layer", "n_head", "n_positions") | PLAIN
-    values |= {
+    values = f.sizes("n_embd", "n_layer", "n_head", "n_positions")
+    unscaled = {} if f.only("scale_attn_weights", True, False) else {"score_scale": 1.0}
+    return values | PLAIN | unscaled | {
         "hidden": f.size("n_inner", 4 * values["width"]),
         "tied": f.only("tie_word_embeddings", True, False),
         "norm_eps": f.number("layer_norm_epsilon", 1e-5),
@@ -225,15 +222,13 @@ def read_gpt2(f: Fields) -> dict:
         "out_bias": True,
         "learned_positions": True,
     }
-    return values if f.only("scale_attn_weights", True, False) else values | {"score_scale": 1.0}
 
 
 def read_gpt_neox(f: Fields) -> dict:
     values = f.sizes(*SIZES)
     H, length = values["head_size"], values["max_positions"]
     rope = f.rope(H, length, "rotary_emb_base", "rotary_pct", 0.25)
-    # Some versions of transformers 4 wrote these beside the family's own names.
-    f.only("rope_theta", rope["rope_theta"])
+    f.only("rope_theta", rope["rope_theta"])  # also there in files of some versions
     f.only("partial_rotary_factor", rope["rotary"] / H)
     return values | PLAIN | rope | f.bias(True) | {
         "hidden": f.size("intermediate_size"),
@@ -257,7 +252,6 @@ def read_llama_like(f: Fields, act="hidden_act", default="silu", tied=False) -> 
     return values | rope | {
         "head_size": H,
         "n_kv_heads": K,
-        "score_scale": H**-0.5,
         "hidden": f.size("intermediate_size"),
         "tied": f.only("tie_word_embeddings", tied, not tied),
         "norm_eps": f.number("rms_norm_eps", 1e-6),

@@ -3,7 +3,7 @@
 A checkpoint is a directory of config.json, safetensors and a tokenizer's files, local or the hub's.
 Its tensors are streams of (name, full CPU tensor) in both directions, so that a sharded model is
 filled and saved by the same functions, one tensor at a time. Names and layout are ours on this
-side, the family's in the files; MODULES is where a new family enters the names of its tensors.
+side, the family's in the files: see MODULES and KEYS, which name Llama's for any other family.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from hf.families import READERS, ModelConfig, read_json
 
 Named = Iterable[tuple[str, Tensor]]  # a stream of (name, full CPU tensor)
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template*",
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+WANTED = [
+    CONFIG, INDEX, "model*.safetensors", "tokenizer*", "special_tokens_map.json", "chat_template*",
     "generation_config.json",
-)
+]
 # Buffers that old checkpoints carry along.
 EXTRA_KEYS = re.compile(r"\b(attn|attention)\.(masked_)?bias$|\brotary_emb\.inv_freq$")
 FLOATS = "F64", "F32", "F16", "BF16"
@@ -71,6 +70,7 @@ class Key(NamedTuple):
 
     name: str
     part: int | None  # 0, 1, 2: q, k or v of a fused tensor
+    groups: int  # of a fused tensor: GPT-2 stores all of q, then of k, of v; GPT-NeoX by head
     transposed: bool
 
 
@@ -81,21 +81,9 @@ def hf_key(config: ModelConfig, name: str) -> Key:
     number, module = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", module).groups()
     path = f"{keys['blocks.{}'].format(number)}.{keys[module]}" if number else keys[module]
     fused = family in ("gpt2", "gpt_neox") and module in FUSED
+    groups = config.n_heads if family == "gpt_neox" else 1
     transposed = family == "gpt2" and kind == "weight" and module in CONV1D
-    return Key(f"{path}.{kind}", FUSED.index(module) if fused else None, transposed)
-
-
-def split(fused: Tensor, part: int, config: ModelConfig) -> Tensor:
-    """q, k or v (rows, ...) out of a fused tensor (3 rows, ...): GPT-2 stores all of q, then all of
-    k, then all of v; GPT-NeoX does so for each head."""
-    groups = config.n_heads if config.family == "gpt_neox" else 1
-    return fused.reshape(groups, 3, -1, *fused.shape[1:])[:, part].flatten(0, 1)
-
-
-def fuse(parts: list[Tensor], config: ModelConfig) -> Tensor:
-    """The inverse of `split`."""
-    groups = config.n_heads if config.family == "gpt_neox" else 1
-    return torch.stack([p.view(groups, -1, *p.shape[1:]) for p in parts], 1).flatten(0, 2)
+    return Key(f"{path}.{kind}", FUSED.index(module) if fused else None, groups, transposed)
 
 
 def load_config(directory: str | Path, name: str = CONFIG) -> ModelConfig:
@@ -105,8 +93,8 @@ def load_config(directory: str | Path, name: str = CONFIG) -> ModelConfig:
     try:
         return ModelConfig.from_hf(config)
     except ValueError as error:
-        lines = str(error).splitlines()
-        raise ValueError("\n".join(f"{file}: {line}" for line in lines)) from None
+        lines = (f"{file}: {line}" for line in str(error).splitlines())
+        raise ValueError("\n".join(lines)) from None
 
 
 def find_checkpoint(id_or_dir: str | Path, weights: bool = True) -> Path:
@@ -119,29 +107,20 @@ def find_checkpoint(id_or_dir: str | Path, weights: bool = True) -> Path:
         return Path(id_or_dir)
     from huggingface_hub import errors, snapshot_download
 
-    wanted = [CONFIG, INDEX, "model*.safetensors", *TOKENIZER_FILES] if weights else [CONFIG]
     try:
-        return Path(snapshot_download(str(id_or_dir), allow_patterns=wanted))
+        patterns = WANTED if weights else [CONFIG]
+        return Path(snapshot_download(str(id_or_dir), allow_patterns=patterns))
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise ValueError(
             f"{id_or_dir}: neither a directory nor a model that the hub gives out "
-            f"({type(error).__name__}): check the spelling; for a gated or private one accept its "
-            f"terms on https://huggingface.co/{id_or_dir} and set HF_TOKEN; without a network, run "
-            f"'hf download {id_or_dir}' where there is one"
+            f"({type(error).__name__}): check the spelling; of a gated one accept its terms on the "
+            f"hub and set HF_TOKEN; without a network, 'hf download {id_or_dir}' where there is one"
         ) from None
 
 
-class Stored(NamedTuple):
-    """A tensor in a file, as its header describes it."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, Stored], list[str]]:
-    """The tensors of a directory by key, read from the headers alone, and the files' problems."""
+def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, tuple], list[str]]:
+    """{full key: (file, key there, shape, dtype)} of the tensors of a directory, read from the
+    headers alone; and the files' problems."""
     stored, problems, index = {}, [], {}
     # GPT-2's own files leave out the prefix of all keys but the head's.
     prefix = "transformer." if config.family == "gpt2" else ""
@@ -158,9 +137,9 @@ def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, Stored], list[
             with safe_open(file, "pt") as handle:
                 for key in handle.keys():  # noqa: SIM118 (not a dict)
                     part = handle.get_slice(key)
-                    if index.get(key, file.name) == file.name:
-                        full = key if key.startswith((prefix, "lm_head.")) else prefix + key
-                        stored[full] = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
+                    full = key if key.startswith((prefix, "lm_head.")) else prefix + key
+                    if index.get(key, file.name) == file.name:  # two files may hold a tensor
+                        stored[full] = file, key, tuple(part.get_shape()), part.get_dtype()
         except (SafetensorError, OSError) as error:
             problems.append(f"{file}: missing, truncated or damaged ({error})")
     return stored, problems
@@ -169,8 +148,7 @@ def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, Stored], list[
 def check_weights(
     directory: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """What keeps parameters of these names and shapes from being read, a line each. Reads the
-    files' headers alone."""
+    """What keeps parameters of these names and shapes from being read, a line each."""
     stored, problems = scan(directory, config)
     if problems:
         return problems
@@ -195,20 +173,20 @@ def check_weights(
 
 
 def read_tensors(directory: Path, config: ModelConfig, names: Iterable[str]) -> Named:
-    """Each parameter asked for, in the files' dtype.
-
-    The tensors lie in memory-mapped files: copy what is to be kept. Call check_weights first.
-    """
+    """Each parameter asked for, in the files' dtype, memory-mapped. Call check_weights first."""
     stored, _ = scan(directory, config)
     with ExitStack() as stack:
-        files = {entry.file for entry in stored.values()}
+        files = {file for file, *_ in stored.values()}
         opened = {file: stack.enter_context(safe_open(file, "pt")) for file in files}
         for name in names:
             key = hf_key(config, name)
-            entry = stored[key.name]
-            tensor = opened[entry.file].get_tensor(entry.key)
+            file, key_there, *_ = stored[key.name]
+            tensor = opened[file].get_tensor(key_there)
             tensor = tensor.T if key.transposed else tensor
-            yield name, tensor if key.part is None else split(tensor, key.part, config)
+            if key.part is not None:  # (3 rows, …) -> (rows, …)
+                parts = tensor.reshape(key.groups, 3, -1, *tensor.shape[1:])
+                tensor = parts[:, key.part].flatten(0, 1)
+            yield name, tensor
 
 
 def to_hf(config: ModelConfig, tensors: Named) -> Named:
@@ -218,11 +196,11 @@ def to_hf(config: ModelConfig, tensors: Named) -> Named:
         key = hf_key(config, name)
         if key.part is not None:
             parts = waiting.setdefault(key.name, [])
-            assert len(parts) == key.part, "q, k and v come one after another, as in the model"
             parts.append(tensor)
             if len(parts) < 3:
                 continue
-            tensor = fuse(waiting.pop(key.name), config)
+            parts = [p.view(key.groups, -1, *p.shape[1:]) for p in waiting.pop(key.name)]
+            tensor = torch.stack(parts, 1).flatten(0, 2)
         yield key.name, (tensor.T if key.transposed else tensor).contiguous()
 
 
@@ -241,10 +219,8 @@ def write_tensors(
     directory: str | Path | None, config: ModelConfig, tensors: Named, max_bytes: float = 5e9
 ) -> None:
     """Write tensors, which come in the model's order, as safetensors files of at most `max_bytes`
-    (or one tensor), with index and config.json. Holds one file's tensors at a time.
-
-    directory   None: take all pairs and write none, on a rank that gathers along with the others
-    """
+    (or one tensor), with index and config.json. Holds one file's tensors at a time. A directory of
+    None takes all pairs and writes none, on a rank that gathers along with the others."""
     if directory is None:
         for _ in tensors:
             pass
@@ -255,14 +231,14 @@ def write_tensors(
         files.append(list(batch))
         total += sum(tensor.nbytes for tensor in batch.values())
         dtype = next(iter(batch.values())).dtype
-    many, index = len(files) > 1, {}
-    for i, keys in enumerate(files):
-        name = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" if many else WEIGHTS
-        (directory / f"{i}.part").rename(directory / name)
+    index = {}
+    for i, keys in enumerate(files, start=1):
+        name = f"model-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else WEIGHTS
+        (directory / f"{i - 1}.part").rename(directory / name)
         index |= dict.fromkeys(keys, name)
     dtype_key = "dtype" if "dtype" in config.hf else "torch_dtype"
     written = {CONFIG: config.hf | {dtype_key: str(dtype).removeprefix("torch.")}}
-    if many:
+    if len(files) > 1:
         written[INDEX] = {"metadata": {"total_size": total}, "weight_map": index}
     for name, content in written.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -276,8 +252,8 @@ def written_whole(directory: str | Path) -> Iterator[Path]:
     if final.exists() and any(final.iterdir()) and not (final / CONFIG).exists():
         raise ValueError(f"{final}: exists, and holds no model to replace")
     temporary, old = (final.with_name(f".{final.name}.{end}") for end in ("new", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary

@@ -38,11 +38,6 @@ class Template:
     preamble: bool = False  # opens with Alpaca's preamble unless there is a system turn
     merge_system: bool = False  # the model has no system role: its text opens the user's turn
 
-    @property
-    def control(self) -> set[str]:
-        """Names of the control tokens in use."""
-        return {*CONTROL.findall(" ".join([*self.before.values(), self.end]))}
-
 
 TEMPLATES = {
     # Stanford Alpaca; with a newline after "Response:", as in alpaca-lora
@@ -66,11 +61,8 @@ TEMPLATES = {
 def render(
     tokenizer: Tokenizer, template: str, turns: Turns, prompt: bool = False
 ) -> list[Segment]:
-    """Segments (text or control token's id, has_loss); `prompt` opens one more answer.
-
-    Answers and their end tokens have loss. A single ("text", …) turn is a document, all of it with
-    loss, whatever the template. ValueError if the vocabulary lacks a token of the template.
-    """
+    """Segments (text or control token's id, has_loss); `prompt` opens one more answer. A single
+    ("text", …) turn is a document. ValueError if the vocabulary lacks a token of the template."""
     style = TEMPLATES[template]
     segments = [(tokenizer.bos_id, False)] if tokenizer.add_bos else []
     if turns[0][0] == "text":
@@ -113,8 +105,7 @@ def encode_conversations(
 ) -> list[Encoded]:
     """(ids, has_loss) of each, cut to `max_length`, so that a truncated answer has no end token.
 
-    The first id has no loss: nothing precedes it to predict it from. All texts between control
-    tokens, of all conversations, are encoded in one batch. `prompt`: see `render`.
+    The first id has no loss: nothing precedes it to predict it from. `prompt`: see `render`.
     """
     joint = tokenizer.codec.joint
 
@@ -122,10 +113,9 @@ def encode_conversations(
         """Neighbours of one kind are encoded as one text, or taken over as ids."""
         return isinstance(segment[0], str), joint or segment[1]
 
-    samples = [
-        [(is_text, list(run)) for (is_text, _), run in groupby(segments, kind)]
-        for segments in (render(tokenizer, template, turns, prompt) for turns in conversations)
-    ]
+    rendered = [render(tokenizer, template, turns, prompt) for turns in conversations]
+    samples = [[(is_text, list(run)) for (is_text, _), run in groupby(segments, kind)]
+               for segments in rendered]  # fmt: skip
     runs = [(run, n == 0) for s in samples for n, (is_text, run) in enumerate(s) if is_text]
     encoded = iter(tokenizer.codec.encode_runs(runs))
     out = []
@@ -146,17 +136,14 @@ def render_prompt(tokenizer: Tokenizer, template: str, turns: Turns) -> list[int
 
 def stop_ids(tokenizer: Tokenizer, template: str) -> list[int]:
     """Ids that end an answer in generation. ValueError if the vocabulary lacks the template's."""
-    style = TEMPLATES[template]
-    for name in style.control:
-        tokenizer.control(name)
-    return list(dict.fromkeys([tokenizer.control(style.end), *tokenizer.eos_ids]))
+    *_, (end, _) = render(tokenizer, template, [("user", ""), ("assistant", "")])
+    return list(dict.fromkeys([end, *tokenizer.eos_ids]))
 
 
 def chat_template(template: str, add_bos: bool = False) -> str:
     """Jinja source that renders messages as `render` does, for tokenizer_config.json."""
-    style = TEMPLATES[template]
+    style, source = TEMPLATES[template], "{{ bos_token }}" if add_bos else ""
     between, before = json.dumps(style.between), json.dumps(style.before)
-    source = "{{ bos_token }}" if add_bos else ""
     if style.preamble:
         source += (
             "{% if messages[0].role != 'system' %}"
@@ -185,13 +172,13 @@ def trained_with(directory: Path) -> str:
     """The template of a model: by name where `save_tokenizer` has seen it, else the one whose
     control tokens its chat template has, else "alpaca"."""
     config = read_settings(directory, "tokenizer_config.json")
+    if config.get("scalebio_template") in TEMPLATES:
+        return config["scalebio_template"]
     jinja, file = str(config.get("chat_template")), directory / "chat_template.jinja"
     if file.is_file():
         jinja += file.read_text(encoding="utf-8")
     marks = {name: CONTROL.search(style.before["user"]) for name, style in TEMPLATES.items()}
-    guesses = [name for name, mark in marks.items() if mark and mark[0] in jinja]
-    known = [config.get("scalebio_template"), *guesses]
-    return next((name for name in known if name in TEMPLATES), "alpaca")
+    return next((name for name, mark in marks.items() if mark and mark[0] in jinja), "alpaca")
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike, template: str) -> None:
@@ -207,10 +194,9 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike, template:
             if (tokenizer.path / name).is_file():
                 shutil.copyfile(tokenizer.path / name, directory / name)
     names = {i: name for name, i in tokenizer.special.items()}
-    for key, i in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
-        if i in names:
-            config.setdefault(key, names[i])
-    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    ends = {"bos_token": names.get(tokenizer.bos_id), "eos_token": names.get(tokenizer.eos_id)}
+    named = {key: name for key, name in ends.items() if name}
+    config = named | {"tokenizer_class": "PreTrainedTokenizerFast"} | config
     config["chat_template"] = chat_template(template, tokenizer.add_bos)
     config["scalebio_template"] = template  # what evaluate.py takes where it is told nothing else
     text = json.dumps(config, indent=2, ensure_ascii=False)

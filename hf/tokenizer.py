@@ -57,16 +57,14 @@ class BytePairCodec:
         self.encoding = tiktoken.Encoding(
             "checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         )
-        self.nfc = nfc
-        self.added = added
+        self.nfc, self.added = nfc, added
         longest_first = sorted(added, key=len, reverse=True)
         self.split = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if added else None
         self.bytes = {i: token for token, i in ranks.items()}
-        self.bytes.update({i: token.encode() for token, i in added.items()})
+        self.bytes |= {i: token.encode() for token, i in added.items()}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        # Many texts are one piece of work: tiktoken's own batch call makes one of each, which takes
-        # longer than encoding it.
+        # tiktoken's own batch call makes a task of each text, which costs more than encoding it
         size = max(64, -(-len(texts) // (os.cpu_count() or 1)))
         parts = [texts[n : n + size] for n in range(0, len(texts), size)]
         with ThreadPoolExecutor() as pool:
@@ -75,9 +73,8 @@ class BytePairCodec:
     def encode_runs(self, runs: list[Run]) -> list[Encoded]:
         """The ids of each run, whose texts all have loss or all have none."""
         encoded = self.encode_batch(["".join(text for text, _ in run) for run, _ in runs])
-        return [
-            (ids, [run[0][1]] * len(ids)) for ids, (run, _) in zip(encoded, runs, strict=True)
-        ]
+        pairs = zip(encoded, runs, strict=True)
+        return [(ids, [run[0][1]] * len(ids)) for ids, (run, _) in pairs]
 
     def encode(self, text: str) -> list[int]:
         if self.nfc:
@@ -94,17 +91,14 @@ class BytePairCodec:
 
 
 class SentencePieceCodec:
-    """Any other tokenizer.json, through the `tokenizers` library.
-
-    Without its special tokens, so that they are not found in text; see `_without_special`.
-    """
+    """Any other tokenizer.json, through the `tokenizers` library; see `_without_special`."""
 
     joint = True  # apart, an answer would get a space of its own before it
 
     def __init__(self, spec: dict, special: dict[str, int], path: Path):
         source = json.dumps(_without_special(spec, special))
-        # Metaspace may put a space before the very start of the input only. Text that follows a
-        # control token is not at the start, though it is encoded by itself here.
+        # Metaspace may put a space before the very start of the input only, which text that follows
+        # a control token is not, though it is encoded by itself here.
         inner = source.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
         try:
             import tokenizers
@@ -153,8 +147,7 @@ def _without_special(spec: dict, special: dict[str, int]) -> dict:
 
 @dataclass
 class Tokenizer:
-    """A codec and the control tokens beside it. Made by `load_tokenizer` or `byte_tokenizer`; many
-    texts at once are encoded by the codec's `encode_batch`, in parallel."""
+    """A codec and the control tokens beside it. Made by `load_tokenizer` or `byte_tokenizer`."""
 
     codec: BytePairCodec | SentencePieceCodec
     special: dict[str, int]  # control tokens by name: never made from text
@@ -176,13 +169,10 @@ class Tokenizer:
 
     def control(self, name: str) -> int:
         """Id of the control token `name`; ValueError if the vocabulary lacks it."""
-        if name == EOS:
-            if self.eos_id is None:
-                raise ValueError(f"{self.path}: the vocabulary has no end-of-text token")
-            return self.eos_id
-        if name not in self.special:
+        token_id = self.eos_id if name == EOS else self.special.get(name)
+        if token_id is None:
             raise ValueError(f"{self.path}: the vocabulary lacks the control token {name}")
-        return self.special[name]
+        return token_id
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -198,10 +188,8 @@ def byte_spec() -> dict:
     text = [{"Sequence": {"id": letter, "type_id": 0}} for letter in "AB"]
     return {
         "version": "1.0",
-        "added_tokens": [
-            {"id": 256, "content": "<bos>", "special": True, **options},
-            {"id": 257, "content": "<eos>", "special": True, **options},
-        ],
+        "added_tokens": [{"id": i, "content": name, "special": True, **options}
+                         for i, name in ((256, "<bos>"), (257, "<eos>"))],
         "normalizer": None,
         "pre_tokenizer": {**byte_level, "use_regex": True},
         "post_processor": {
@@ -214,16 +202,10 @@ def byte_spec() -> dict:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a checkpoint directory; ValueError in one line if there is none to read.
-
-    Which tokens open and end a text comes from the configuration files beside tokenizer.json.
-    """
+    """The tokenizer of a checkpoint directory; ValueError in one line if there is none to read."""
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
-        raise ValueError(
-            f"{file}: missing; write it with transformers: "
-            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-        )
+        raise ValueError(f"{file}: missing; write it with transformers' save_pretrained")
     spec = read_json(file)
     settings = read_settings(
         file.parent, "special_tokens_map.json", "tokenizer_config.json",  # tokens by name
@@ -257,8 +239,7 @@ def _from_spec(spec: dict, settings: dict, path: Path | None, fingerprint: str) 
         codec = SentencePieceCodec(spec, special, path / "tokenizer.json")
 
     def configured(key: str) -> list[int]:
-        """Ids given for "bos" or "eos" in config.json, which often holds its class's default, an id
-        of this vocabulary's ordinary text."""
+        """Ids given in config.json, whose default may be an id of ordinary text here."""
         value = settings.get(f"{key}_token_id", [])
         return [i for i in (value if isinstance(value, list) else [value]) if i in special.values()]
 
@@ -269,7 +250,9 @@ def _from_spec(spec: dict, settings: dict, path: Path | None, fingerprint: str) 
         return next(iter([*configured(key), *(special[n] for n in known if n in special)]), None)
 
     bos_id, eos_id = find("bos", KNOWN_BOS), find("eos", KNOWN_EOS)
-    opens = {vocab.get(name) for name in _openers(spec)}
+    last = spec.get("post_processor") or {}
+    pieces = [p for step in last.get("processors", [last]) for p in step.get("single", [])]
+    opens = [vocab.get(p["SpecialToken"]["id"]) for p in pieces if "SpecialToken" in p]
     add_bos = bool(settings.get("add_bos_token", bos_id in opens) and bos_id is not None)
     stops = [eos_id] * (eos_id in special.values()) + configured("eos")
     identity = json.dumps([fingerprint, bos_id, eos_id, add_bos, special])
@@ -285,14 +268,7 @@ def _vocabulary(spec: dict, settings: dict) -> tuple[dict[str, int], dict[str, d
     vocab = spec["model"]["vocab"]
     if isinstance(vocab, list):  # Unigram: [piece, score]
         vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
-    return {**vocab, **{name: token["id"] for name, token in added.items()}}, added
-
-
-def _openers(spec: dict) -> set[str]:
-    """Names of the tokens that the post-processor puts before a text."""
-    last = spec.get("post_processor") or {}
-    pieces = [p for step in last.get("processors", [last]) for p in step.get("single", [])]
-    return {p["SpecialToken"]["id"] for p in pieces if "SpecialToken" in p}
+    return vocab | {name: token["id"] for name, token in added.items()}, added
 
 
 def _byte_pair_codec(spec: dict, added: dict, special: dict) -> BytePairCodec | None:
@@ -334,10 +310,8 @@ def _split_pattern(pre_tokenizer: dict) -> str | None:
 
 
 def _ranks(vocab: dict[str, int], merges: list, keep_all: bool) -> dict[bytes, int] | None:
-    """Token bytes -> id, or None where ids do not grow in the order of the merges.
-
-    tiktoken merges the pair whose union has the lowest id; `tokenizers` the pair listed first.
-    """
+    """Token bytes -> id, or None where ids do not grow in the order of the merges: tiktoken merges
+    the pair whose union has the lowest id, `tokenizers` the one listed first."""
     byte_of = _byte_of_char()
     merged = dict.fromkeys(a + b for a, b in merges)  # in order; several pairs may give one token
     ids = [vocab.get(token, -1) for token in merged]

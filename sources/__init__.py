@@ -1,1 +1,1 @@
-"""Where records come from: files, built-in tasks, mixtures drawn from either."""
+"""Where records come from: files (records.py says how a new format is added) and built-in tasks."""

@@ -32,12 +32,8 @@ class Fields(NamedTuple):
     keys: dict[str, str]  # {role: key}, in the order of the turns
     optional: str = ""  # the key that may be absent, null or empty: then there is no such turn
 
-    @property
-    def needed(self) -> list[str]:
-        return [key for key in self.keys.values() if key != self.optional]
-
     def fits(self, record: dict) -> bool:
-        return record.keys() >= {*self.needed}
+        return record.keys() >= {*self.keys.values()} - {self.optional}
 
     def turns(self, record: dict) -> Turns:
         absent = self.optional if record.get(self.optional) in (None, "") else None
@@ -50,10 +46,6 @@ class Messages(NamedTuple):
     key: str  # of the list
     role: str  # key of a message's role
     text: str  # key of its text
-
-    @property
-    def needed(self) -> list[str]:
-        return [f"{self.key}[].{self.role}", f"{self.key}[].{self.text}"]
 
     def fits(self, record: dict) -> bool:
         """Whether the first message has the role's key: formats may share the list's."""
@@ -68,8 +60,6 @@ class Messages(NamedTuple):
         turns = []
         for n, message in enumerate(messages):
             place = f"{self.key}[{n}]"
-            if not isinstance(message, dict):
-                raise ValueError(f"'{place}' is {type(message).__name__}, not an object")
             role = _string(message, self.role, f"{place}.")
             if role not in ROLES:
                 known = ", ".join(ROLES)
@@ -88,8 +78,8 @@ FORMATS = (
 )
 
 
-def _string(record: dict, key: str, place: str = "") -> str:
-    if key not in record:
+def _string(record: object, key: str, place: str = "") -> str:
+    if not isinstance(record, dict) or key not in record:
         raise ValueError(f"lacks '{place}{key}'")
     value = record[key]
     if not isinstance(value, str):
@@ -119,8 +109,8 @@ def iter_records(path: str | os.PathLike, problems: Problems) -> Iterator[tuple[
             form = form or next((form for form in FORMATS if form.fits(record)), None)
             if not form:
                 found = ", ".join(map(repr, record))[:100] or "none"
-                known = "; ".join(", ".join(form.needed) for form in FORMATS)
-                raise ValueError(f"unknown record, of keys {found}; expected {known}")
+                raise ValueError(f"unknown record, of keys {found}: neither Alpaca, ShareGPT, chat "
+                                 "nor text, as in README.md")
             yield number, form.turns(record)
         except ValueError as error:
             problems.add(f"{where}: {error}")

@@ -1,9 +1,8 @@
 """Built-in tasks: small data that a tiny model learns in seconds, made from a seed.
 
 All are about invented facts: each of some names has a value for each of some attributes, asked for
-in many forms ("please, what is kalo mub" -> "tezi"). The attribute alone leaves three answers, the
-name decides. Every source has so many records, of at most 36 bytes, that a short run sees few of
-them twice: noise cannot be learned by heart.
+in many forms ("please, what is kalo mub" -> "tezi"). Every source has so many records, of at most
+36 bytes, that a short run sees few of them twice: noise cannot be learned by heart.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ import torch
 
 import data
 import train
+from cli import inputs
 from cli.flags import parse
 from cli.inputs import prepare
 from model import from_pretrained
-from sources import mixture
 from tests import forked
 from tests.forked import at, done, rows, run, send, write_model
 
@@ -45,7 +45,7 @@ def pipeline(tmp_path_factory):
 
 def test_the_pipeline_and_the_files_it_leaves(pipeline, capsys):
     weights = json.loads(Path("learned/weights.json").read_text())["weights"]
-    parts = mixture.apportion(weights, 40)
+    parts = inputs.apportion(weights, 40)
     assert json.loads(Path("tuned/config.json").read_text())["mixture"] == {
         name: {"weight": pytest.approx(weights[name]), "samples": parts[name]} for name in "ab"
     }
@@ -78,7 +78,7 @@ def test_it_matches_a_loop_with_adamw_on_one_process(pipeline):
     done(ranks=2, flags=exact)
 
     drawn = prepare(parse(exact), 1).mixture
-    assert Path("exact/mixture.jsonl").read_text() == mixture.as_jsonl(drawn)
+    assert Path("exact/mixture.jsonl").read_text() == inputs.mixture_jsonl(drawn)
     model = from_pretrained("other", torch.float64)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=5e-4)
     batches = data.MixtureBatches(list(drawn.values()), 8, 8, seed=4)

@@ -57,18 +57,14 @@ def train(model, opt, steps, first=0):
         opt.zero_grad()
 
 
-def test_draw_is_a_pure_function_that_covers_all_blocks():
+def test_draw_is_a_pure_function_that_covers_all_blocks_and_by_choice_the_ends():
     draws = [draw(3, period, 10, 2) for period in range(200)]
     assert draws == [draw(3, period, 10, 2) for period in reversed(range(200))][::-1]
     assert all(len(d) == 3 and 10 in d for d in draws)  # two blocks and the ends
-    assert set().union(*draws) == set(range(11))
     counts = [sum(i in d for d in draws) for i in range(10)]
     assert min(counts) > 20 and max(counts) < 65  # 40 ± 4 standard deviations
     assert draws != [draw(4, period, 10, 2) for period in range(200)]
     assert draws != [draw(3, period, 10, 2, copy=1) for period in range(200)]
-
-
-def test_draw_of_the_ends():
     assert all(10 not in draw(0, period, 10, 2, "frozen") for period in range(50))
     sampled = [draw(0, period, 10, 2, "sampled") for period in range(200)]
     assert all(len(d) == 2 for d in sampled)
@@ -83,11 +79,9 @@ def test_state_after_ten_switches_is_that_of_the_active_parameters(dtype):
     opt = Lisa(model, n_active=2, interval=3, lr=1e-2)
     train(model, opt, 33)  # eleven periods
     active = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    ends = 8 * 8 * 2 + 8 * 2
-    assert active == 2 * (8 * 8 + 8) + ends
+    assert active == 2 * (8 * 8 + 8) + 8 * 8 * 2 + 8 * 2  # two blocks and the ends
     floats = 2 if dtype == torch.float32 else 3  # moments; in bf16 a master too
     assert sum(t.numel() * t.element_size() for t in opt.state_tensors()) == active * floats * 4
-    assert len(opt.opt.state) == len(opt.opt.param_groups[0]["params"])
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     assert {p for p in model.parameters() if p.requires_grad} == set(opt.masters)
     for p, master in opt.masters.items():
@@ -110,13 +104,11 @@ def test_inactive_blocks_do_not_change_by_a_bit(dtype):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_all_blocks_match_adamw(tied):
-    model = make(tied=tied)
-    reference = copy.deepcopy(model)
-    opt = Lisa(model, n_active=6, interval=4, lr=1e-2, weight_decay=0.1)
+    model, reference = make(tied=tied), make(tied=tied)
+    train(model, Lisa(model, n_active=6, interval=4, lr=1e-2, weight_decay=0.1), 20)
     adamw = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.1)
     adamw.switch = lambda step: None
-    for m, o in ((model, opt), (reference, adamw)):
-        train(m, o, 20)
+    train(reference, adamw, 20)
     for a, b in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -171,18 +163,14 @@ def test_gradients_of_many_micro_batches_are_summed_in_fp32():
 
 def test_stochastic_rounding_keeps_the_mean():
     """200 updates of 1e-4 of a bf16 step: their sum arrives on average, and rounds away else."""
-    n, updates = 40_000, 200
-    g = torch.Generator().manual_seed(0)
-    start = torch.linspace(1.0, 1.99, n).bfloat16()
+    g, n, updates = torch.Generator().manual_seed(0), 40_000, 200
+    x = start = torch.linspace(1.0, 1.99, n).bfloat16()
     step = 2.0**-7  # distance of bf16 numbers between 1 and 2
-    x, nearest = start.clone(), start.clone()
+    assert torch.equal((start.float() + 1e-4 * step).bfloat16(), start)
     for _ in range(updates):
         x = round_stochastically(x.float() + 1e-4 * step, g)
-        nearest = (nearest.float() + 1e-4 * step).bfloat16()
     moved = (x.float() - start.float()) / step
-    expected = updates * 1e-4
-    assert abs(moved.mean() - expected) < 3 * moved.std() / n**0.5
-    assert torch.equal(nearest, start)
+    assert abs(moved.mean() - updates * 1e-4) < 3 * moved.std() / n**0.5
     assert torch.equal(round_stochastically(start.float(), g), start)  # bf16 numbers stay
 
 

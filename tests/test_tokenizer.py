@@ -87,7 +87,7 @@ def vocabulary(asset, tmp_path_factory):
         if name in VOCABULARIES:
             shutil.copyfile(asset(VOCABULARIES[name][0]), directory / "tokenizer.json")
         elif name == "chat":
-            train_bpe(directory, LLAMA3_PATTERN, special=["<s>", "</s>", *CONTROL])
+            train_bpe(directory, LLAMA3_PATTERN, special=["<s>", "</s>", *TEMPLATE_TOKENS])
             config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
             (directory / "tokenizer_config.json").write_text(json.dumps(config))
         else:
@@ -108,7 +108,6 @@ def test_ids_match_tokenizers(name, vocabulary, texts):
     expected = [e.ids for e in reference.encode_batch(texts, add_special_tokens=False)]
     for text, ids, wanted in zip(texts, tokenizer.codec.encode_batch(texts), expected, strict=True):
         assert ids == wanted, repr(text[:200])
-    assert tokenizer.encode(texts[-1]) == expected[-1]
     assert isinstance(tokenizer.codec, BytePairCodec) == in_tiktoken
     assert (tokenizer.n_vocab, tokenizer.bos_id, tokenizer.eos_id) == (n_vocab, bos, eos)
     assert tokenizer.add_bos == (bos is not None)
@@ -120,9 +119,8 @@ def test_decode_inverts_encode_and_control_tokens_in_text_are_text(name, vocabul
     for text in AWKWARD:
         text = unicodedata.normalize("NFC", text)  # what GPT-NeoX makes of any text
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    some = tokenizer.encode("some text")
     beyond = [tokenizer.eos_id, tokenizer.n_vocab + 5]
-    assert tokenizer.decode([*some, *beyond]) == "some text"
+    assert tokenizer.decode([*tokenizer.encode("some text"), *beyond]) == "some text"
     assert tokenizer.special
     for token in tokenizer.special:
         for text in (token, f"a {token} b", token * 3):
@@ -211,13 +209,9 @@ def test_unusable_tokenizers_are_refused_in_one_line(tmp_path, vocabulary, monke
 
 
 TURNS = [
-    ("system", "Be brief."),
-    ("user", "What is 2 + 2?\n"),
-    ("assistant", "It is 4."),
-    ("user", "And então? 你好"),
-    ("assistant", "Überall 👍\nyes"),
+    ("system", "Be brief."), ("user", "What is 2 + 2?\n"), ("assistant", "It is 4."),
+    ("user", "And então? 你好"), ("assistant", "Überall 👍\nyes"),
 ]
-CONTROL = sorted({name for style in TEMPLATES.values() for name in style.control})
 
 
 def encode_conversation(tokenizer, template, turns, max_length=10_000):
@@ -279,14 +273,6 @@ def test_alpaca_prompts_are_stanfords(turns, with_input, question):
     )
 
 
-@pytest.mark.parametrize("template", sorted(set(TEMPLATES) - {"alpaca"}))
-def test_input_joins_the_question_elsewhere(template, vocabulary):
-    tokenizer = vocabulary("chat")
-    joined = [("user", "Translate.\nGuten Tag"), WITH_INPUT[2]]
-    with_input = encode_conversation(tokenizer, template, WITH_INPUT)
-    assert with_input == encode_conversation(tokenizer, template, joined)
-
-
 def trained_text(tokenizer, ids, has_loss):
     """The maximal stretches with loss, as text, and whether each has an end token."""
     stretches = itertools.groupby(zip(ids, has_loss, strict=True), lambda pair: pair[1])
@@ -300,6 +286,10 @@ def test_loss_is_on_answers_and_their_ends_only(template, vocabulary):
     sample = encode_conversation(tokenizer, template, TURNS)
     expected = [(text, True) for role, text in TURNS if role == "assistant"]
     assert trained_text(tokenizer, *sample) == expected
+    if template != "alpaca":  # an input joins the question
+        joined = [("user", "Translate.\nGuten Tag"), WITH_INPUT[2]]
+        with_input = encode_conversation(tokenizer, template, WITH_INPUT)
+        assert with_input == encode_conversation(tokenizer, template, joined)
 
 
 @pytest.mark.parametrize("answer", ["4", " 4", "Größe", "👍🏽 ok", "▁x", "x  ", "\nx", "e\u0301"])
@@ -317,41 +307,24 @@ def test_sentencepiece_masks_are_never_off_by_one(template, answer, vocabulary):
     assert has_loss.index(True) == len(prompt)
 
 
-def test_truncated_answers_have_no_end(vocabulary):
-    tokenizer = vocabulary("chat")
-    turns = [("user", "Count."), ("assistant", "one two three four")]
+def test_truncated_answers_have_no_end_and_documents_loss_everywhere_but_first(vocabulary):
+    tokenizer, turns = vocabulary("chat"), [("user", "Count."), ("assistant", "one two three four")]
     ids, has_loss = encode_conversation(tokenizer, "chatml", turns)
-    end = tokenizer.special["<|im_end|>"]
-    assert ids[-1] == end and has_loss[-1]
+    assert ids[-1] == tokenizer.special["<|im_end|>"] and has_loss[-1]
     for cut in range(1, len(ids)):
         part = encode_conversation(tokenizer, "chatml", turns, cut)
         assert part == (ids[:cut], has_loss[:cut])
+    document = encode_conversation(byte_tokenizer(), "alpaca", [("text", "abc")])
+    assert document == ([256, *b"abc", 257], [False, True, True, True, True])
 
 
-def test_documents_have_loss_everywhere_but_first():
-    tokenizer = byte_tokenizer()
-    ids, has_loss = encode_conversation(tokenizer, "alpaca", [("text", "abc")], 99)
-    assert ids == [tokenizer.bos_id, *b"abc", tokenizer.eos_id]
-    assert has_loss == [False, True, True, True, True]
-    no_bos = [("user", ""), ("assistant", "x")]
-    assert encode_conversation(tokenizer, "plain", no_bos, 1)[1] == [False]
-
-
-@pytest.mark.parametrize("template, name", [
-    ("chatml", "<|im_"), ("llama3", "<|"), ("gemma", "_of_turn>"),
-])  # fmt: skip
-def test_missing_control_token_is_named(template, name):
-    tokenizer = byte_tokenizer()
-    for call in (stop_ids, functools.partial(encode_conversation, turns=TURNS)):
-        with pytest.raises(ValueError, match="lacks the control token") as error:
-            call(tokenizer, template)
-        assert name in str(error.value)
-
-
-def test_stop_ids_are_the_templates_and_the_vocabularys(vocabulary):
+def test_stop_ids_are_the_templates_and_the_vocabularys_and_a_missing_one_is_named(vocabulary):
     end, stop = (vocabulary("chat").special[name] for name in ("</s>", "<|im_end|>"))
     assert stop_ids(vocabulary("chat"), "plain") == [end]
     assert stop_ids(vocabulary("chat"), "chatml") == [stop, end]
+    for template, name in ("chatml", "<.im_"), ("llama3", "<."), ("gemma", "<start_of_turn>"):
+        with pytest.raises(ValueError, match=f"lacks the control token {name}"):
+            stop_ids(byte_tokenizer(), template)
 
 
 def test_byte_tokenizer_saved_opens_in_transformers_with_the_same_ids(tmp_path):
@@ -359,16 +332,9 @@ def test_byte_tokenizer_saved_opens_in_transformers_with_the_same_ids(tmp_path):
     reference = transformers_tokenizer(tokenizer, tmp_path, "plain")
     again = load_tokenizer(tmp_path)
     for text in [*AWKWARD, random_unicode(400)]:
-        assert tokenizer.encode(text) == list(text.encode())
-        assert reference(text, add_special_tokens=False)["input_ids"] == list(text.encode())
-        assert again.encode(text) == list(text.encode())
-    assert reference("x")["input_ids"] == [256, *b"x"]
+        assert tokenizer.encode(text) == again.encode(text) == list(text.encode())
+        assert reference(text)["input_ids"] == [256, *text.encode()]
     for name in ("special", "bos_id", "eos_id", "add_bos", "eos_ids", "n_vocab"):
         assert getattr(again, name) == getattr(tokenizer, name)
     ids, _ = encode_conversation(tokenizer, "plain", TURNS)
     assert ids == reference.apply_chat_template(as_messages(TURNS), return_dict=False)
-
-
-def test_every_control_token_of_a_template_is_known_to_the_tokenizer():
-    used = set().union(*(style.control for style in TEMPLATES.values()))
-    assert used - {"eos_token"} == set(TEMPLATE_TOKENS)

@@ -28,15 +28,9 @@ import shard
 import train
 from bilevel import PenaltyStep, SourceWeights
 from hf import pretrained
+from hf.families import ModelConfig
 from lisa import Lisa, local
-from model import (
-    ModelConfig,
-    build,
-    from_pretrained,
-    parameter_shapes,
-    random_weights,
-    read_tensors,
-)
+from model import build, from_pretrained, parameter_shapes, random_weights, read_tensors
 from tests.cases import GPT2_SIZES, SIZES
 
 VOCAB = data.byte_tokenizer().n_vocab
@@ -54,10 +48,7 @@ FAMILIES = {
         "model_type": "gemma2", **BASE, **WINDOW, "head_dim": 16, "query_pre_attn_scalar": 16,
         "hidden_activation": "gelu_pytorch_tanh",
     },
-    "gpt_neox": {
-        "model_type": "gpt_neox", "rotary_pct": 0.25,
-        **{k: v for k, v in BASE.items() if k != "num_key_value_heads"},
-    },
+    "gpt_neox": {"model_type": "gpt_neox", **SIZES, **TOKENS, "max_position_embeddings": 128},
 }  # fmt: skip
 SGD = {"optimizer": functools.partial(torch.optim.SGD, momentum=0.9),
        "state_names": ("momentum_buffer",)}  # fmt: skip
@@ -107,9 +98,8 @@ def trajectories(checkpoint: str) -> dict:
 def offload(checkpoint: str) -> list[list[dict]]:
     """The same trajectory with both copies on the device; and with turns, a stop and a resume. The
     second with another optimiser than AdamW."""
-    adamw = Lisa.__init__
-    sgd, results = functools.partialmethod(adamw, **SGD), []
-    for dtype, once, init in (("bf16", True, adamw), ("fp32", False, sgd)):
+    sgd, results = functools.partialmethod(Lisa.__init__, **SGD), []
+    for dtype, once, init in (("bf16", True, Lisa.__init__), ("fp32", False, sgd)):
         shard.GATHER_ONCE_BYTES = once << 30
         with mock.patch.object(Lisa, "__init__", init):
             results.append([trajectory(checkpoint, dtype, 8, 8, 3, *flags)
@@ -185,10 +175,10 @@ def dense(_: str) -> dict:
         differ[(*key, "loss")] = difference(losses[:1], losses[1:])
         for model in (cut, whole):
             backward(model, 0, 1)
-        grads = ([p.grad for p in model.parameters()] for model in (cut, whole))
+        grads = [[p.grad for p in model.parameters()] for model in (cut, whole)]
         differ[(*key, "gradients")] = difference(*grads)
-        for model in (cut, whole):
-            model.zero_grad()
+        cut.zero_grad()
+        whole.zero_grad()
         differ[(*key, "after evaluation, switch, step")] = interleaved(*pairs)
         out = Path(sys.argv[2]).with_name(f"{family}-{gather_once}")
         shard.save(cut, out, lambda path: None)
