@@ -43,6 +43,7 @@ from sources import tasks
 MODEL = {"hidden_size": 48, "intermediate_size": 128, "initializer_range": 48**-0.5}  # 0.16M
 COUPLED = "LISA, coupled draws"
 PROPORTIONAL = "proportional batches, counts per micro-batch"
+DEFAULTS = "λ's rate and z by default, 240 steps"
 ABLATION = {
     COUPLED: "",
     "LISA, coupled, α = 30": "--alpha 30",
@@ -57,14 +58,15 @@ ABLATION = {
     "λ decays by 1 (AdamW)": "",
     "lr of λ × 1/3": "--lr-lambda 2e-2",
     "lr of λ × 3": "--lr-lambda 0.18",
+    DEFAULTS: "--lr-lambda auto --lambda-z 3 --steps 240",
 }
 SIZE = ("--steps 120 --batch-size 40 --val-batch-size 20 --micro-batch-size 40 --max-length 40 "
-        "--lr-w 3e-3 --lr-u 3e-3 --lr-lambda 6e-2 --schedule constant")
+        "--lr-w 3e-3 --lr-u 3e-3 --lr-lambda 6e-2 --lambda-z 0 --schedule constant")
 TUNE = ("--mode finetune --samples 2800 --steps 200 --batch-size 20 --lr-w 3e-3 --max-length 40 "
         "--schedule constant")
 BEST = {"denoising": "clean", "graded": "clean", "multilingual": "aru", "instruction": "good"}
 MIXED = "denoising", "instruction", "multilingual"
-LEARNED = {"learned": COUPLED, "learned, lr of λ × 3": "lr of λ × 3"}
+LEARNED = {"learned": COUPLED, "learned, lr of λ × 3": "lr of λ × 3", DEFAULTS: DEFAULTS}
 MIXTURES = *LEARNED, "uniform", "proportional", "best alone"
 # Real data: bytes of text, a model that has read English captions.
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "assets"
@@ -73,15 +75,20 @@ CAPTIONS = ASSETS / "multilingual/multi30k/train.en"
 READ = ("--mode finetune --weights captions=1 --samples 8000 --steps 200 "
         "--batch-size 40 --lr-w 3e-3 --max-length 96 --schedule constant")
 REAL = ("--steps 50 --batch-size 20 --val-batch-size 10 --micro-batch-size 10 --max-length 256 "
-        "--template plain --lr-w 1e-3 --lr-u 1e-3 --lr-lambda 6e-2 --lisa-layers 2 "
-        "--lisa-interval 5 --schedule constant")
+        "--template plain --lr-w 1e-3 --lr-u 1e-3 --lr-lambda 6e-2 --lambda-z 0 "
+        "--lisa-layers 2 --lisa-interval 5 --schedule constant")
 REAL_SETS = "data_tiny", "math_exp"
+# What λ learns from, on a small trained model: captions in three languages with English validation;
+# and a placebo, three thirds of one file, between which there is nothing to learn.
+STORIES = (f"--model {ASSETS}/model/stories260K-hf --steps 141 --batch-size 32 --val-batch-size 32 "
+           "--micro-batch-size 32 --max-length 48 --template plain --lr-w 1e-5 --lr-u 1e-5")
 LEARN = {  # experiment: tasks, their settings and the number of seeds
     "graded": [("graded", [COUPLED], 20)],
     "ablation": [("graded", ABLATION, 5), ("instruction", [COUPLED, PROPORTIONAL], 5)],
     "mixtures": [(task, LEARNED.values(), 10) for task in MIXED],
+    "defaults": [(task, [DEFAULTS], 4) for task in BEST],
 }
-EXPERIMENTS = *LEARN, "real", "digits"
+EXPERIMENTS = *LEARN, "signal", "real", "digits"
 
 
 class Decayed(SourceWeights):
@@ -160,11 +167,44 @@ def real(seed: int, out: Path) -> list[Cell]:
                       for name in REAL_SETS)]  # fmt: skip
 
 
+def signal(out: Path) -> list[Cell]:
+    """Weights of three languages in both dtypes, at two alphas; and of placebos in both dtypes."""
+    def flags(name: str, dtype: str) -> str:
+        return f"--train {out}/{name} --val {out}/val.jsonl {STORIES} --dtype {dtype}"
+
+    return [
+        *(Cell("languages", f"{dtype}, α = {alpha}", seed, f"{flags('languages', dtype)} "
+               f"--alpha {alpha}")
+          for dtype in ("fp32", "bf16") for alpha in (10, 100) for seed in range(5)),
+        *(Cell("placebo", dtype, seed, flags(f"placebo{seed}", dtype))
+          for dtype in ("fp32", "bf16") for seed in range(20)),
+    ]  # fmt: skip
+
+
+def write_captions(out: Path) -> None:
+    """The records of `signal`: 3,000 captions of each language, other ones; of a placebo 1,000
+    English ones a source; 1,014 for validation."""
+    def write(name: str, texts: list[str]) -> None:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        report.replace(out / name, "".join(json.dumps({"text": x}) + "\n" for x in texts))
+
+    for n, language in enumerate(("en", "de", "fr")):
+        texts = CAPTIONS.with_suffix(f".{language}").read_text().splitlines()
+        write(f"languages/train_{language}.jsonl", texts[3000 * n : 3000 * (n + 1)])
+    write("val.jsonl", CAPTIONS.with_name("val.en").read_text().splitlines())
+    english = CAPTIONS.read_text().splitlines()[:3000]
+    for seed in range(20):
+        order = np.random.default_rng(seed).permutation(3000)
+        for n, name in enumerate("abc"):
+            write(f"placebo{seed}/train_{name}.jsonl", [english[i] for i in order[n::3]])
+
+
 def stages(only: list[str], out: Path) -> list[list[Cell]]:
     """The runs of the experiments named. A stage needs those before it."""
     first = [learn(task, setting, seed) for name in only
              for task, settings, n in LEARN.get(name, ())
              for setting in settings for seed in range(n)]  # fmt: skip
+    first += signal(out) if "signal" in only else []
     reals = [real(seed, out) for seed in range(3) if "real" in only]
     first += [reader for reader, *_ in reals]
     second = [cell for _, *then in reals for cell in then]
@@ -344,6 +384,12 @@ def tables(out: Path) -> dict[str, list[list]]:
               "differs": run["differs"][name]}
              for run in runs[COUPLED].values() for name in run["weights"]], "source",
         )  # fmt: skip
+    for task in ("languages", "placebo"):
+        every = {f.parent.name for f in (out / task).glob("*/seed*") if f.is_dir()}
+        found[task] = pivot(
+            [{"setting": setting} | run["weights"] | {"any differs": any(run["differs"].values())}
+             for setting in sorted(every) for run in read(out, task, setting).values()], "setting",
+        )  # fmt: skip
     found["fine-tuning on a mixture"] = pivot(
         [row for task in BEST for row in mixture_rows(task, out)], "task", "mixture"
     )
@@ -374,11 +420,14 @@ def main(argv: list[str] | None = None) -> int:
                         help="runs at a time, a thread each [2]")  # fmt: skip
     args = parser.parse_args(argv)
     wanting = {"real": not CAPTIONS.exists() and ASSETS,
+               "signal": not CAPTIONS.exists() and ASSETS,
                "digits": not find_spec("sklearn") and "scikit-learn"}  # fmt: skip
     only = [name for name in args.only if not wanting.get(name)]
     for name in {*args.only} - {*only}:
         print(f"left out, for want of {wanting[name]}: {name}")
     (args.out / "digits").mkdir(parents=True, exist_ok=True)
+    if "signal" in only:
+        write_captions(args.out)
     if "real" in only:
         texts = [json.dumps({"text": line}) for line in CAPTIONS.read_text().splitlines()]
         report.replace(args.out / "captions.jsonl", "\n".join(texts))
