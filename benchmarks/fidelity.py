@@ -110,7 +110,7 @@ class Proportional(data.Batches):
         order = np.random.default_rng(self.seed).permutation(len(every))
         drawn = [every[order[place % len(every)]] for place in places]
         here = torch.bincount(torch.tensor(drawn)[:, 0], minlength=self.n_sources)
-        return self._deal(drawn), val, torch.cat([here, counts[-1:]])
+        return self._deal(drawn, [0] * self.world), val, torch.cat([here, counts[-1:]])
 
 
 class PerMicroBatch(PenaltyStep):
