@@ -37,7 +37,7 @@ from cli.inputs import apportion
 from sources.records import Problems
 
 DIFFERS = 4.0  # standard errors; a source that is no different gets there in 1 of 200 runs
-UNSURE = 2.0  # standard errors from which on a longer run may be worth it
+UNSURE = 3.0  # standard errors from which on a longer run may be worth it
 MIXTURE = 10_000  # samples in the mixture that the report proposes
 
 

@@ -45,7 +45,7 @@ class Newton:
 class Recorded(SourceWeights):
     """Keeps g_λ, and does not move."""
 
-    def update(self, gap):
+    def update(self, gap, variance):
         (self.grad,) = torch.autograd.grad(self.probs(), self.lam, gap)
 
 

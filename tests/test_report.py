@@ -157,11 +157,11 @@ def test_gaps_are_means_of_the_last_fifth_with_their_errors():
 
 
 @pytest.mark.parametrize("snr, differs, said", [
-    ({"a": 1.0, "b": 1.9}, [], ["take any weights"]),
+    ({"a": 1.0, "b": 2.9}, [], ["take any weights"]),
     ({"a": 9.0, "b": 4.1}, ["a", "b"], ["tell a, b from the others"]),
     ({"a": 9.0, "b": 1.0}, ["a"], ["tell a from the others"]),
-    # From 2.5 standard errors in 100 steps to 4.
-    ({"a": 9.0, "b": 2.5}, ["a"], ["tell a from", "too short to tell b", "about 256 steps"]),
+    # From 3.2 standard errors in 100 steps to 4.
+    ({"a": 9.0, "b": 3.2}, ["a"], ["tell a from", "too short to tell b", "about 156 steps"]),
 ])  # fmt: skip
 def test_verdict_says_what_differs_and_what_to_do(snr, differs, said):
     result = told(snr)
