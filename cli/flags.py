@@ -33,7 +33,7 @@ from sources import tasks
 
 WEIGHTS = "a weights.json, uniform, proportional, or NAME=WEIGHT,..."  # what --weights may be
 # How far λ_k can go in a run, at Adam's full speed: weights that start equal can end at a ratio of
-# exp(2 REACH), 9 million.
+# exp(2 REACH).
 REACH = 8.0
 LOCK = ".lock"  # in --out, with the process that launched the run
 
@@ -120,7 +120,7 @@ class Flags:
     lr_w: float = STEP(1e-5, "learning rate of w", tiny=1e-3, permitted=RATE)
     lr_u: float = STEP(1e-5, "learning rate of u", tiny=1e-3, permitted=RATE, only="bilevel")
     lr_lambda: float | None = STEP(None, "learning rate of the source weights' logits; auto: such "
-                                   "that each can move by 8 in the whole run [auto]",
+                                   "that each can move by 8 in a whole run [auto]",
                                    permitted=RATE, only="bilevel", metavar="auto|RATE")
     gap: str = STEP("auto", "how the gap of a sample between w and u is had: from gradients, which "
                     "bf16 does not drown, or as the difference of two losses; auto is gradient "
