@@ -322,7 +322,7 @@ def weight_lines(result: dict) -> list[str]:
         error, differs = result["weights_se"][name], "yes" if result["differs"][name] else "no"
         rest = f"  {error:8.4f}  {gap:18}  {differs:3} ({result['snr'][name]:.1f})"
         rows[name] = p, result["sources"][name]["samples"], rest
-    lines = table(rows, "  ± weight  gap l(w) - l(u)     differs (standard errors)")
+    lines = table(rows, "  ± weight  gap l(w) - l(u)     differs")
     return [*lines, "", *verdict(result)]
 
 
