@@ -40,6 +40,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 
@@ -54,7 +55,7 @@ class SourceWeights(nn.Module):
 
     of Adam's step. For z = 1 this is the factor by which the squared error of A as an estimate of
     its mean is least, with A² − B for the square of that mean; z = 3 keeps a source that does not
-    differ in place, as it passes 3 √B in one step of a hundred.
+    differ in place, as it passes 3 √B in three steps of a thousand.
     Differs from the paper: there Adam steps at full length whatever the error, as here with z = 0.
 
     To weight something else (single samples, features of a sample), replace `probs` in a subclass:
@@ -72,7 +73,8 @@ class SourceWeights(nn.Module):
         self.lr, self.z = lr, z
         zeros = torch.zeros(n_sources, dtype=dtype)
         self.register_buffer("evidence", torch.stack([zeros, zeros]))  # A and B
-        self.register_buffer("variance", zeros.clone())  # of λ, by the noise of its steps so far
+        # Covariance of λ's errors, by the noise of its steps so far, (S, S).
+        self.register_buffer("covariance", torch.diag(zeros))
         self.register_buffer("snr", zeros.clone())  # the largest |A| / √B so far
         self.reset_optimizer()
 
@@ -113,23 +115,27 @@ class SourceWeights(nn.Module):
         fade = self.evidence.new_tensor([self.memory, self.memory**2])[:, None]
         self.evidence.mul_(fade).add_(torch.stack([self.lam.grad, noise]))
         a2, b = self.evidence[0].square(), self.evidence[1]
-        sure = (1 - self.z**2 * b / a2).where(a2 > self.z**2 * b, 0) if self.z else 1
+        sure = (1 - self.z**2 * b / a2).where(a2 > self.z**2 * b, 0)
+        sure = sure if self.z else torch.ones_like(sure)
         before = self.lam.detach().clone()
         self.opt.step()
         adam, group = self.opt.state[self.lam], self.opt.param_groups[0]
         with torch.no_grad():
-            self.lam.copy_(before + sure * (self.lam - before))
-            # In the long run a gradient moves λ by its rate over Adam's denominator.
+            self.lam.copy_(before.lerp(self.lam, sure))
+            # In the long run a gradient moves λ by its rate over Adam's denominator, which in the
+            # first steps may be small by chance.
             scale = adam["exp_avg_sq"] / (1 - group["betas"][1] ** adam["step"])
-            self.variance += (sure * group["lr"]) ** 2 * noise / scale.clamp(min=1e-30)
+            moves = (sure * group["lr"] / (scale.maximum(noise).sqrt() + 1e-8))[:, None] * jac.T
+            self.covariance += (moves * variance) @ moves.T
             if adam["step"] > self.warmup:
-                self.snr.copy_(self.snr.maximum((a2 / b).sqrt().nan_to_num()))
+                self.snr.copy_(self.snr.maximum((a2 / b).sqrt().nan_to_num(posinf=0)))
 
     def row(self) -> dict[str, Tensor]:
         """What metrics.jsonl says of the sources after a step, (S,) each: the weights, their
         standard errors to first order, and by how many standard errors a source's gradient has
         differed from 0 at its clearest."""
-        errors = (self.jacobian().square() @ self.variance).sqrt()
+        jac = self.jacobian()
+        errors = ((jac @ self.covariance) * jac).sum(1).clamp(min=0).sqrt()
         return {"weights": self.probs().detach(), "weights_se": errors, "snr": self.snr}
 
 
@@ -205,11 +211,13 @@ class Step:
             if sums is None:
                 # FSDP and DDP average gradients over the ranks; the objective is their sum.
                 scale = (coef * world).to(losses.device, non_blocking=True)
-                sums = torch.zeros_like(scale)
+                sums, tiny = torch.zeros_like(scale), torch.finfo(scale.dtype).tiny
             (scale[group] * losses).sum().backward()
             sums += by_group(losses.detach(), group, len(coef))  # (S + 1,)
-            taken = losses.detach() if slopes is None else slopes.take() / scale[group]
-            of_samples.append(taken)
+            if slopes is None:
+                of_samples.append(losses.detach())
+            elif i < len(train):
+                of_samples.append(slopes.take() / scale[group].clamp(min=tiny))
         if slopes is not None:
             slopes.n_samples = 0
         return sums, of_samples[: len(train)]
@@ -421,7 +429,8 @@ class Slopes:
 
     A layer y = f(x; θ) that is linear in its parameters would change by f(x; d) if they moved by d.
     So the derivative of sample j is the sum over the layers that train of ⟨∂ℓ_j/∂y, f(x; d)⟩ over
-    those rows of y that are j's. It costs what the forward of these layers costs, and no memory.
+    those rows of y that are j's. It costs what the forward of these layers costs, and one layer's d
+    of memory. What frozen layers differ by is left out: under LISA it is the gap of what trains.
 
     module        row n of a layer's output belongs to sample n of the micro-batch, or to sample
                   module.row_samples[number of rows][n]
@@ -462,6 +471,8 @@ class Slopes:
     def take(self) -> Tensor:
         """The slopes of the micro-batch whose backward is through, (b,)."""
         total, self.total = self.total, 0.0
+        if not isinstance(total, Tensor):
+            raise ValueError("gap='gradient': the losses went through no layer that trains")
         return total
 
     def _watch(self, layer: nn.Module, x: tuple, y: Tensor) -> Tensor:
@@ -479,6 +490,7 @@ class Watched(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, moved = ctx.saved_tensors, object.__new__(type(ctx.layer))
         moved.__dict__.update(ctx.layer.__dict__)  # all but what is replaced here

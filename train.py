@@ -50,7 +50,7 @@ from model import Transformer, dtype_of, random_weights, read_tensors
 
 
 def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
-    """Factor on all three learning rates: up over the warm-up, then as the schedule says."""
+    """Factor on learning rates: up over the warm-up, then as the schedule says."""
     rise = math.ceil(warmup * total)
     if step < rise:
         return (step + 1) / rise
@@ -115,7 +115,7 @@ def make_trainer(flags: Flags, inputs: Inputs, device: torch.device) -> Trainer:
     opt_u = make_lisa(flags, u, flags.lr_u, int(flags.lisa_coupling == "independent"))
     wide = torch.promote_types(next(w.parameters()).dtype, torch.float32)
     sources = SourceWeights(len(inputs.sources), wide, z=flags.lambda_z)
-    low = next(w.parameters()).dtype != wide
+    low = next(w.parameters()).dtype != wide and not flags.compile
     rest["gap"] = {"auto": "gradient" if low else "difference"}.get(flags.gap, flags.gap)
     rest["direction"] = shard.differences(w, u, opt_w, opt_u)
     return PenaltyStep(w, u, opt_w, opt_u, sources, flags.alpha, **rest)
@@ -378,6 +378,9 @@ def announce(flags: Flags, inputs: Inputs, memory: report.Memory) -> None:
           f"{'mixture' if inputs.mixture else 'sources'}: {sizes}{validation}; {flags.out}")
     for note in inputs.notes:
         print(f"note: {note}")
+    if flags.compile and flags.gap == "auto":
+        print("note: --compile takes the gap as a difference of losses, which bf16 drowns: --gap "
+              "gradient works too, but splits the compiled blocks")
     print(f"memory: {memory.planned}")
     report.write_json(flags.out / "config.json", record(flags, inputs))
     if inputs.mixture:

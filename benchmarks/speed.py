@@ -114,7 +114,8 @@ class Case:
     @property
     def flags(self) -> Flags:
         sizes = f"--batch-size {self.batch} --val-batch-size {self.batch} --micro-batch-size"
-        line = f"--model {self.shape} {sizes} {self.micro} --dtype {self.dtype} {self.more}"
+        paper = "--lr-lambda 1e-2 --lambda-z 0 --gap difference"  # λ's step, as in the reference
+        line = f"--model {self.shape} {sizes} {self.micro} --dtype {self.dtype} {paper} {self.more}"
         return parse(line.split())
 
 

@@ -124,8 +124,8 @@ class Flags:
                                    permitted=RATE, only="bilevel", metavar="auto|RATE")
     gap: str = STEP("auto", "how the gap of a sample between w and u is had: from gradients, which "
                     "bf16 does not drown, or as the difference of two losses; auto is gradient "
-                    "where parameters are bf16", choices=("auto", "gradient", "difference"),
-                    only="bilevel")
+                    "where parameters are bf16 and nothing is compiled",
+                    choices=("auto", "gradient", "difference"), only="bilevel")
     lambda_z: float = STEP(3.0, "standard errors that a source's gradient must be from 0 for its "
                            "weight to move; 0: Adam steps whatever the error, as in the paper",
                            permitted=RATE, only="bilevel")
@@ -186,7 +186,7 @@ class Flags:
         """How far weights can move, in words."""
         far = self.lambda_rate(total) * total * (1 - self.warmup / 2)
         most = 1 / (1 + (n_sources - 1) * math.exp(-2 * min(far, 300)))
-        return (f"in {total} steps each logit can move by {far:.1f} at most: from "
+        return (f"in {total} steps a logit moves by {far:.1f} at Adam's full speed: from "
                 f"{1 / n_sources:.3f} to {most:.5f} for one of {n_sources} sources")
 
     @property
@@ -245,8 +245,12 @@ def reading(hint: type, f: dataclasses.Field) -> dict:
         return {"action": "store_true"}
     how = {"nargs": "+", "action": "extend"} if kind is list else {"type": kind}
     if f.metadata["metavar"] == "auto|RATE":
-        how = {"type": lambda text: None if text == "auto" else float(text)}
+        how = {"type": auto_or_number}
     return how | {key: f.metadata[key] for key in ("metavar", "choices")}
+
+
+def auto_or_number(text: str) -> float | None:
+    return None if text == "auto" else float(text)
 
 
 def help_of(f: dataclasses.Field) -> str:

@@ -22,6 +22,7 @@ import traceback
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -36,8 +37,8 @@ from cli.flags import HARMLESS
 from cli.inputs import apportion
 from sources.records import Problems
 
-DIFFERS = 4.0  # standard errors; a source that is no different gets there in 1 of 200 runs
-UNSURE = 3.0  # standard errors from which on a longer run may be worth it
+SHORT = 50  # steps
+FALSE_ALARMS = 0.01  # share of runs without differences in which one is seen
 MIXTURE = 10_000  # samples in the mixture that the report proposes
 
 
@@ -224,14 +225,16 @@ def nonfinite_message(row: dict, counts: Tensor, out: Path) -> str:
 def summarise(rows: list[dict]) -> dict:
     """What weights.json says of the results.
 
-    A source `differs` from the others if its gradient was more than DIFFERS standard errors from 0.
+    A source `differs` from the others if its gradient was so many standard errors from 0 that
+    chance gets there in one run of a hundred.
     `gap` is the mean over the last fifth of the steps, `gap_se` its standard error.
     """
     last, names = rows[-1], list(rows[-1]["weights"])
+    threshold = differs_above(last["step"] + 1, len(names))
     gaps = {name: [(row["gap"][name], row["gap_se"][name]) for row in last_fifth(rows)
                    if row["gap"][name] is not None] for name in names}  # fmt: skip
     return {key: last[key] for key in ("weights", "weights_se", "snr")} | {
-        "differs": {name: last["snr"][name] > DIFFERS for name in names},
+        "differs": {name: last["snr"][name] > threshold for name in names},
         "gap": {k: float(np.mean([gap for gap, _ in v])) if v else None for k, v in gaps.items()},
         "gap_se": {
             k: math.hypot(*(se for _, se in v)) / len(v) if v else None for k, v in gaps.items()
@@ -247,21 +250,30 @@ def last_fifth(series):
     return series[-max(1, len(series) // 5) :]
 
 
+def differs_above(steps: int, n_sources: int) -> float:
+    """The largest number of standard errors from 0 that sources which do not differ get to.
+
+    A maximum over steps is that of some 20 + steps / 10 independent looks (simulated: a sum of
+    memory 0.99, up to 5,000 steps), at each source; Bonferroni's correction for all of them.
+    """
+    looks = n_sources * (20 + steps / 10)
+    return NormalDist().inv_cdf(1 - FALSE_ALARMS / 2 / looks)
+
+
 def verdict(result: dict) -> list[str]:
     """What a user can do with the weights of a weights.json, in sentences."""
     snr, lines = result["snr"], []
     apart = [name for name, flag in result["differs"].items() if flag]
-    others = [name for name in snr if name not in apart]
-    unsure = [name for name in others if snr[name] > UNSURE]
-    if not apart and not unsure:
-        return ["These sources do not differ, as far as this run can tell: take any weights."]
+    nearly = differs_above(result["step"], len(snr)) - 0.5
+    unsure = [name for name in snr if name not in apart and snr[name] > nearly]
+    if result["step"] < SHORT:
+        return [f"The run was too short to tell anything: {SHORT} steps are the least."]
     if apart:
         lines.append(f"The data tell {', '.join(apart)} from the others.")
     if unsure:
-        steps = max(result["step"] * (DIFFERS / snr[name]) ** 2 for name in unsure)
-        lines.append(f"The run was too short to tell {', '.join(unsure)} from the others: if they "
-                     f"differ, about {steps:.0f} steps would show it.")  # fmt: skip
-    return lines
+        lines.append(f"The run was too short, or its batches too small, to be sure of "
+                     f"{', '.join(unsure)}.")  # fmt: skip
+    return lines or ["These sources do not differ, as far as this run can tell: take any weights."]
 
 
 def retold(out: Path) -> str:
@@ -322,7 +334,7 @@ def weight_lines(result: dict) -> list[str]:
         error, differs = result["weights_se"][name], "yes" if result["differs"][name] else "no"
         rest = f"  {error:8.4f}  {gap:18}  {differs:3} ({result['snr'][name]:.1f})"
         rows[name] = p, result["sources"][name]["samples"], rest
-    lines = table(rows, "  ± weight  gap l(w) - l(u)     differs")
+    lines = table(rows, "  ± weight  gap of w and u      differs")
     return [*lines, "", *verdict(result)]
 
 
@@ -475,7 +487,8 @@ def draw_bars(axes, runs: list[Run], colours: dict) -> None:
         axes.barh(y, value, color=colours[name], xerr=se, ecolor="black", capsize=2)
         axes.plot(final, [y + 0.28] * len(final), "o", color="black", markersize=2.5)
         label = f"{shorten(name, 32)}  {value:.4f}" + (f" ± {se:.4f}" if se else "")
-        apart = len(runs) > 1 or runs[0].shares or runs[0].rows[-1]["snr"][name] > DIFFERS
+        threshold = differs_above(len(runs[0].rows), len(colours))
+        apart = len(runs) > 1 or runs[0].shares or runs[0].rows[-1]["snr"][name] > threshold
         names.append(label if apart else f"{label}, not told from others")
     axes.set_yticks(range(len(order)), names, fontsize=8)
     for name, label in zip(order, axes.get_yticklabels(), strict=True):

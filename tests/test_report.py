@@ -160,11 +160,22 @@ def test_gaps_are_means_of_the_last_fifth_with_their_errors():
     ({"a": 1.0, "b": 2.9}, [], ["take any weights"]),
     ({"a": 9.0, "b": 4.1}, ["a", "b"], ["tell a, b from the others"]),
     ({"a": 9.0, "b": 1.0}, ["a"], ["tell a from the others"]),
-    # From 3.2 standard errors in 100 steps to 4.
-    ({"a": 9.0, "b": 3.2}, ["a"], ["tell a from", "too short to tell b", "about 156 steps"]),
+    ({"a": 9.0, "b": 3.5}, ["a"], ["tell a from", "too short", "sure of b"]),
 ])  # fmt: skip
 def test_verdict_says_what_differs_and_what_to_do(snr, differs, said):
     result = told(snr)
     assert [name for name, flag in result["differs"].items() if flag] == differs
     lines = "\n".join(report.verdict(result))
     assert all(words in lines for words in said)
+    assert "too short to tell anything" in report.verdict(told(snr, steps=49))[0]
+
+
+def test_chance_gets_above_the_threshold_in_one_run_of_a_hundred():
+    """On sums of noise with λ's memory: the largest over 200 steps and three sources."""
+    rng, sums, squares = np.random.default_rng(0), np.zeros((4000, 3)), 0.0
+    largest = np.zeros(4000)
+    for t in range(200):
+        sums, squares = 0.99 * sums + rng.normal(size=sums.shape), 0.99**2 * squares + 1
+        if t >= 10:
+            largest = np.maximum(largest, np.abs(sums).max(1) / math.sqrt(squares))
+    assert 0.003 < (largest > report.differs_above(200, 3)).mean() < 0.015
