@@ -289,8 +289,9 @@ class TokenLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float | None, n: int, head):
-        """x (M, D), targets (M,), n chunks -> (M,)."""
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap, n, head=None):
+        """x (M, D), targets (M,), n chunks -> (M,). The slopes of a `head` that is given learn what
+        each row adds to them."""
         padded, losses = TokenLosses.padded(weight), []
         for h, t in zip(x.tensor_split(n), targets.tensor_split(n), strict=True):
             y = None  # free the last chunk's before the next one's is made
@@ -307,8 +308,7 @@ class TokenLosses(torch.autograd.Function):
         padded = TokenLosses.padded(weight)
         chunks = (t.tensor_split(ctx.n) for t in (x, targets, grad[:, None]))
         dx, dw, d, slopes = [], None, None, []
-        watched = ctx.head.slopes is not None and ctx.head.slopes.trains(ctx.head)
-        along = ctx.head.slopes.of(ctx.head)["weight"] if watched else None
+        along = None if ctx.head is None else ctx.head.slopes.of(ctx.head)["weight"]
         for h, t, g in zip(*chunks, strict=True):  # (m, D), (m,), (m, 1)
             del d  # the last chunk's
             y = made.pop() if made else TokenLosses.logits(h, padded, ctx.cap, len(weight))
@@ -365,7 +365,8 @@ class Head(nn.Module):
         # chunks a quarter of logits_bytes.
         share = 4 * len(x) * len(self.weight) / self.logits_bytes
         n = min(math.ceil(4 * share), len(x)) if share > 1 else 1
-        return TokenLosses.apply(x, self.weight, targets, self.cap, n, self)
+        watched = self if self.slopes is not None and self.slopes.trains(self) else None
+        return TokenLosses.apply(x, self.weight, targets, self.cap, n, watched)
 
 
 class Predictions:

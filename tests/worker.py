@@ -65,8 +65,8 @@ def trajectory(
     args = train.parse(
         f"--model {checkpoint} --train {records} --val {records}/val.jsonl "
         f"--test {records}/test.jsonl --template plain --steps {steps} --dtype {dtype} "
-        f"--max-length 64 --lr-w 1e-3 --lr-u 1e-3 --lr-lambda 2e-2 --lisa-interval 2 "
-        f"--lisa-layers 1 --alpha 1 --batch-size 32 --val-batch-size 32 "
+        f"--max-length 64 --lr-w 1e-3 --lr-u 1e-3 --lr-lambda 2e-2 --lambda-z 0 "
+        f"--lisa-interval 2 --lisa-layers 1 --alpha 1 --batch-size 32 --val-batch-size 32 "
         f"--micro-batch-size {micro} --out {out}".split()
         + list(flags)
     )
