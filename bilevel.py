@@ -60,6 +60,10 @@ class SourceWeights(nn.Module):
 
     To weight something else (single samples, features of a sample), replace `probs` in a subclass:
     it may be any differentiable function of the parameter `lam`.
+
+    n_sources, dtype    of λ, which stays on the CPU
+    lr                  Adam's rate for λ, which set_rate scales
+    z                   standard errors from 0 below which a gradient moves nothing
     """
 
     memory = 0.99  # β

@@ -250,7 +250,10 @@ def reading(hint: type, f: dataclasses.Field) -> dict:
 
 
 def auto_or_number(text: str) -> float | None:
-    return None if text == "auto" else float(text)
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: permitted is auto or a number") from None
 
 
 def help_of(f: dataclasses.Field) -> str:

@@ -248,7 +248,7 @@ def test_bad_input_under_torchrun_prints_its_lines_and_no_traceback_of_ours():
     assert "train.py\", line" not in ended.stderr
 
 
-@pytest.mark.parametrize("flags", [["--seed", "1e3"], ["--sed", "1"]])
+@pytest.mark.parametrize("flags", [["--seed", "1e3"], ["--sed", "1"], ["--lr-lambda", "x"]])
 def test_flags_that_cannot_be_read_are_refused_in_a_line(capsys, flags):
     with pytest.raises(SystemExit) as stopped:
         train.main(flags)
