@@ -58,10 +58,6 @@ class Dataset:
     def stored(self, i: int) -> np.ndarray:
         return self.tokens[self.starts[i] : self.starts[i] + self.lengths[i]]
 
-    def example(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, labels), int64; labels are the tokens, or -100 where there is no loss."""
-        return _unpack(self.stored(i).astype(np.int64))
-
     def select(self, which: np.ndarray) -> Dataset:
         """The samples of an index or boolean array, sharing the tokens."""
         names = ("starts", "lengths", "hashes", "numbers")

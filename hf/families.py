@@ -67,7 +67,7 @@ class ModelConfig:
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"a field is of the wrong type ({error})") from None
         for key, value in config.items():  # what nobody asked for may change the result
-            if value and key not in f.read and not HARMLESS.fullmatch(key):
+            if value and key not in f.read and not NO_EFFECT.fullmatch(key):
                 f.problems.append(f"{key} = {value!r}: not supported")
         eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         if not all(type(i) is int for i in eos):
@@ -96,7 +96,7 @@ ACTIVATIONS = "silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"
 
 # Keys without effect on a forward pass: bookkeeping, initialisation, generation and classification
 # settings that transformers 2 to 5 wrote into config.json; and dropout, which is never applied.
-HARMLESS = re.compile("|".join("""
+NO_EFFECT = re.compile("|".join("""
     .*dropout.* .*pdrop.* _.* .*_token_id .*_version output_.* summary_.* unsloth_.* .*_penalty
     architectures attn_implementation cache_implementation chunk_size_feed_forward dtype torch_dtype
     finetuning_task gradient_checkpointing id2label label2id num_labels initializer_range is_decoder

@@ -21,12 +21,12 @@ from typing import NamedTuple
 
 from hf.tokenizer import Turns
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
+ROLE_OF = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
          "gpt": "assistant", "model": "assistant"}
 ANSWERS = ("assistant", "text")  # the roles whose text has loss
 
 
-class Fields(NamedTuple):
+class Keys(NamedTuple):
     """A format of records that have a key for each turn."""
 
     keys: dict[str, str]  # {role: key}, in the order of the turns
@@ -41,7 +41,7 @@ class Fields(NamedTuple):
 
 
 class Messages(NamedTuple):
-    """A format of records that have a list of messages, each with a role of ROLES and a text."""
+    """A format of records that have a list of messages, each with a role of ROLE_OF and a text."""
 
     key: str  # of the list
     role: str  # key of a message's role
@@ -61,20 +61,20 @@ class Messages(NamedTuple):
         for n, message in enumerate(messages):
             place = f"{self.key}[{n}]"
             role = _string(message, self.role, f"{place}.")
-            if role not in ROLES:
-                known = ", ".join(ROLES)
+            if role not in ROLE_OF:
+                known = ", ".join(ROLE_OF)
                 raise ValueError(f"'{place}.{self.role}' is {role[:40]!r}, not one of {known}")
-            turns.append((ROLES[role], _string(message, self.text, f"{place}.")))
+            turns.append((ROLE_OF[role], _string(message, self.text, f"{place}.")))
         return turns
 
 
 # A row for each record format; the first that fits a file's first record is that of the file.
 FORMATS = (
-    Fields({"user": "instruction", "input": "input", "assistant": "output"}, optional="input"),
+    Keys({"user": "instruction", "input": "input", "assistant": "output"}, optional="input"),
     Messages("conversations", role="from", text="value"),  # ShareGPT
     Messages("items", role="from", text="value"),
     Messages("messages", role="role", text="content"),  # chat
-    Fields({"text": "text"}),
+    Keys({"text": "text"}),
 )
 
 

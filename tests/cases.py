@@ -1,6 +1,7 @@
 """Tiny models of every family, made by transformers, whose weights are large enough that every
 norm, bias, soft cap, window and frequency changes the result."""
 
+import numpy as np
 import torch
 
 SIZES = {
@@ -80,6 +81,12 @@ def batch(pad=3):
     labels[:3, 9:] = tokens[:3, 9:]
     labels[1, 12:15] = -100
     return tokens, mask, labels.where(mask == 1, -100)
+
+
+def example(dataset, i):
+    """(tokens, labels) of a sample, which is stored with ~t where a token t has no loss."""
+    stored = dataset.stored(i).astype("int64")
+    return np.where(stored < 0, ~stored, stored), np.where(stored < 0, -100, stored)
 
 
 def distance(a, b):

@@ -17,8 +17,9 @@ import data
 from data import Batches, Dataset, eval_batches, load_dataset, overlap
 from hf.templates import encode_conversations
 from hf.tokenizer import byte_tokenizer
-from sources.records import FORMATS, ROLES, Fields, Messages, Problems, iter_records, read_records
+from sources.records import FORMATS, ROLE_OF, Keys, Messages, Problems, iter_records, read_records
 from sources.tasks import NOISE, TASKS, task
+from tests.cases import example
 
 TOKENIZER = byte_tokenizer()
 
@@ -69,7 +70,7 @@ def test_formats_are_recognised_by_their_keys(record, turns, write):
 
 def test_a_new_format_is_a_row(write, monkeypatch):
     rows = (Messages("conversations", "role", "content"),  # its list is called as ShareGPT's is
-            Fields({"user": "question", "assistant": "answer"}))  # fmt: skip
+            Keys({"user": "question", "assistant": "answer"}))  # fmt: skip
     monkeypatch.setattr("sources.records.FORMATS", FORMATS + rows)
     for record in ({"conversations": CHAT["messages"]}, {"question": "Say hi", "answer": "hi"}):
         assert read_records(write([record])) == [(1, TURNS)]
@@ -129,7 +130,7 @@ def test_hostile_texts_stay_text(write, tmp_path):
     content = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in HOSTILE)
     dataset = load(write(content), tmp_path / "cache", max_length=2**21)
     for i, text in enumerate(HOSTILE):
-        assert dataset.example(i)[0].tolist() == [256, *text.encode(), 257]
+        assert example(dataset, i)[0].tolist() == [256, *text.encode(), 257]
 
 
 def test_sixty_problems_are_listed_then_counted(write):
@@ -146,7 +147,7 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
     max_leaves=6,
 )
-role = st.sampled_from([*ROLES, "tool"]) | anything
+role = st.sampled_from([*ROLE_OF, "tool"]) | anything
 message = st.fixed_dictionaries(
     {}, optional={"role": role, "from": role, "content": text | anything, "value": text | anything}
 )
@@ -182,8 +183,8 @@ def test_examples_are_the_encoded_conversations(write, tmp_path):
     for i, (ids, has_loss) in enumerate(
         encode_conversations(TOKENIZER, "alpaca", conversations[: len(dataset)], 200)
     ):
-        tokens, labels = dataset.example(i)
-        assert tokens.tolist() == ids and tokens.dtype == labels.dtype == np.int64
+        tokens, labels = example(dataset, i)
+        assert tokens.tolist() == ids
         assert labels.tolist() == [t if x else -100 for t, x in zip(ids, has_loss, strict=True)]
     in_memory = Dataset.from_records(conversations, TOKENIZER, "alpaca", 200)
     for name in ("tokens", "lengths", "hashes", "numbers"):
@@ -197,11 +198,11 @@ def test_unusable_records_are_counted_by_reason(write, tmp_path):
     ]), tmp_path / "cache")  # fmt: skip
     assert dataset.dropped == {"empty answer": 1, "no response token left after truncation": 1}
     assert dataset.numbers.tolist() == [1, 2, 5] and dataset.duplicates == 1
-    assert dataset.example(2)[1][-2:].tolist() == list(b"hi")  # cut before its end token
+    assert example(dataset, 2)[1][-2:].tolist() == list(b"hi")  # cut before its end token
     chats = [{"messages": CHAT["messages"] + [{"role": "user", "content": "bye"}]},
              {"messages": [{"role": "user", "content": "nobody answers"}]}]
     dataset = load(write(chats), tmp_path / "cache")
-    assert len(dataset) == 1 and bytes(dataset.example(0)[0][1:-1].tolist()) == b"Say hi\nhi"
+    assert len(dataset) == 1 and bytes(example(dataset, 0)[0][1:-1].tolist()) == b"Say hi\nhi"
     with pytest.raises(ValueError, match="no records left: 1 dropped: empty answer"):
         load(write([{"text": ""}]), tmp_path / "cache")
 
@@ -212,7 +213,7 @@ def test_overlap_is_of_whole_records(write, tmp_path):
     assert overlap(first, other).tolist() == [True, False]
     rest = first.select(~overlap(first, other))
     assert rest.numbers.tolist() == [2]
-    assert bytes(rest.example(0)[0][1:-1].tolist()) == b"Say hi\nho"
+    assert bytes(example(rest, 0)[0][1:-1].tolist()) == b"Say hi\nho"
 
 
 def test_cache_is_built_once_and_mapped_again(write, tmp_path, monkeypatch):
@@ -423,7 +424,7 @@ def test_micro_batches_are_padded_to_a_multiple_within_max_length():
 def test_evaluation_sees_each_sample_once(n, world):
     dataset = source(n)
     parts = [list(eval_batches(dataset, 2, rank, world)) for rank in range(world)]
-    every = [TOKENIZER.decode(dataset.example(i)[0].tolist()) for i in range(n)]
+    every = [TOKENIZER.decode(example(dataset, i)[0].tolist()) for i in range(n)]
     assert real(parts) == sorted(every)
 
 

@@ -20,6 +20,7 @@ from grading.replies import Journal, read
 from hf import templates
 from model import ModelConfig, build, from_pretrained, generate, random_weights, save_pretrained
 from sources import tasks
+from tests.cases import example
 from tests.forked import done, finish, start
 from tests.worker import FAMILIES
 
@@ -79,7 +80,8 @@ def test_loss_matches_a_loop_over_samples(checkpoint, records, tmp_path):
     dataset = data.load_dataset(records, data.byte_tokenizer(), "plain", 64, tmp_path / "cache")
     losses, counts = [], []
     for i in range(len(dataset)):
-        tokens, labels = (torch.from_numpy(x)[None] for x in dataset.example(i))
+        tokens, labels = map(torch.from_numpy, example(dataset, i))
+        tokens, labels = tokens[None], labels[None]
         losses.append(model(tokens, labels).item())
         counts.append((labels[:, 1:] != -100).sum().item())
     losses, counts = torch.tensor(losses).double(), torch.tensor(counts).double()

@@ -101,7 +101,7 @@ def test_a_draw_is_without_replacement_and_depends_on_its_own_source_alone():
     for name, source in drawn.items():
         assert len(set(source.numbers.tolist())) == len(source) == 20
         for i, number in enumerate(source.numbers):  # the records go with their numbers
-            assert np.array_equal(source.example(i)[0], sources[name].example(number - 1)[0])
+            assert np.array_equal(source.stored(i), sources[name].stored(number - 1))
     again = inputs.draw_samples(dict(reversed(sources.items())), weights, 40, seed=3)[0]
     other = inputs.draw_samples(sources, weights, 40, seed=4)[0]
     assert again["a"].numbers.tolist() == drawn["a"].numbers.tolist()
