@@ -73,11 +73,12 @@ def render(
             segments.append((tokenizer.control(piece) if n % 2 else piece, False))
 
     for n, (role, text) in enumerate(_fit(style, turns)):
-        add(style.between * (n > 0) + style.before[role])
-        answer = role == "assistant"
-        segments.append((text, answer))
+        learned, answer = role == "assistant", role in ("assistant", "given")
+        add(style.between * (n > 0) + style.before["assistant" if answer else role])
+        # None: without loss too, but encoded apart from its prompt, as any answer is
+        segments.append((text, learned if learned or not answer else None))
         if answer or style.end != EOS:
-            segments.append((tokenizer.control(style.end), answer))
+            segments.append((tokenizer.control(style.end), learned))
     if prompt:
         add(style.between + style.before["assistant"])
     return segments
@@ -116,7 +117,8 @@ def encode_conversations(
     rendered = [render(tokenizer, template, turns, prompt) for turns in conversations]
     samples = [[(is_text, list(run)) for (is_text, _), run in groupby(segments, kind)]
                for segments in rendered]  # fmt: skip
-    runs = [(run, n == 0) for s in samples for n, (is_text, run) in enumerate(s) if is_text]
+    runs = [([(text, bool(loss)) for text, loss in run], n == 0)
+            for s in samples for n, (is_text, run) in enumerate(s) if is_text]  # fmt: skip
     encoded = iter(tokenizer.codec.encode_runs(runs))
     out = []
     for sample in samples:

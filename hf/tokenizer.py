@@ -38,7 +38,8 @@ TEMPLATE_TOKENS = (  # control tokens of the templates, whether or not the files
 )
 
 EOS = "eos_token"  # a template's word for the vocabulary's own end of text, whatever its name
-Turns = list[tuple[str, str]]  # (role, text); roles: system, user, input, assistant, or one "text"
+# (role, text); roles: system, user, input, assistant, given (an answer without loss), or one "text"
+Turns = list[tuple[str, str]]
 Segment = tuple[str | int, bool]  # (text or id, has_loss)
 Run = tuple[list[Segment], bool]  # (texts encoded as one, whether they start the input)
 Encoded = tuple[list[int], list[bool]]  # (ids, has_loss)

@@ -292,6 +292,20 @@ def test_loss_is_on_answers_and_their_ends_only(template, vocabulary):
         assert with_input == encode_conversation(tokenizer, template, joined)
 
 
+@pytest.mark.parametrize("template, name", [
+    *((template, "chat") for template in TEMPLATES), ("alpaca", "llama2"), ("plain", "llama2"),
+])  # fmt: skip
+def test_a_given_answer_has_the_same_ids_and_no_loss(template, name, vocabulary):
+    tokenizer = vocabulary(name)
+    turns = [("user", "Count."), ("assistant", "\n one"), ("user", "On."), ("assistant", " two")]
+    ids, has_loss = encode_conversation(tokenizer, template, turns)
+    same, second = encode_conversation(tokenizer, template, [*turns[:1], ("given", turns[1][1]),
+                                                             *turns[2:]])  # fmt: skip
+    assert same == ids and all(type(loss) is bool for loss in second)
+    start = len(render_prompt(tokenizer, template, turns[:3]))
+    assert second == [False] * start + has_loss[start:] and any(has_loss[:start])
+
+
 @pytest.mark.parametrize("answer", ["4", " 4", "Größe", "👍🏽 ok", "▁x", "x  ", "\nx", "e\u0301"])
 @pytest.mark.parametrize("template", ["alpaca", "plain"])
 def test_sentencepiece_masks_are_never_off_by_one(template, answer, vocabulary):
