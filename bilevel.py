@@ -281,8 +281,9 @@ class PenaltyStep(Step):
     losses      (module, micro-batch) -> losses of its samples, (b,)
     clip        largest norm of g_w / alpha and of g_u / alpha; 0 = off
     gap         "difference": δ_j = ℓ_j(w) − ℓ_j(u), as in the paper; "gradient", see Slopes:
-                δ_j = ½ ⟨∇ℓ_j(u) + ∇ℓ_j(w), w − u⟩ over what trains
-    direction   (parameter of w, that of u) -> w − u as exactly as it is known
+                δ_j = ½ ⟨∇ℓ_j(u) + ∇ℓ_j(w), w − u⟩
+    direction   (parameter of w, that of u) -> w − u as exactly as it is known, over the probability
+                that it trains
     on_micro    called with (module, is it the pass's last) before each micro-batch: a sharded
                 module can put off its reduction of gradients
     """
@@ -434,7 +435,9 @@ class Slopes:
     A layer y = f(x; θ) that is linear in its parameters would change by f(x; d) if they moved by d.
     So the derivative of sample j is the sum over the layers that train of ⟨∂ℓ_j/∂y, f(x; d)⟩ over
     those rows of y that are j's. It costs what the forward of these layers costs, and one layer's d
-    of memory. What frozen layers differ by is left out: under LISA it is the gap of what trains.
+    of memory; a layer that trains must not be compiled. What frozen layers differ by is left out.
+    Where the layers that train are drawn, as under LISA, let `direction` divide d by the chance of
+    its layer to be drawn: the mean over the draws is then the slope of all layers.
 
     module        row n of a layer's output belongs to sample n of the micro-batch, or to sample
                   module.row_samples[number of rows][n]
@@ -480,6 +483,8 @@ class Slopes:
         return total
 
     def _watch(self, layer: nn.Module, x: tuple, y: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # a layer that trains must run as it is
+            return y
         return Watched.apply(y, self, layer, *x) if self.trains(layer) else y
 
 
@@ -503,7 +508,7 @@ class Watched(torch.autograd.Function):
         moved.offset = 0  # of a layer that adds a constant to its weight
         change = moved.forward(*x)
         wide = torch.promote_types(grad.dtype, torch.float32)
-        ctx.slopes.add((grad.to(wide) * change).flatten(1).sum(1))
+        ctx.slopes.add((grad * change).flatten(1).sum(1, dtype=wide))
         return grad, *[None] * (2 + len(x))
 
 

@@ -92,6 +92,7 @@ class Lisa:
         in_blocks = {id(p) for unit in self.units for p in unit}
         self.units.append([p for p in model.parameters() if id(p) not in in_blocks])
         self.index = {p: i for i, p in enumerate(p for unit in self.units for p in unit)}
+        self.first_of_ends = len(self.index) - len(self.units[-1])
         self.n_active, self.interval, self.seed = n_active, interval, seed
         self.ends, self.copy, self.move_to_device = ends, copy, move_to_device
         self.active: set[int] = set()
@@ -126,6 +127,12 @@ class Lisa:
         if self.opt is None:
             self.opt = self.make(masters)
         self.opt.param_groups[0]["params"] = masters
+
+    def chance(self, p: Tensor) -> float:
+        """The probability that a parameter is among those that train in a period."""
+        if self.n_active == 0 or (self.ends == "always" and self.index[p] >= self.first_of_ends):
+            return 1.0
+        return self.n_active / (len(self.units) - (self.ends != "sampled"))
 
     def step(self) -> None:
         """Update the masters; a bf16 copy becomes its master rounded to nearest."""

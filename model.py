@@ -308,7 +308,9 @@ class TokenLosses(torch.autograd.Function):
         padded = TokenLosses.padded(weight)
         chunks = (t.tensor_split(ctx.n) for t in (x, targets, grad[:, None]))
         dx, dw, d, slopes = [], None, None, []
-        along = None if ctx.head is None else ctx.head.slopes.of(ctx.head)["weight"]
+        along = None
+        if ctx.head is not None:
+            along = TokenLosses.padded(ctx.head.slopes.of(ctx.head)["weight"])  # (V', D)
         for h, t, g in zip(*chunks, strict=True):  # (m, D), (m,), (m, 1)
             del d  # the last chunk's
             y = made.pop() if made else TokenLosses.logits(h, padded, ctx.cap, len(weight))
@@ -318,7 +320,7 @@ class TokenLosses(torch.autograd.Function):
             del y
             d = d.to(x.dtype)  # (m, V')
             if along is not None:  # ⟨∂loss/∂z, h dᵀ⟩
-                slopes.append((g * h * (d[:, : len(weight)] @ along)).sum(1))
+                slopes.append((g * h * (d @ along)).sum(1))
             if ctx.needs_input_grad[0]:
                 dx.append((g * (d @ padded)).to(x.dtype))
             if ctx.needs_input_grad[1]:

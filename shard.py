@@ -17,6 +17,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -114,7 +115,8 @@ def shard(model: Transformer, device: torch.device, keep_gathered: bool) -> None
 
 
 def differences(w: nn.Module, u: nn.Module, opt_w, opt_u) -> Callable[[Tensor, Tensor], Tensor]:
-    """(parameter of w, that of u) -> w − u of their masters, in the parameters' dtype and whole.
+    """(parameter of w, that of u) -> w − u of their masters over the probability that LISA draws
+    them, see bilevel.Slopes; whole, in the parameters' dtype.
 
     Collective: every rank calls it, for the same parameters in the same order.
     """
@@ -123,7 +125,8 @@ def differences(w: nn.Module, u: nn.Module, opt_w, opt_u) -> Callable[[Tensor, T
         a = current_values(w, opt_w.masters.get(p_w, p_w))
         b = current_values(u, opt_u.masters.get(p_u, p_u))
         here = p_w.device  # a copy that waits is on the host
-        d = (local(a).to(here) - local(b).to(here)).to(p_w.dtype)
+        d = torch.empty_like(local(p_w))
+        torch.sub(local(a).to(here), local(b).to(here), out=d).div_(opt_w.chance(p_w))
         if not isinstance(p_w, DTensor):
             return d
         like = {"shape": p_w.shape, "stride": p_w.stride()}
@@ -158,15 +161,24 @@ def build(
     return model
 
 
-def compile_blocks(model: Transformer, backend: str = "inductor") -> None:
-    """Fuse what each block does, for all widths that the data have. FSDP's hooks stay outside."""
+def compile_blocks(model: Transformer, watched: bool, backend: str = "inductor") -> None:
+    """Fuse what each block does, for all widths that the data have. FSDP's hooks stay outside.
+
+    watched: blocks that train run as they are, for bilevel.Slopes
+    """
     # Lengths that happen to be equal the first time (time and head size, say) are not one length.
     torch.fx.experimental._config.use_duck_shape = False
     # Blocks that train or not, the last one, with padding, gradients, a window or without: more
     # cases than the usual 8, past which a block would silently run uncompiled.
     torch._dynamo.config.recompile_limit = 64
     for block in model.blocks:
-        block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
+        compiled = torch.compile(block.forward, dynamic=True, backend=backend)
+        choose = partial(_forward, next(block.parameters()), block.forward, compiled)
+        block.forward = choose if watched else compiled
+
+
+def _forward(p: Tensor, as_it_is: Callable, compiled: Callable, *args) -> Tensor:
+    return (as_it_is if p.requires_grad else compiled)(*args)
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ def load_copies(
     for copy in copies:
         copy.recompute = flags.activation_checkpointing
         if flags.compile:
-            shard.compile_blocks(copy)
+            shard.compile_blocks(copy, watched=flags.slopes(copy.embed.weight.dtype))
     return copies
 
 
@@ -115,8 +115,7 @@ def make_trainer(flags: Flags, inputs: Inputs, device: torch.device) -> Trainer:
     opt_u = make_lisa(flags, u, flags.lr_u, int(flags.lisa_coupling == "independent"))
     wide = torch.promote_types(next(w.parameters()).dtype, torch.float32)
     sources = SourceWeights(len(inputs.sources), wide, z=flags.lambda_z)
-    low = next(w.parameters()).dtype != wide and not flags.compile
-    rest["gap"] = {"auto": "gradient" if low else "difference"}.get(flags.gap, flags.gap)
+    rest["gap"] = "gradient" if flags.slopes(next(w.parameters()).dtype) else "difference"
     rest["direction"] = shard.differences(w, u, opt_w, opt_u)
     return PenaltyStep(w, u, opt_w, opt_u, sources, flags.alpha, **rest)
 
@@ -378,9 +377,9 @@ def announce(flags: Flags, inputs: Inputs, memory: report.Memory) -> None:
           f"{'mixture' if inputs.mixture else 'sources'}: {sizes}{validation}; {flags.out}")
     for note in inputs.notes:
         print(f"note: {note}")
-    if flags.compile and flags.gap == "auto":
-        print("note: --compile takes the gap as a difference of losses, which bf16 drowns: --gap "
-              "gradient works too, but splits the compiled blocks")
+    if flags.compile and memory.settings["slopes"]:
+        print("note: --compile leaves the blocks that train as they are, for the gap from gradients"
+              + ("" if flags.lisa_layers else ": which are all, so that nothing is compiled"))
     print(f"memory: {memory.planned}")
     report.write_json(flags.out / "config.json", record(flags, inputs))
     if inputs.mixture:

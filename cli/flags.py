@@ -124,7 +124,7 @@ class Flags:
                                    permitted=RATE, only="bilevel", metavar="auto|RATE")
     gap: str = STEP("auto", "how the gap of a sample between w and u is had: from gradients, which "
                     "bf16 does not drown, or as the difference of two losses; auto is gradient "
-                    "where parameters are bf16 and nothing is compiled",
+                    "where parameters are bf16",
                     choices=("auto", "gradient", "difference"), only="bilevel")
     lambda_z: float = STEP(3.0, "standard errors that a source's gradient must be from 0 for its "
                            "weight to move; 0: Adam steps whatever the error, as in the paper",
@@ -188,6 +188,11 @@ class Flags:
         most = 1 / (1 + (n_sources - 1) * math.exp(-2 * min(far, 300)))
         return (f"in {total} steps a logit moves by {far:.1f} at Adam's full speed: from "
                 f"{1 / n_sources:.3f} to {most:.5f} for one of {n_sources} sources")
+
+    def slopes(self, dtype: torch.dtype) -> bool:
+        """Whether the gap is had from gradients, for parameters of this dtype."""
+        return self.mode == "bilevel" and self.gap != "difference" and (
+            self.gap == "gradient" or dtype.itemsize < 4)
 
     @property
     def modes(self) -> tuple[str, ...]:

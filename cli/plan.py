@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import shard
+from bilevel import Slopes
 from hf.families import ModelConfig
 from model import Context, Rows, Transformer, causal_mask, dtype_of, rope_tables, wide
 
@@ -127,12 +128,21 @@ def cost(module, c: ModelConfig, dtype: torch.dtype, n: int, given: list[Tensor]
     return Cost(saved, forward, live.peak)
 
 
+def watch(module: nn.Module, B: int, T: int) -> None:
+    """Have the slopes of B samples taken in the module's backward, as bilevel.PenaltyStep does."""
+    rows = B * T, B * (T - 1)
+    module.row_samples = {n: torch.empty(n, dtype=torch.long, device="meta") for n in rows}
+    Slopes(module, torch.empty_like).n_samples = B
+
+
 @lru_cache(maxsize=256)
 def block_pass(
-    c: ModelConfig, dtype: torch.dtype, B: int, T: int, active: bool, alone: bool, last: bool
-) -> Cost:
+    c: ModelConfig, dtype: torch.dtype, B: int, T: int, active: bool, slopes: bool, alone: bool,
+    last: bool,
+) -> Cost:  # fmt: skip
     """Of one block, with its parameters trained or frozen.
 
+    slopes  taken of each sample, where the block trains
     alone   on one rank, where a parameter's gradient is added to the sum, and gone, as soon as it
             is there
     last    the last block: goes on with the positions that predict, all but each sample's last
@@ -141,6 +151,8 @@ def block_pass(
     if active and alone:
         for p in block.parameters():
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    if slopes:
+        watch(block, B, T)
     at = shared_by_blocks(c, dtype, B, T)
     if last:
         keep = torch.arange(B * (T - 1), device="meta")
@@ -159,9 +171,13 @@ def shared_by_blocks(c: ModelConfig, dtype: torch.dtype, B: int, T: int) -> Cont
 
 
 @lru_cache(maxsize=256)
-def head_pass(c: ModelConfig, dtype: torch.dtype, n: int, active: bool) -> Cost:
-    """Of the final norm and the losses at n positions."""
-    model = meta_model(c, dtype).requires_grad_(active)
+def head_pass(
+    c: ModelConfig, dtype: torch.dtype, B: int, T: int, active: bool, slopes: bool
+) -> Cost:
+    """Of the final norm and the losses at all positions but each sample's last."""
+    n, model = B * (T - 1), meta_model(c, dtype).requires_grad_(active)
+    if slopes:
+        watch(model, B, T)
     targets = torch.empty(n, dtype=torch.long, device="meta")
     given = [*model.parameters()]
     return cost(lambda x: model.head(model.norm(x), targets), c, dtype, n, given)
@@ -226,7 +242,7 @@ class Plan:
 def plan(
     config: ModelConfig, *, ranks: int, dtype: torch.dtype, micro_batch_size: int, max_length: int,
     lisa_layers: int, lisa_ends: str, activation_checkpointing: bool, cpu_offload: bool,
-    copies: int, batch_size: int, val_batch_size: int,
+    copies: int, batch_size: int, val_batch_size: int, slopes: bool,
 ) -> Plan:  # fmt: skip
     """The peak of w's pass, while u's gradients wait for the update, in the worst of LISA's draws.
 
@@ -234,11 +250,12 @@ def plan(
     cpu_offload       one copy waits on the host while the other is at work
     batch_size, val_batch_size    samples of a step over all ranks. "validation pass" is what
                       validation's need beyond training's
+    slopes            the gap is had from gradients of the training samples: bilevel.Slopes
     """
     n = lisa_layers or config.n_layers
     draws = {"always": [(n, True)], "frozen": [(n, False)], "sampled": [(n, False), (n - 1, True)]}
 
-    def worst(batch: int) -> Plan:
+    def worst(batch: int, slopes: bool) -> Plan:
         B = min(micro_batch_size, max(1, batch // ranks))
         plans = []
         for draw in draws[lisa_ends]:
@@ -246,13 +263,13 @@ def plan(
             waiting = (copies - 1) * one["gradients"]  # u's stay on the device: see shard.Offload
             host = sum(one.values()) - one["gradients"] if cpu_offload else 0
             here = {name: (copies - bool(cpu_offload)) * n_bytes for name, n_bytes in one.items()}
-            of = config, dtype, ranks, B, max_length, *draw, activation_checkpointing
+            of = config, dtype, ranks, B, max_length, *draw, slopes, activation_checkpointing
             for moment in Pass(*of):
                 gradients = waiting + moment.get("gradients", one["gradients"])
                 plans.append(Plan(here | moment | {"gradients": gradients}, host))
         return max(plans, key=lambda p: p.peak)
 
-    train, val = worst(batch_size), worst(val_batch_size)
+    train, val = worst(batch_size, slopes), worst(val_batch_size, False)
     extra = {"validation pass": max(0, val.peak - train.peak)}
     return replace(train, components=train.components | extra)
 
@@ -267,7 +284,8 @@ def settings(flags, ranks: int, dtype: torch.dtype) -> dict:
     # Fine-tuning has no validation in a step.
     given["val_batch_size"] = flags.val_batch_size or flags.batch_size
     copies = 1 if flags.mode == "finetune" else 2
-    return given | {"ranks": ranks, "dtype": dtype, "copies": copies}
+    slopes = flags.slopes(dtype)
+    return given | {"ranks": ranks, "dtype": dtype, "copies": copies, "slopes": slopes}
 
 
 class Pass:
@@ -286,7 +304,7 @@ class Pass:
 
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype, ranks: int, B: int, T: int, n_active: int,
-        ends: bool, checkpointing: bool,
+        ends: bool, slopes: bool, checkpointing: bool,
     ):  # fmt: skip
         of, shapes = (config, dtype, B, T), sizes(config)
         self.config, self.ranks, self.n_active, self.ends = config, ranks, n_active, ends
@@ -300,10 +318,13 @@ class Pass:
         self.embed_grads = self.size * (largest if self.alone else self.embed)
         self.context = sum(t.nbytes for t in tensors(shared_by_blocks(*of)))
         self.x = B * T * config.width * self.size
-        trained, frozen = (block_pass(*of, active, self.alone, False) for active in (True, False))
+        trained, frozen = (block_pass(*of, active, slopes, self.alone, False)
+                           for active in (True, False))  # fmt: skip
         self.below_last = trained if n_active else frozen
-        self.last = block_pass(*of, n_active > 0, self.alone, True)
-        self.loss = head_pass(config, dtype, B * (T - 1), ends)
+        self.last = block_pass(*of, n_active > 0, slopes, self.alone, True)
+        self.loss = head_pass(*of, ends, slopes)
+        # d of the embedding's largest parameter, by which its output would change, and a product.
+        self.embed_slopes = slopes * (largest * self.size + 2 * self.x)
         # What the blocks keep for their backward, from the last down.
         kept = [self.last, *[trained] * max(0, n_active - 1)]
         kept += [frozen] * (config.n_layers - len(kept))
@@ -340,8 +361,8 @@ class Pass:
             yield from self.leave(self.block, i < self.n_active, *rest)
 
         if self.ends:
-            grads = self.embed_grads + waiting
-            yield self.at(first, self.x, 0, grads, self.input)
+            yield self.at(first, self.x + self.embed_slopes, 0, waiting, self.input)
+            yield self.at(first, self.x, 0, self.embed_grads + waiting, self.input)
             yield from self.leave(first, True, 0, 0, 0, 0)
 
     def leave(

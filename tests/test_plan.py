@@ -51,11 +51,14 @@ CASES = [
     ("tied", "bf16", False, "frozen", 4, 64),
     ("untied", "fp32", False, "always", 1, 8),
     ("untied", "bf16", True, "always", 1, 8),
+    ("untied", "bf16", False, "always", 4, 64),
+    ("tied", "bf16", False, "always", 4, 64),
 ]
 FLAGS = {
     "ranks": 8, "dtype": torch.bfloat16, "micro_batch_size": 1, "max_length": 1024,
     "lisa_layers": 2, "lisa_ends": "always", "activation_checkpointing": False,
     "cpu_offload": False, "copies": 2, "batch_size": 512, "val_batch_size": 512,
+    "slopes": True,
 }  # fmt: skip
 EVERYTHING = {"lisa_layers": 0}  # trains, as AdamW without LISA does
 

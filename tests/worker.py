@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import shard
 import train
-from bilevel import PenaltyStep, SourceWeights
+from bilevel import PenaltyStep, Slopes, SourceWeights
 from hf import pretrained
 from hf.families import ModelConfig
 from lisa import Lisa, local
@@ -108,28 +108,35 @@ def offload(checkpoint: str) -> list[list[dict]]:
 
 
 def compiled(_: str) -> tuple[float, float, int]:
-    """Compiled blocks against eager ones over widths, batch sizes and LISA's draws: the worst
-    difference of a loss, how far the weights end apart, and how many graphs there are."""
+    """Compiled blocks against eager ones over widths, batch sizes and LISA's draws, slopes taken or
+    not: the worst difference of a loss or a slope, how far the weights end apart, and how many
+    graphs there are."""
     config, models, worst = ModelConfig.from_hf(FAMILIES["llama"]), [], 0.0
-    for fused in (False, True):
+    for fused, watched in (False, True), (True, False), (True, True):
         model = shard.build(config, torch.float64, torch.device("cpu"))
         shard.fill(model, random_weights(config, 1))
-        if fused:
-            shard.compile_blocks(model, "eager")  # Dynamo alone: code generation takes minutes
-        models.append((model, Lisa(model, 1, interval=2, seed=1, lr=1e-2, ends="frozen")))
+        if fused:  # by Dynamo alone: code generation takes minutes
+            shard.compile_blocks(model, watched, "eager")
+        slopes = Slopes(model, lambda p: torch.ones(p.shape, dtype=p.dtype)) if watched else None
+        models.append((model, Lisa(model, 1, interval=2, seed=1, lr=1e-2, ends="frozen"), slopes))
     for step in range(10):
         g = torch.Generator().manual_seed(step)
         shape = 3 + step % 2, 8 * (1 + step % 5)
-        tokens, losses = torch.randint(0, VOCAB, shape, generator=g), []
-        for model, opt in models:
+        tokens, losses, found = torch.randint(0, VOCAB, shape, generator=g), [], []
+        for model, opt, slopes in models:
             opt.switch(step)
             shard.once_per_pass(model, last=True)
+            if slopes:
+                slopes.n_samples = len(tokens)
             losses.append(model(tokens, tokens))
             losses[-1].sum().backward()
+            found += [slopes.take()] if slopes else []
             opt.step()
             opt.zero_grad()
-        worst = max(worst, difference(losses[:1], losses[1:]))
-    ends = difference(*(model.parameters() for model, _ in models))
+        pairs = (losses[0], losses[1]), (losses[0], losses[2]), found
+        worst = max(worst, *(difference([a], [b]) for a, b in pairs))
+    first, *others = ([*model.parameters()] for model, *_ in models)
+    ends = max(difference(first, other) for other in others)
     return worst, ends, counters["stats"]["unique_graphs"]
 
 
