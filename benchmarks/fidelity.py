@@ -65,9 +65,11 @@ SIZE = ("--steps 120 --batch-size 40 --val-batch-size 20 --micro-batch-size 40 -
 TUNE = ("--mode finetune --samples 2800 --steps 200 --batch-size 20 --lr-w 3e-3 --max-length 40 "
         "--schedule constant")
 BEST = {"denoising": "clean", "graded": "clean", "multilingual": "aru", "instruction": "good"}
-MIXED = "denoising", "instruction", "multilingual"
-LEARNED = {"learned": COUPLED, "learned, lr of λ × 3": "lr of λ × 3", DEFAULTS: DEFAULTS}
-MIXTURES = *LEARNED, "uniform", "proportional", "best alone"
+# Mixtures to fine-tune on, beside the learned one (twice, which tells how far chance alone takes
+# two runs apart) and the uniform one: a grid of shares of the best source. The others have equal
+# parts of the rest; of multilingual only eli, the other language of its validation.
+SHARES = 0.5, 0.6, 0.7, 0.8, 0.9, 1.0
+MIXTURES = "learned", "learned, again", "uniform", *(f"best {share}" for share in SHARES)
 # Real data: bytes of text, a model that has read English captions.
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "assets"
 ASSETS = Path(os.environ.get("SCALEBIO_ASSETS", BESIDE))
@@ -85,8 +87,8 @@ STORIES = (f"--model {ASSETS}/model/stories260K-hf --steps 141 --batch-size 32 -
 LEARN = {  # experiment: tasks, their settings and the number of seeds
     "graded": [("graded", [COUPLED], 20)],
     "ablation": [("graded", ABLATION, 5), ("instruction", [COUPLED, PROPORTIONAL], 5)],
-    "mixtures": [(task, LEARNED.values(), 10) for task in MIXED],
-    "defaults": [(task, [DEFAULTS], 4) for task in BEST],
+    "mixtures": [(task, [DEFAULTS], 10) for task in BEST],
+    "coverage": [("multilingual", [DEFAULTS], 40)],
 }
 EXPERIMENTS = *LEARN, "signal", "real", "digits"
 
@@ -151,9 +153,13 @@ def learn(task: str, setting: str, seed: int = 0) -> Cell:
 
 def mix(task: str, seed: int, out: Path) -> list[Cell]:
     """Fine-tuning from random weights on each mixture."""
-    learned = [Cell(task, setting, seed).folder(out) for setting in LEARNED.values()]
-    specs = [f"{folder}/weights.json" for folder in learned]
-    specs += ["uniform", "proportional", f"{BEST[task]}=1"]
+    best, weights = BEST[task], Cell(task, DEFAULTS, seed).folder(out) / "weights.json"
+    others = [name for name in tasks.task(task, seed)[0] if name != best]
+    others = ["eli"] if task == "multilingual" else others
+    specs = [weights, f"{weights} --samples 2801", "uniform"]
+    for share in SHARES:
+        rest = [f"{name}={(1 - share) / len(others):.6f}" for name in others if share < 1]
+        specs.append(",".join([f"{best}={share}", *rest]))
     return [Cell(task, f"mixture {name}", seed, f"--task {task} {TUNE} --weights {spec}")
             for name, spec in zip(MIXTURES, specs, strict=True)]  # fmt: skip
 
@@ -209,7 +215,7 @@ def stages(only: list[str], out: Path) -> list[list[Cell]]:
     first += [reader for reader, *_ in reals]
     second = [cell for _, *then in reals for cell in then]
     if "mixtures" in only:
-        second += [cell for task in MIXED for seed in range(10) for cell in mix(task, seed, out)]
+        second += [cell for task in BEST for seed in range(10) for cell in mix(task, seed, out)]
     return [list(dict.fromkeys(first)), second]
 
 
@@ -337,14 +343,31 @@ def of_run(task: str, run: dict) -> dict:
 
 
 def mixture_rows(task: str, out: Path) -> Iterator[dict]:
-    """Held-out losses after fine-tuning on each mixture, and differences paired by seed."""
+    """Held-out losses after fine-tuning on the learned weights against the others, by seed."""
     runs = {name: read(out, task, f"mixture {name}", "metrics.jsonl") for name in MIXTURES}
-    for name, of_seed in runs.items():
-        for seed in sorted(of_seed.keys() & runs["uniform"].keys() & runs["best alone"].keys()):
-            loss = of_seed[seed]["test_loss"]
-            minus = {f"minus {other}'s": loss - runs[other][seed]["test_loss"]
-                     for other in ("uniform", "best alone")}  # fmt: skip
-            yield {"task": task, "mixture": name, "test loss": loss} | minus
+    for seed in sorted(set.intersection(*map(set, runs.values()))):
+        loss = {name: of_seed[seed]["test_loss"] for name, of_seed in runs.items()}
+        grid = {share: loss[f"best {share}"] for share in SHARES}
+        best = min(grid, key=grid.get)
+        yield {
+            "task": task, "learned": loss["learned"], "uniform": loss["uniform"],
+            "best of the grid": grid[best], "its share": best,
+            "learned / best": loss["learned"] / grid[best],
+            "at most 1.05": loss["learned"] <= 1.05 * grid[best],
+            "below uniform's": loss["learned"] < loss["uniform"],
+            "|ln| of two runs' ratio": abs(math.log(loss["learned, again"] / loss["learned"])),
+        }  # fmt: skip
+
+
+def interval_rows(task: str, out: Path) -> Iterator[dict]:
+    """Of each learned weight its stated error, and whether two of them reach the seeds' mean."""
+    runs = read(out, task, DEFAULTS).values()
+    for name in next(iter(runs), {"weights": ()})["weights"]:
+        mean = np.mean([run["weights"][name] for run in runs])
+        for run in runs:
+            weight, error = run["weights"][name], run["weights_se"][name]
+            yield {"source": name, "weight": weight, "stated error": error,
+                   "held by 95% interval": bool(abs(weight - mean) <= 1.96 * error)}  # fmt: skip
 
 
 def pivot(rows: list[dict], *by: str) -> list[list]:
@@ -384,6 +407,7 @@ def tables(out: Path) -> dict[str, list[list]]:
               "differs": run["differs"][name]}
              for run in runs[COUPLED].values() for name in run["weights"]], "source",
         )  # fmt: skip
+        found[f"{task}: intervals ({DEFAULTS})"] = pivot([*interval_rows(task, out)], "source")
     for task in ("languages", "placebo"):
         every = {f.parent.name for f in (out / task).glob("*/seed*") if f.is_dir()}
         found[task] = pivot(
@@ -391,7 +415,7 @@ def tables(out: Path) -> dict[str, list[list]]:
              for setting in sorted(every) for run in read(out, task, setting).values()], "setting",
         )  # fmt: skip
     found["fine-tuning on a mixture"] = pivot(
-        [row for task in BEST for row in mixture_rows(task, out)], "task", "mixture"
+        [row for task in BEST for row in mixture_rows(task, out)], "task"
     )
     found["digits, half the training labels wrong: test accuracy"] = pivot(
         [json.loads(file.read_text()) for file in sorted(out.glob("digits/seed*.json"))]

@@ -182,11 +182,14 @@ class Flags:
         `total` steps."""
         return REACH / (total * (1 - self.warmup / 2)) if self.lr_lambda is None else self.lr_lambda
 
-    def reach(self, total: int, n_sources: int) -> str:
-        """How far weights can move, in words."""
-        far = self.lambda_rate(total) * total * (1 - self.warmup / 2)
+    def reach(self, total: int | None, n_sources: int) -> str:
+        """How far weights can move, in words; without a number of steps in a run of any, or where
+        the rate is given in 100."""
+        steps = total or 100
+        far = self.lambda_rate(steps) * steps * (1 - self.warmup / 2)
         most = 1 / (1 + (n_sources - 1) * math.exp(-2 * min(far, 300)))
-        return (f"in {total} steps a logit moves by {far:.1f} at Adam's full speed: from "
+        span = f"{steps} steps" if total or self.lr_lambda is not None else "the run"
+        return (f"in {span} a logit moves by {far:.1f} at Adam's full speed: from "
                 f"{1 / n_sources:.3f} to {most:.5f} for one of {n_sources} sources")
 
     def slopes(self, dtype: torch.dtype) -> bool:

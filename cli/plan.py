@@ -484,7 +484,7 @@ def command(flags, config: ModelConfig) -> int:
               verdict.format(abs(spare) / GB))  # fmt: skip
     if spare < 0:
         print(f"would fit with: {fix}" if fix else "no flag makes it fit")
-    if flags.mode == "bilevel" and flags.steps:
-        total, n_sources = flags.steps * flags.outer_rounds, max(2, len(flags.train or ()))
-        print(f"weights: {flags.reach(total, n_sources)}")
+    if flags.mode == "bilevel":
+        total = flags.steps and flags.steps * flags.outer_rounds
+        print(f"weights: {flags.reach(total, max(2, len(flags.train or ())))}")
     return int(spare < 0)

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+import shard
 from bilevel import PenaltyStep, Slopes, SourceWeights, Step, gaps_and_variances, sample_losses
+from cli.flags import parse
 from lisa import Lisa
 from model import ModelConfig, build, from_pretrained, random_weights
 from tests import cases, forked
@@ -28,10 +30,10 @@ def moved(model, scale=1e-3):
     return other
 
 
-def slopes_of(model, other, batch):
+def slopes_of(model, other, batch, direction=lambda w, u: (w - u).detach()):
     """Each sample's slope at `model` towards `other`, by the way of a backward pass."""
     pairs = dict(zip(model.parameters(), other.parameters(), strict=True))
-    slopes = Slopes(model, lambda p: (pairs[p] - p).detach())
+    slopes = Slopes(model, lambda p: direction(pairs[p], p))
     step = Step({}, sample_losses, 0, lambda model, last: None)
     coef = torch.tensor([0.3, 0.7, 1], dtype=torch.float64)
     _, (found,) = step._backward(model, [batch], [], coef, slopes)
@@ -74,6 +76,23 @@ def test_slopes_of_what_trains_alone(recompute, logits_bytes):
         pairs = zip(grads, trained, strict=True)
         expected = sum((g * d[p]).sum() for g, p in pairs if g is not None)
         torch.testing.assert_close(slope, expected)
+
+
+@pytest.mark.parametrize("ends", ["always", "sampled"])
+def test_mean_over_lisas_draws_is_the_slope_of_everything(ends):
+    config = ModelConfig.from_hf(FAMILIES["llama"])
+    u = build(config, random_weights(config, 0), torch.float64)
+    w, batch, of_draw = moved(u), batch_of(), {}
+    everything = slopes_of(u, w, batch)
+    u.offload = w.offload = None
+    opts = [Lisa(model, n_active=1, interval=1, ends=ends) for model in (w, u)]
+    for period in range(30):
+        for opt in opts:
+            opt.switch(period)
+        direction = shard.differences(w, u, *opts)
+        of_draw[frozenset(opts[1].active)] = slopes_of(u, w, batch, direction)
+    assert len(of_draw) == config.n_layers + (ends == "sampled")
+    torch.testing.assert_close(torch.stack([*of_draw.values()]).mean(0), everything)
 
 
 def gap_of_step(w, u, batch, gap):
@@ -203,3 +222,10 @@ def test_verdict_names_what_differs(folder):
     result = json.loads(Path("told/weights.json").read_text())
     assert result.keys() >= {"weights", "weights_se", "gap", "gap_se", "snr", "differs"}
     assert result["differs"].keys() == result["weights"].keys()
+
+
+def test_how_far_weights_can_move_is_said_whatever_the_length_of_the_run():
+    auto, given = parse([]), parse(["--lr-lambda", "0.1"])
+    assert [auto.reach(n, 2).split(" at ")[0] for n in (50, None)] == [
+        "in 50 steps a logit moves by 8.0", "in the run a logit moves by 8.0"]  # fmt: skip
+    assert given.reach(None, 2).startswith("in 100 steps a logit moves by 9.8")
