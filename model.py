@@ -1,9 +1,9 @@
 """A transformer by hand, for every family ScaleBiO was run on, with its checkpoints and generation.
 
-GPT-2, Llama (2, 3, 3.1, Yi), Mistral, Qwen2, Qwen3, Gemma-2 and GPT-NeoX are one `Transformer`:
-what sets a family apart is a field of `ModelConfig`, read from Hugging Face's config.json. The
-reference is `transformers`, whose logits, losses and gradients tests/test_model.py compares.
-Checkpoints' files are the concern of hf/pretrained.py.
+GPT-2, GPT-NeoX, Llama and the families after it are one `Transformer`: what sets a family apart is
+a field of `ModelConfig`, which hf/families.py reads from Hugging Face's config.json. The reference
+is `transformers`, whose logits, losses and gradients tests/test_model.py compares. Checkpoints'
+files are the concern of hf/pretrained.py.
 
     model = from_pretrained("gpt2")                     # a hub id or a directory
     losses = model(tokens, labels)                      # (B,), the mean over each sample's response
@@ -49,7 +49,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hf import pretrained
-from hf.families import ModelConfig
+from hf.families import ModelConfig, Rope
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -103,22 +103,37 @@ class Embed(nn.Module):
         return x
 
 
-def rope_tables(c: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    c: ModelConfig, rope: Rope, positions: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """cos and sin of each pair's rotation at `positions`, (B or 1, T, 1, R): once for the first
     features of the pairs, where sin is negated, and once for the second.
 
-    Llama 3.1 divides a low frequency by `factor`, keeps a high one, and goes from one to the other
-    by how often the frequency turns within the `length` that the model was first trained on.
+    To read on past the `length` that it was first trained on, a model divides a frequency by
+    `factor`: "linear" any; "llama3" and "yarn" a low one, and keep a high one, by how often it
+    turns within `length`. YaRN also stretches what is rotated.
     """
-    pairs = torch.arange(0, c.rotary, 2, device=positions.device, dtype=dtype)
-    frequency = 1 / c.rope_theta ** (pairs / c.rotary)  # (R/2,)
-    if c.rope_llama3:
-        factor, low, high, length = c.rope_llama3
+    R, size, kind = c.rotary, 1.0, rope.kind
+    pairs = torch.arange(0, R, 2, device=positions.device, dtype=dtype)
+    frequency = 1 / rope.theta ** (pairs / R)  # (R/2,)
+    if kind == "linear":
+        factor, keep = *rope.numbers, 0
+    elif kind == "llama3":
+        factor, low, high, length = rope.numbers
         turns = length * frequency / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
+    elif kind == "yarn":
+        factor, length, fast, slow, whole, size = rope.numbers
+        # The pairs that turn `fast` and `slow` times within `length`, those between being between.
+        first, last = (R * math.log(length / (n * 2 * math.pi)) / (2 * math.log(rope.theta))
+                       for n in (fast, slow))  # fmt: skip
+        first, last = (math.floor(first), math.ceil(last)) if whole else (first, last)
+        first, last = max(first, 0), min(last, R - 1)
+        keep = 1 - ((pairs / 2 - first) / (last - first or 0.001)).clamp(0, 1)
+    if kind != "default":
         frequency = frequency * (keep + (1 - keep) / factor)
     angle = positions[..., None, None].to(dtype) * frequency
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = size * angle.cos(), size * angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
@@ -193,18 +208,19 @@ class Attention(nn.Module):
         self.k = nn.Linear(c.width, c.n_kv_heads * H, bias=c.qkv_bias)
         self.v = nn.Linear(c.width, c.n_kv_heads * H, bias=c.qkv_bias)
         self.o = nn.Linear(c.n_heads * H, c.width, bias=c.out_bias)
-        self.q_norm, self.k_norm = make_norm(c, H, c.qk_norm), make_norm(c, H, c.qk_norm)
+        self.normed = (c.n_heads * H, c.n_kv_heads * H) if c.qk_norm == "all" else (H, H)
+        self.q_norm, self.k_norm = (make_norm(c, n, bool(c.qk_norm)) for n in self.normed)
         self.head_size, self.groups = H, c.n_heads // c.n_kv_heads
         self.scale, self.cap = c.score_scale, c.score_cap
 
     def forward(self, x: Tensor, at: Context) -> Tensor:
         """x (P, D) -> (P or M, D)."""
-        H = self.head_size
-        q = self.q_norm(self.q(at.trim(x)).unflatten(1, (-1, H)))  # (P or M, N, H)
-        k = self.k_norm(self.k(x).unflatten(1, (-1, H)))  # (P, K, H)
-        v = self.v(x).unflatten(1, (-1, H))
-        q = at.out.grid(q)  # (B, T, N, H)
-        k, v = at.rows.grid(k), at.rows.grid(v)  # (B, T, K, H)
+        H, (of_q, of_k) = self.head_size, self.normed
+        q = self.q_norm(self.q(at.trim(x)).unflatten(1, (-1, of_q)))
+        k = self.k_norm(self.k(x).unflatten(1, (-1, of_k)))
+        q, k, v = (t.flatten(1).unflatten(1, (-1, H)) for t in (q, k, self.v(x)))
+        q = at.out.grid(q)  # (P or M, N, H) -> (B, T, N, H)
+        k, v = at.rows.grid(k), at.rows.grid(v)  # (P, K, H) -> (B, T, K, H)
         if at.rope is not None:
             q, k = rotate(q, *at.rope), rotate(k, *at.rope)
         if at.cache is not None:
@@ -252,16 +268,17 @@ class Block(nn.Module):
            └────────────────────────────────────────┘  └─────────────────────────────────────┘
 
     parallel (GPT-NeoX):  x + attn(attn_norm(x)) + mlp(mlp_norm(x))
-    The norms in brackets are Gemma-2's; elsewhere they pass x on.
+    The norms in brackets are Gemma's and OLMo-2's, which has no others; elsewhere they pass x on.
+    Granite scales what is added.
     """
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.attn_norm, self.attn = make_norm(c, c.width), Attention(c)
+        self.attn_norm, self.attn = make_norm(c, c.width, c.pre_norms), Attention(c)
         self.attn_post_norm = make_norm(c, c.width, c.post_norms)
-        self.mlp_norm, self.mlp = make_norm(c, c.width), MLP(c)
+        self.mlp_norm, self.mlp = make_norm(c, c.width, c.pre_norms), MLP(c)
         self.mlp_post_norm = make_norm(c, c.width, c.post_norms)
-        self.parallel = c.parallel
+        self.parallel, self.scale = c.parallel, c.residual_scale
 
     def forward(self, x: Tensor, at: Context) -> Tensor:
         """x (P, D) -> (P or M, D)."""
@@ -269,8 +286,8 @@ class Block(nn.Module):
         x = at.trim(x)
         if self.parallel:
             return x + a + self.mlp(self.mlp_norm(x))
-        x = x + self.attn_post_norm(a)
-        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+        x = torch.add(x, self.attn_post_norm(a), alpha=self.scale)
+        return torch.add(x, self.mlp_post_norm(self.mlp(self.mlp_norm(x))), alpha=self.scale)
 
 
 def capped(y: Tensor, cap: float | None) -> Tensor:
@@ -356,11 +373,12 @@ class Head(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(c.vocab, c.width))
-        self.cap = c.logit_cap
+        self.cap, self.scale = c.logit_cap, c.logit_scale
         self.slopes = None  # see bilevel.Slopes: the loss is not linear in the weight
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """x (…, D) -> logits (…, V), or x (M, D) with targets (M,) -> losses (M,)."""
+        x = x if self.scale == 1 else x * self.scale
         if targets is None:
             return capped(F.linear(x, self.weight).to(wide(x.dtype)), self.cap)
         # Three buffers of a chunk's size are held at once, and a little more: of each of several
@@ -466,10 +484,11 @@ class Transformer(nn.Module):
             free = cache is None and c.score_cap is None and (window is None or window >= T)
             masks[window] = None if free else causal_mask(times, slots, window)
         x = self.embed(rows.pick(tokens), rows.pick(times.expand(B, T)))  # (P, D)
-        at = Context(rows, rows, rope=rope_tables(c, times, wide(x.dtype)) if c.rotary else None)
+        ropes = {rope: rope and rope_tables(c, rope, times, wide(x.dtype)) for rope in set(c.ropes)}
+        at = Context(rows, rows)
         for i, block in enumerate(self.blocks):
             extend = None if cache is None else partial(cache.extend, i, times)
-            at = at._replace(mask=masks[c.windows[i]], cache=extend)
+            at = at._replace(mask=masks[c.windows[i]], rope=ropes[c.ropes[i]], cache=extend)
             if i == c.n_layers - 1:
                 at = at._replace(out=out, keep=keep)
             if self.recompute and torch.is_grad_enabled():

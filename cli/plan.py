@@ -106,7 +106,8 @@ class FusedKernels(TorchFunctionMode):
 def meta_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
     """The ends and one block, which stands for all, without memory."""
     with torch.device("meta"):
-        return Transformer(replace(config, n_layers=1, windows=config.windows[:1])).to(dtype)
+        one = {"n_layers": 1, "windows": config.windows[:1], "ropes": config.ropes[:1]}
+        return Transformer(replace(config, **one)).to(dtype)
 
 
 class Cost(NamedTuple):
@@ -153,21 +154,25 @@ def block_pass(
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     if slopes:
         watch(block, B, T)
-    at = shared_by_blocks(c, dtype, B, T)
+    at, _ = shared_by_blocks(c, dtype, B, T)
     if last:
         keep = torch.arange(B * (T - 1), device="meta")
         at = at._replace(out=Rows((B, T), keep), keep=keep)
     return cost(block, c, dtype, B * T, [*block.parameters(), *tensors(at)], at)
 
 
-def shared_by_blocks(c: ModelConfig, dtype: torch.dtype, B: int, T: int) -> Context:
-    """RoPE tables, and the mask where one is needed; see Transformer.forward."""
+def shared_by_blocks(
+    c: ModelConfig, dtype: torch.dtype, B: int, T: int
+) -> tuple[Context, int]:
+    """What the first block is told, see Transformer.forward; and the bytes of all RoPE tables and
+    masks."""
     positions = torch.arange(T, device="meta")[None]
-    tables = rope_tables(c, positions, wide(dtype)) if c.rotary else None
-    short = [window for window in set(c.windows) if window is not None and window < T]
-    masked = short or c.score_cap is not None
-    mask = causal_mask(positions, T, min(short, default=None)) if masked else None
-    return Context(Rows((B, T)), Rows((B, T)), rope=tables, mask=mask)
+    tables = [rope_tables(c, rope, positions, wide(dtype)) for rope in set(c.ropes) - {None}]
+    masks = [causal_mask(positions, T, window) for window in set(c.windows)
+             if c.score_cap is not None or window is not None and window < T]  # fmt: skip
+    first = [next(iter(of_kinds), None) for of_kinds in (tables, masks)]
+    at = Context(Rows((B, T)), Rows((B, T)), rope=first[0], mask=first[1])
+    return at, sum(t.nbytes for t in tensors([tables, masks]))
 
 
 @lru_cache(maxsize=256)
@@ -316,7 +321,7 @@ class Pass:
         self.once = (config.n_layers * block + both) * self.size <= shard.GATHER_ONCE_BYTES
         largest = max(map(math.prod, shapes[1]))  # one rank adds one to the sum at a time
         self.embed_grads = self.size * (largest if self.alone else self.embed)
-        self.context = sum(t.nbytes for t in tensors(shared_by_blocks(*of)))
+        _, self.context = shared_by_blocks(*of)
         self.x = B * T * config.width * self.size
         trained, frozen = (block_pass(*of, active, slopes, self.alone, False)
                            for active in (True, False))  # fmt: skip

@@ -1,19 +1,29 @@
 """Model families: what Hugging Face's config.json says of a model.
 
-GPT-2, Llama (2, 3, 3.1, Yi), Mistral, Qwen2, Qwen3, Gemma-2 and GPT-NeoX differ in fields of one
-`ModelConfig`. A field that would change the result and is not supported is refused by name.
+The families of READERS, at the end of this file, differ in fields of one `ModelConfig`. What would
+change the result and is not supported is refused by name.
 
-To add a family: write a reader of its config.json here and enter it in READERS, at the end of this
-file; where its tensors' names are not Llama's, enter them in MODULES and KEYS of pretrained.py; add
-a small model to tests/cases.py.
+To add a family: write a reader of its config.json here and enter it in READERS; where its tensors'
+names are not Llama's, enter them in MODULES and KEYS of pretrained.py; add a small model to
+tests/cases.py.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Rope(NamedTuple):
+    """How a block turns queries and keys by their positions; see model.rope_tables."""
+
+    theta: float
+    kind: str = "default"
+    numbers: tuple[float, ...] = ()  # those that ROPES names for the kind
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class ModelConfig:
     max_positions: int
     tied: bool  # the head's weight is the embedding's
     windows: tuple[int | None, ...]  # of each block: how many positions attention reaches back
+    ropes: tuple[Rope | None, ...]  # of each block
     norm: str = "rms"  # or "layer", or "rms+1": RMSNorm that multiplies by 1 + weight
     norm_eps: float = 1e-6
     activation: str = "silu"
@@ -38,17 +49,18 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False  # of attention's output projection
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm on each head of q and k (Qwen3)
-    post_norms: bool = False  # norms after attention and MLP too (Gemma-2)
+    qk_norm: str = ""  # RMSNorm on q and k: of each "head" (Qwen3), or of "all" as one (OLMo-2)
+    pre_norms: bool = True  # norms before attention and MLP
+    post_norms: bool = False  # norms after them (Gemma-2, OLMo-2)
     parallel: bool = False  # attention and MLP both read the block's input (GPT-NeoX)
     learned_positions: bool = False  # instead of rotary ones (GPT-2)
     rotary: int = 0  # R
-    rope_theta: float = 10000.0
-    rope_llama3: tuple[float, float, float, float] | None = None  # see rope_tables
     score_scale: float = 1.0  # of q·k; by default in config.json, 1/√H
     score_cap: float | None = None  # s -> cap tanh(s / cap) on attention's scores (Gemma-2)
     logit_cap: float | None = None  # the same on the logits
     embed_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add to the residual stream (Granite)
+    logit_scale: float = 1.0
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     ignored_dropout: tuple[str, ...] = ()  # non-zero dropout fields, which this model leaves out
@@ -98,11 +110,12 @@ ACTIVATIONS = "silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"
 # settings that transformers 2 to 5 wrote into config.json; and dropout, which is never applied.
 NO_EFFECT = re.compile("|".join("""
     .*dropout.* .*pdrop.* _.* .*_token_id .*_version output_.* summary_.* unsloth_.* .*_penalty
-    architectures attn_implementation cache_implementation chunk_size_feed_forward dtype torch_dtype
-    finetuning_task gradient_checkpointing id2label label2id num_labels initializer_range is_decoder
-    is_llama_config n_ctx name_or_path predict_special_tokens prefix pretraining_tp problem_type
+    architectures attn_implementation auto_map cache_implementation chunk_size_feed_forward
+    custom_pipelines? dtype torch_dtype finetuning_task gradient_checkpointing id2label label2id
+    num_labels initializer_range is_decoder is_llama_config max_sequence_length model_max_length
+    n_ctx name_or_path predict_special_tokens prefix pretraining_tp problem_type
     reorder_and_upcast_attn return_dict task_specific_params tokenizer_class
-    transformers.js_config use_cache
+    transformers.js_config use_cache use_flash_attention_2
     bad_words_ids begin_suppress_tokens do_sample early_stopping max_length min_length
     no_repeat_ngram_size num_beam_groups num_beams num_return_sequences temperature top_k top_p
     typical_p
@@ -166,30 +179,48 @@ class Fields:
             "head_size": max(D // N, 1),
             "max_positions": self.size(positions),
             "windows": (None,) * n_layers,
+            "ropes": (None,) * n_layers,
         }
 
-    def rope(self, H: int, length: int, base: str, share: str, default: float = 1.0) -> dict:
+    def rope(self, values: dict, H: int, base: str, share: str, default: float = 1.0) -> dict:
         """How heads of size H are rotated, from the layout of transformers 4 or 5. `base` and
         `share` are the family's keys for theta and the rotated share of a head in version 4."""
         scaling, parameters = self.get("rope_scaling"), self.get("rope_parameters")
         if scaling and parameters:
             self.problems.append("rope_scaling and rope_parameters: only one of them may be there")
-        rope = dict(scaling or parameters or {})
-        theta = rope.pop("rope_theta", None) or self.get(base) or 10000.0
+        rope, family = dict(scaling or parameters or {}), self.config.get("model_type")
+        theta = rope.pop("rope_theta", None) or self.get(base) or THETAS.get(family, 10000.0)
         part = rope.pop("partial_rotary_factor", None) or self.get(share) or default
         self.only(base, theta, None)  # where version 5 kept the old key, the two agree
         self.only(share, part, None)
         theta, part = self.positive(base, theta), self.positive(share, part)
-        kinds, llama3 = [rope.pop(key, None) for key in ("rope_type", "type")], None
-        if "llama3" in kinds:
-            rope.setdefault("original_max_position_embeddings", length)
-            llama3 = tuple(rope.pop(key, None) for key in LLAMA3)
-        if {*kinds} - {"default", "llama3", None} or None in (llama3 or ()) or any(rope.values()):
-            self.problems.append(f"RoPE settings {scaling or parameters}: only type 'default', or "
-                                 f"'llama3' with {', '.join(LLAMA3)}")
         if (rotary := int(H * part)) % 2:
             self.clashes.append(f"{rotary} rotated features in a head: must be even")
-        return {"rotary": rotary, "rope_theta": theta, "rope_llama3": llama3}
+        made = Rope(theta, *self.scaled(rope, values["max_positions"]))
+        return {"rotary": rotary, "ropes": (made,) * values["n_layers"]}
+
+    def scaled(self, rope: dict, length: int) -> tuple[str, tuple[float, ...]]:
+        """Kind and numbers of a Rope, from what is set beside theta in a model of `length`."""
+        rest = dict(rope)
+        kinds = {rest.pop(key, None) for key in ("rope_type", "type")} - {None, "default"}
+        kind = next(iter(kinds), "default")
+        takes = ROPES.get(kind, {})
+        found = {key: rest.pop(key, None) or default for key, default in takes.items()}
+        if ORIGINAL in takes:
+            found[ORIGINAL] = self.get(ORIGINAL) or found[ORIGINAL] or length
+        whole = kind != "yarn" or rest.pop("truncate", True)
+        sound = all(type(x) in (int, float) and 0 <= x < math.inf for x in found.values())
+        if len(kinds) > 1 or kind not in ROPES or not sound or any(rest.values()):
+            known = "; ".join(f"'{k}' {', '.join(names)}" for k, names in ROPES.items())
+            self.problems.append(f"RoPE settings {rope}: supported are the types {known}")
+            return "default", ()
+        if kind == "yarn":  # what is turned is made longer, by 1 + 0.1 scale ln(factor)
+            scales = [found.pop("mscale"), found.pop("mscale_all_dim")]
+            log = 0.1 * math.log(max(found["factor"], 1))
+            longer, less = (1 + log * scale for scale in (scales if all(scales) else (1, 0)))
+            size = found.pop("attention_factor") or longer / less
+            found |= {"truncate": bool(whole), "attention_factor": size}
+        return kind, tuple(found.values())
 
     def windows(self, window: int | None, sliding: list[bool]) -> tuple[int | None, ...]:
         """The window of each block, from layer_types, or from `sliding` where there is none."""
@@ -205,7 +236,16 @@ class Fields:
 
 
 SIZES = "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"
-LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+ORIGINAL = "original_max_position_embeddings"  # by default the model's own length
+THETAS = {"smollm3": 2_000_000.0, "gemma3_text": 1_000_000.0}  # where it is missing
+# The fields of each kind of RoPE, with the values of those that may be missing or 0.
+ROPES = {
+    "default": {},
+    "linear": {"factor": None},
+    "llama3": {"factor": None, "low_freq_factor": None, "high_freq_factor": None, ORIGINAL: 0},
+    "yarn": {"factor": None, ORIGINAL: 0, "beta_fast": 32.0, "beta_slow": 1.0,
+             "attention_factor": 0, "mscale": 0, "mscale_all_dim": 0},
+}  # fmt: skip
 # GPT-2 and GPT-NeoX have LayerNorms, and biases in an MLP without a gate.
 PLAIN = {"norm": "layer", "gated": False, "mlp_bias": True}
 
@@ -226,9 +266,9 @@ def read_gpt2(f: Fields) -> dict:
 
 def read_gpt_neox(f: Fields) -> dict:
     values = f.sizes(*SIZES)
-    H, length = values["head_size"], values["max_positions"]
-    rope = f.rope(H, length, "rotary_emb_base", "rotary_pct", 0.25)
-    f.only("rope_theta", rope["rope_theta"])  # also there in files of some versions
+    H = values["head_size"]
+    rope = f.rope(values, H, "rotary_emb_base", "rotary_pct", 0.25)
+    f.only("rope_theta", rope["ropes"][0].theta)  # also there in files of some versions
     f.only("partial_rotary_factor", rope["rotary"] / H)
     return values | PLAIN | rope | f.bias(True) | {
         "hidden": f.size("intermediate_size"),
@@ -239,28 +279,72 @@ def read_gpt_neox(f: Fields) -> dict:
     }
 
 
-def read_llama_like(f: Fields, act="hidden_act", default="silu", tied=False) -> dict:
-    """What the families from Llama on have in common."""
+def read_llama_like(
+    f: Fields, act="hidden_act", default="silu", tied=False, partial=False, eps=1e-6
+) -> dict:
+    """What the families from Llama on have in common. partial: not all of a head need be rotated"""
     values = f.sizes(*SIZES)
-    N, length = values["n_heads"], values["max_positions"]
+    N = values["n_heads"]
     H, K = f.size("head_dim", values["head_size"]), f.size("num_key_value_heads", N)
     if N % K:
         f.clashes.append(f"num_key_value_heads = {K}: does not divide num_attention_heads = {N}")
-    rope = f.rope(H, length, "rope_theta", "partial_rotary_factor")
-    if rope["rotary"] != H:
+    rope = f.rope(values, H, "rope_theta", "partial_rotary_factor")
+    if rope["rotary"] != H and not partial:
         f.clashes.append(f"partial_rotary_factor: only 1, not {rope['rotary']} of {H} features")
     return values | rope | {
         "head_size": H,
         "n_kv_heads": K,
         "hidden": f.size("intermediate_size"),
         "tied": f.only("tie_word_embeddings", tied, not tied),
-        "norm_eps": f.number("rms_norm_eps", 1e-6),
+        "norm_eps": f.number("rms_norm_eps", eps),
         "activation": f.only(act, default, *ACTIVATIONS),
     }
 
 
-def read_llama(f: Fields) -> dict:
-    return read_llama_like(f) | f.bias(False) | {"mlp_bias": f.only("mlp_bias", False, True)}
+def read_llama(f: Fields, tied: bool = False) -> dict:
+    values = read_llama_like(f, tied=tied)
+    return values | f.bias(False) | {"mlp_bias": f.only("mlp_bias", False, True)}
+
+
+def read_granite(f: Fields) -> dict:
+    return read_llama(f) | {
+        "embed_scale": f.number("embedding_multiplier", 1.0),
+        "residual_scale": f.number("residual_multiplier", 1.0),
+        "score_scale": f.number("attention_multiplier", 1.0),
+        "logit_scale": 1 / f.number("logits_scaling", 1.0),
+    }
+
+
+def read_smollm3(f: Fields) -> dict:
+    f.size("num_key_value_heads")
+    f.get("max_window_layers")
+    values = read_llama(f, tied=True)
+    n_layers, every = values["n_layers"], f.size("no_rope_layer_interval", 4)
+    turned = f.get("no_rope_layers") or [(i + 1) % every for i in range(n_layers)]  # 0: not
+    if len(turned) < n_layers:
+        f.clashes.append(f"no_rope_layers: has {len(turned)} entries for {n_layers} blocks")
+    window = f.number("sliding_window", None, null=True)
+    window = window if f.get("use_sliding_window") else None
+    pairs = list(zip(values["ropes"], turned, strict=False))
+    return values | {
+        "windows": f.windows(window, [window is not None and not turn for _, turn in pairs]),
+        "ropes": tuple(rope if turn else None for rope, turn in pairs),
+    }
+
+
+def read_phi3(f: Fields) -> dict:
+    f.only("attention_bias", False)
+    values = read_llama_like(f, partial=True, eps=1e-5)
+    f.get(ORIGINAL)
+    if values["ropes"][0].kind != "default":
+        f.clashes.append("rope_scaling: of phi3 only the default is supported")
+    window = f.number("sliding_window", None, null=True)
+    return values | {"windows": (window,) * values["n_layers"]}
+
+
+def read_olmo2(f: Fields) -> dict:
+    values = read_llama_like(f, eps=1e-5)
+    return values | f.bias(False) | {"qk_norm": "all", "pre_norms": False, "post_norms": True}
 
 
 def read_mistral(f: Fields) -> dict:
@@ -279,24 +363,39 @@ def read_qwen2(f: Fields) -> dict:
 
 def read_qwen3(f: Fields) -> dict:
     f.size("head_dim")  # has a default of its own in transformers: better said than guessed
-    return read_qwen2(f) | f.bias(False) | {"qk_norm": True}
+    return read_qwen2(f) | f.bias(False) | {"qk_norm": "head"}
 
 
-def read_gemma2(f: Fields) -> dict:
+def read_gemma2(f: Fields, every=2, score_cap=50.0, logit_cap=30.0) -> dict:
+    """Every so many blocks one has no window."""
     f.size("head_dim")
     f.get("hidden_act")  # which transformers does not look at either
     values = read_llama_like(f, "hidden_activation", "gelu_pytorch_tanh", tied=True)
     window = f.number("sliding_window", 4096, null=True)
     f.only("sliding_window_size", window)
     return values | f.bias(False) | {
-        "windows": f.windows(window, [i % 2 == 0 for i in range(values["n_layers"])]),
+        "windows": f.windows(window, [(i + 1) % every > 0 for i in range(values["n_layers"])]),
         "norm": "rms+1",
         "post_norms": True,
         "score_scale": f.size("query_pre_attn_scalar", 256) ** -0.5,
-        "score_cap": f.number("attn_logit_softcapping", 50.0, null=True),
-        "logit_cap": f.number("final_logit_softcapping", 30.0, null=True),
+        "score_cap": f.number("attn_logit_softcapping", score_cap, null=True),
+        "logit_cap": f.number("final_logit_softcapping", logit_cap, null=True),
         "embed_scale": values["width"] ** 0.5,
     }
+
+
+def read_gemma3(f: Fields) -> dict:
+    f.only("attn_logit_softcapping", None)
+    kinds = dict(f.get("rope_parameters") or {})  # version 5 has one for each kind of block
+    full, near = (dict(kinds.pop(f"{kind}_attention", None) or {}) for kind in ("full", "sliding"))
+    f.config = f.config | {"rope_parameters": full | kinds}
+    values = read_gemma2(f, f.size("sliding_window_pattern", 6), None, None)
+    theta = near.pop("rope_theta", None) or f.get("rope_local_base_freq") or 10000.0
+    theta = f.positive("rope_local_base_freq", theta)
+    rope = Rope(theta, *f.scaled(near, values["max_positions"]))
+    pairs = zip(values["windows"], values["ropes"], strict=True)
+    ropes = tuple(rope if window else far for window, far in pairs)
+    return values | {"qk_norm": "head", "ropes": ropes}
 
 
 READERS = {
@@ -307,4 +406,9 @@ READERS = {
     "qwen2": read_qwen2,
     "qwen3": read_qwen3,
     "gemma2": read_gemma2,
+    "gemma3_text": read_gemma3,
+    "phi3": read_phi3,
+    "olmo2": read_olmo2,
+    "granite": read_granite,
+    "smollm3": read_smollm3,
 }

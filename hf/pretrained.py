@@ -26,9 +26,10 @@ from hf.families import READERS, ModelConfig, read_json
 Named = Iterable[tuple[str, Tensor]]  # a stream of (name, full CPU tensor)
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 WANTED = [
     CONFIG, INDEX, "model*.safetensors", "tokenizer*", "special_tokens_map.json", "chat_template*",
-    "generation_config.json",
+    "generation_config.json", ADAPTER,
 ]
 # Buffers that old checkpoints carry along.
 EXTRA_KEYS = re.compile(r"\b(attn|attention)\.(masked_)?bias$|\brotary_emb\.inv_freq$")
@@ -60,35 +61,44 @@ GEMMA2 = LLAMA | {
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_post_norm": "post_feedforward_layernorm",
 }
-KEYS = dict.fromkeys(READERS, LLAMA) | {"gpt2": GPT2, "gpt_neox": GPT_NEOX, "gemma2": GEMMA2}
-FUSED = "attn.q", "attn.k", "attn.v"  # one tensor in GPT-2 and GPT-NeoX
-CONV1D = *FUSED, "attn.o", "mlp.up", "mlp.down"  # GPT-2 holds their weights as (in, out)
+PHI3 = LLAMA | dict.fromkeys(("attn.q", "attn.k", "attn.v"), "self_attn.qkv_proj")
+PHI3 |= dict.fromkeys(("mlp.gate", "mlp.up"), "mlp.gate_up_proj")
+KEYS = dict.fromkeys(READERS, LLAMA) | {
+    "gpt2": GPT2, "gpt_neox": GPT_NEOX, "phi3": PHI3,
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2"), GEMMA2),
+}  # fmt: skip
+CONV1D = "attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down"  # GPT-2's are (in, out)
 
 
 class Key(NamedTuple):
     """Where a parameter is in the files."""
 
     name: str
-    part: int | None  # 0, 1, 2: q, k or v of a fused tensor
-    groups: int  # of a fused tensor: GPT-2 stores all of q, then of k, of v; GPT-NeoX by head
+    part: int  # which of the tensor's parts it is: it may be fused with others
+    rows: tuple[int, ...]  # of the parts, within a group
+    groups: int  # all of q comes first, then k, then v; but in GPT-NeoX by head
     transposed: bool
 
 
 def hf_key(config: ModelConfig, name: str) -> Key:
     """Where the parameter `name` is in the files of its family."""
-    family, keys = config.family, KEYS[config.family]
+    c, keys = config, KEYS[config.family]
     module, kind = name.rsplit(".", 1)
     number, module = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", module).groups()
     path = f"{keys['blocks.{}'].format(number)}.{keys[module]}" if number else keys[module]
-    fused = family in ("gpt2", "gpt_neox") and module in FUSED
-    groups = config.n_heads if family == "gpt_neox" else 1
-    transposed = family == "gpt2" and kind == "weight" and module in CONV1D
-    return Key(f"{path}.{kind}", FUSED.index(module) if fused else None, groups, transposed)
+    sizes = {"attn.q": c.n_heads * c.head_size, "attn.k": c.n_kv_heads * c.head_size,
+             "attn.v": c.n_kv_heads * c.head_size, "mlp.gate": c.hidden, "mlp.up": c.hidden}
+    fused = [other for other in sizes if keys[other] == keys[module]] or [module]
+    groups = c.n_heads if c.family == "gpt_neox" and len(fused) > 1 else 1
+    rows = tuple(sizes.get(part, 0) // groups for part in fused)
+    transposed = c.family == "gpt2" and kind == "weight" and module in CONV1D
+    return Key(f"{path}.{kind}", fused.index(module), rows, groups, transposed)
 
 
 def load_config(directory: str | Path, name: str = CONFIG) -> ModelConfig:
     """Read config.json. Raises ValueError where it is missing, broken or not supported."""
     file = Path(directory) / name
+    refuse_other_kinds(file)
     config = read_json(file)
     try:
         return ModelConfig.from_hf(config)
@@ -97,14 +107,34 @@ def load_config(directory: str | Path, name: str = CONFIG) -> ModelConfig:
         raise ValueError("\n".join(lines)) from None
 
 
+def refuse_other_kinds(file: Path) -> None:
+    """Raise a ValueError if a config.json, or what is taken for one, or its folder is what people
+    take for a model: a LoRA adapter, or a GGUF file."""
+    folder = file.parent
+    whole = any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+    if (folder / ADAPTER).is_file() and not whole:
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+        raise ValueError(f"{folder}: a LoRA adapter of {base}, not a model: load both with peft, "
+                         "merge_and_unload them, and save_pretrained the result")  # fmt: skip
+    for found in [file] if file.is_file() else sorted(folder.glob("*.gguf"))[:1]:
+        with open(found, "rb") as opened:
+            if opened.read(4) == b"GGUF":
+                raise ValueError(f"{found}: a GGUF file, which is for llama.cpp: take the "
+                                 "safetensors that it was made from")  # fmt: skip
+
+
 def find_checkpoint(id_or_dir: str | Path, weights: bool = True) -> Path:
     """A local directory as it is, or the hub's files of an id, downloaded if they are not cached.
 
     Only the config, tokenizer files and safetensors are fetched. HF_HOME, HF_TOKEN, HF_HUB_OFFLINE
     mean what they mean to huggingface_hub. Raises ValueError that says what to do.
     """
-    if Path(id_or_dir).is_dir():
-        return Path(id_or_dir)
+    path = Path(id_or_dir)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        refuse_other_kinds(path)
+        raise ValueError(f"{path}: a file: expected the directory of a model")
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -155,7 +185,8 @@ def check_weights(
     wanted = {}
     for name, shape in shapes.items():
         key = hf_key(config, name)
-        shape = shape if key.part is None else (3 * shape[0], *shape[1:])
+        if len(key.rows) > 1:
+            shape = sum(key.rows) * key.groups, *shape[1:]
         wanted[key.name] = shape[::-1] if key.transposed else shape
     problems = [f"{directory}: {key} is missing" for key in wanted if key not in stored]
     head = KEYS[config.family]["head"] + ".weight"
@@ -183,9 +214,9 @@ def read_tensors(directory: Path, config: ModelConfig, names: Iterable[str]) -> 
             file, key_there, *_ = stored[key.name]
             tensor = opened[file].get_tensor(key_there)
             tensor = tensor.T if key.transposed else tensor
-            if key.part is not None:  # (3 rows, …) -> (rows, …)
-                parts = tensor.reshape(key.groups, 3, -1, *tensor.shape[1:])
-                tensor = parts[:, key.part].flatten(0, 1)
+            if len(key.rows) > 1:
+                parts = tensor.unflatten(0, (key.groups, -1)).split(key.rows, dim=1)
+                tensor = parts[key.part].flatten(0, 1)
             yield name, tensor
 
 
@@ -194,13 +225,11 @@ def to_hf(config: ModelConfig, tensors: Named) -> Named:
     waiting: dict[str, list[Tensor]] = {}
     for name, tensor in tensors:
         key = hf_key(config, name)
-        if key.part is not None:
-            parts = waiting.setdefault(key.name, [])
-            parts.append(tensor)
-            if len(parts) < 3:
+        if len(key.rows) > 1:
+            waiting.setdefault(key.name, []).append(tensor.unflatten(0, (key.groups, -1)))
+            if len(waiting[key.name]) < len(key.rows):
                 continue
-            parts = [p.view(key.groups, -1, *p.shape[1:]) for p in waiting.pop(key.name)]
-            tensor = torch.stack(parts, 1).flatten(0, 2)
+            tensor = torch.cat(waiting.pop(key.name), dim=1).flatten(0, 1)
         yield key.name, (tensor.T if key.transposed else tensor).contiguous()
 
 

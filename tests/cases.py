@@ -13,6 +13,8 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0,
+        "original_max_position_embeddings": 16}  # fmt: skip
 # name: class in transformers, its fields
 CASES = {
     "gpt2": ("GPT2", GPT2_SIZES),
@@ -25,6 +27,34 @@ CASES = {
         "num_key_value_heads": 2, "head_dim": 12, "rope_parameters": LLAMA3,
         "tie_word_embeddings": True,
     }),
+    "llama-linear": ("Llama", SIZES | {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0},
+    }),
+    "llama-yarn": ("Llama", SIZES | {"rope_parameters": YARN}),
+    "llama-yarn-scaled": ("Llama", SIZES | {"head_dim": 12, "rope_parameters": YARN | {
+        "beta_fast": 6.0, "beta_slow": 0.5, "truncate": False, "mscale": 2.0, "mscale_all_dim": 0.5,
+    }}),
+    "granite": ("Granite", SIZES | {
+        "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True,
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2,
+        "logits_scaling": 2.0, "tie_word_embeddings": True,
+    }),
+    "smollm3": ("SmolLM3", SIZES | {
+        "num_key_value_heads": 2, "no_rope_layer_interval": 2, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 100.0,
+        },
+    }),
+    "smollm3-windows": ("SmolLM3", SIZES | {
+        "num_key_value_heads": 1, "no_rope_layers": [1, 0, 0], "use_sliding_window": True,
+        "sliding_window": 5, "tie_word_embeddings": False,
+    }),
+    "phi3": ("Phi3", SIZES | {"num_key_value_heads": 2, "sliding_window": 5}),
+    "phi3-partial": ("Phi3", SIZES | {
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.75},
+    }),
+    "olmo2": ("Olmo2", SIZES | {"num_key_value_heads": 2}),
+    "olmo2-biased": ("Olmo2", SIZES | {"attention_bias": True, "tie_word_embeddings": True}),
     "mistral": ("Mistral", SIZES | {"num_key_value_heads": 1, "sliding_window": 6}),
     "qwen2": ("Qwen2", SIZES | {
         "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5,
@@ -41,6 +71,17 @@ CASES = {
         "num_key_value_heads": 4, "head_dim": 8, "attention_bias": True,
         "tie_word_embeddings": False, "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
+    }),
+    "gemma3": ("Gemma3Text", SIZES | {
+        "num_key_value_heads": 2, "head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 7,
+        "sliding_window_pattern": 2, "final_logit_softcapping": 4.0, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+        },
+    }),
+    "gemma3-untied": ("Gemma3Text", SIZES | {
+        "num_key_value_heads": 1, "head_dim": 8, "attention_bias": True,
+        "tie_word_embeddings": False,
     }),
     "gpt_neox": ("GPTNeoX", SIZES | {"rope_parameters": {"rope_theta": 100.0}}),
     "gpt_neox-sequential": ("GPTNeoX", SIZES | {
@@ -59,13 +100,13 @@ def make(case, directory):
     no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = getattr(transformers, name + "Config")(**no_tokens | fields)
     suffix = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
-    theirs = getattr(transformers, name + suffix)(config).eval()
+    theirs = getattr(transformers, name.removesuffix("Text") + suffix)(config).eval()
     theirs.set_attn_implementation("eager")  # Gemma-2's soft cap is in no other
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, p in theirs.named_parameters():
             p.copy_(0.3 * torch.randn(p.shape, generator=rng))
-            if p.dim() == 1 and key.endswith("weight") and name != "Gemma2":
+            if p.dim() == 1 and key.endswith("weight") and not name.startswith("Gemma"):
                 p.add_(1)
     theirs.save_pretrained(directory)
     return theirs

@@ -19,19 +19,26 @@ def test_config_of_transformers_4_is_that_of_transformers_5(case, checkpoint):
     new = json.loads((checkpoint(case)[1] / "config.json").read_text())
     old = {key: value for key, value in new.items() if key not in ("layer_types", "dtype")}
     rope = dict(old.pop("rope_parameters", {}))
+    if case.startswith("gemma3"):
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
     if case.startswith("gpt_neox"):
         old["rotary_emb_base"] = old["rope_theta"] = rope["rope_theta"]
         old["rotary_pct"] = old["partial_rotary_factor"] = rope["partial_rotary_factor"]
     elif rope:
-        old["rope_theta"] = rope.pop("rope_theta")
-        old["rope_scaling"] = None if rope["rope_type"] == "default" else rope | {"type": "llama3"}
+        old["rope_theta"], kind = rope.pop("rope_theta"), rope["rope_type"]
+        old["partial_rotary_factor"] = rope.pop("partial_rotary_factor", 1.0)
+        old["rope_scaling"] = None if kind == "default" else rope | {"type": kind}
     old["torch_dtype"] = "float16"
     assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)
     assert ModelConfig.from_hf(old).hf == old
 
 
 def test_config_reads_token_ids_and_dropout_and_ignores_what_is_off_or_harmless():
-    fields = {"num_local_experts": None, "use_mrope": False, "transformers_version": "4.40.0"}
+    fields = {"num_local_experts": None, "use_mrope": False, "transformers_version": "4.40.0",
+              "_attn_implementation_autoset": True, "_attn_implementation": "eager",
+              "attn_implementation": "sdpa", "custom_pipelines": {"x": {}}, "custom_pipeline": "x",
+              "max_sequence_length": 4096, "auto_map": {"AutoConfig": "x.Y"}}  # fmt: skip
     ids = {"eos_token_id": [3, 4], "bos_token_id": 1}
     config = ModelConfig.from_hf(LLAMA | fields | ids | {"attention_dropout": 0.1})
     assert (config.bos_id, config.eos_ids) == (1, (3, 4))
@@ -42,7 +49,21 @@ def test_config_reads_token_ids_and_dropout_and_ignores_what_is_off_or_harmless(
 @pytest.mark.parametrize(
     "fields, named",
     [
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear'"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["'dynamic'"]),
+        ({"rope_scaling": {"type": "linear"}}, ["'linear'"]),
+        ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, ["'yarn'"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "long_factor": [1.0]}}, ["long_factor"]),
+        ({"rope_scaling": {"type": "yarn", "factor": "2"}}, ["'yarn'"]),
+        ({"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}}, ["phi3"]),
+        ({"model_type": "phi3", "attention_bias": True}, ["attention_bias"]),
+        ({"model_type": "smollm3", "num_key_value_heads": 2, "no_rope_layers": [1]},
+         ["no_rope_layers"]),
+        ({"model_type": "smollm3"}, ["num_key_value_heads"]),
+        ({"model_type": "gemma3_text", "head_dim": 8, "use_bidirectional_attention": True},
+         ["use_bidirectional_attention"]),
+        ({"model_type": "gemma3_text", "head_dim": 8, "rope_parameters": {"far": {"factor": 2}}},
+         ["far"]),
+        ({"logits_scaling": 2.0}, ["logits_scaling"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["'llama3'"]),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["full_attention"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
@@ -94,6 +115,38 @@ HUB = {
     "GPT-NeoX-20B": (20_554_567_680, {
         "attention_probs_dropout_prob": 0, "hidden_dropout_prob": 0, "layer_norm_eps": 1e-05,
         "rotary_emb_base": 10000}),
+    "Gemma-3-1B": (999_885_952, {
+        "model_type": "gemma3_text", "attn_logit_softcapping": None, "head_dim": 256,
+        "cache_implementation": "hybrid", "final_logit_softcapping": None,
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "intermediate_size": 6912,
+        "max_position_embeddings": 32768, "num_attention_heads": 4, "num_hidden_layers": 26,
+        "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000,
+        "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512,
+        "sliding_window_pattern": 6, "vocab_size": 262144}),
+    "Phi-3-mini-4k": (3_821_079_552, {
+        "model_type": "phi3", "attention_bias": False, "auto_map": {"AutoConfig": "phi3.Config"},
+        "embd_pdrop": 0.0, "hidden_size": 3072, "intermediate_size": 8192, "sliding_window": 2047,
+        "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 32, "original_max_position_embeddings": 4096, "rope_scaling": None,
+        "tie_word_embeddings": False, "vocab_size": 32064}),
+    "OLMo-2-7B": (7_298_617_344, {
+        "model_type": "olmo2", "hidden_size": 4096, "intermediate_size": 11008,
+        "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 32, "rope_theta": 500000, "tie_word_embeddings": False,
+        "vocab_size": 100352}),
+    "Granite-3.1-2B": (2_533_531_648, {
+        "model_type": "granite", "attention_multiplier": 0.015625, "embedding_multiplier": 12.0,
+        "hidden_size": 2048, "intermediate_size": 8192, "logits_scaling": 8.0,
+        "max_position_embeddings": 131072, "num_attention_heads": 32, "num_hidden_layers": 40,
+        "num_key_value_heads": 8, "residual_multiplier": 0.22, "rope_theta": 5000000.0,
+        "tie_word_embeddings": True, "vocab_size": 49155}),
+    "SmolLM3-3B": (3_075_098_624, {
+        "model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008,
+        "layer_types": ["full_attention"] * 36, "max_position_embeddings": 65536,
+        "max_window_layers": 28, "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9,
+        "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 4,
+        "rope_theta": 5000000.0, "sliding_window": None, "use_sliding_window": False,
+        "vocab_size": 128256}),
     "Qwen3-0.6B": (596_049_920, {
         "model_type": "qwen3", "head_dim": 128, "hidden_size": 1024, "intermediate_size": 3072,
         "max_position_embeddings": 40960, "max_window_layers": 28, "num_attention_heads": 16,

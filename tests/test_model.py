@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cli.plan import Live
 from hf import pretrained
+from hf.families import Rope
 from model import (
     Head,
     ModelConfig,
@@ -59,9 +60,10 @@ def test_logits_losses_gradients_match_transformers(case, checkpoint):
 
 # Fields of ModelConfig, and the value with which what they stand for is not done.
 NEUTRAL = {
-    "qkv_bias": False, "out_bias": False, "mlp_bias": False, "qk_norm": False, "post_norms": False,
-    "parallel": False, "rope_llama3": None, "score_cap": None, "logit_cap": None,
-    "embed_scale": 1.0, "windows": (None,) * 3, "rotary": 8,
+    "qkv_bias": False, "out_bias": False, "mlp_bias": False, "qk_norm": "", "post_norms": False,
+    "parallel": False, "ropes": (Rope(100.0),) * 3, "score_cap": None, "logit_cap": None,
+    "embed_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0, "score_scale": 8**-0.5,
+    "windows": (None,) * 3, "rotary": 8,
 }  # fmt: skip
 
 
@@ -73,8 +75,10 @@ def test_every_peculiarity_changes_the_logits(case, checkpoint):
     without = {k: v for k, v in NEUTRAL.items() if getattr(config, k) != v}
     if case.startswith("gpt2") or config.rotary == config.head_size:
         without.pop("rotary", None)
-    if case == "gemma2-untied" or case.startswith("gpt2"):  # wider than the tokens; none
+    if case in ("gemma2-untied", "gemma3-untied") or case.startswith("gpt2"):  # wide; none
         without.pop("windows")
+    if case.startswith("gpt2"):
+        without.pop("ropes")
     for field, value in without.items():
         other = dataclasses.replace(config, **{field: value})
         model = build(other, [(name, weights[name]) for name in parameter_shapes(other)])

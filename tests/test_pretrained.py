@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cli.inputs import read_config
 from hf import pretrained
 from model import from_pretrained, read_tensors, save_pretrained
 from tests.cases import CASES, batch, distance
@@ -166,6 +167,23 @@ def test_unusable_files_are_named(llama):
     assert "model.safetensors" in refusal(llama)[0] and "*.bin" in refusal(llama)[0]
     (llama / "config.json").unlink()
     assert "config.json" in refusal(llama)[0]
+
+
+def test_what_is_taken_for_a_model_is_named_as_what_it_is(tmp_path, llama):
+    (tmp_path / "lora").mkdir()
+    adapter = {"base_model_name_or_path": "some/base", "peft_type": "LORA"}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(adapter))
+    (tmp_path / "quantised").mkdir()
+    (tmp_path / "quantised" / "q4.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    for name, words in (("lora", "a LoRA adapter of some/base"), ("quantised", "a GGUF file"),
+                        ("quantised/q4.gguf", "a GGUF file"), ("llama/config.json", "a file: ")):
+        (line,) = refusal(tmp_path / name)
+        assert line.startswith(f"{tmp_path / name}") and words in line
+        if "." not in name or name.endswith("gguf"):  # of what --plan reads
+            with pytest.raises(ValueError, match=words):
+                read_config(str(tmp_path / name))
+    (llama / "adapter_config.json").write_text("{}")  # beside a whole model: not looked at
+    assert refusal(llama) == []
 
 
 def test_hub_is_asked_for_what_is_needed_and_its_refusals_say_what_to_do(monkeypatch):
