@@ -105,8 +105,8 @@ class FusedKernels(TorchFunctionMode):
 
 def meta_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
     """The ends and one block, which stands for all, without memory."""
+    one = {"n_layers": 1, "windows": config.windows[:1], "ropes": config.ropes[:1]}
     with torch.device("meta"):
-        one = {"n_layers": 1, "windows": config.windows[:1], "ropes": config.ropes[:1]}
         return Transformer(replace(config, **one)).to(dtype)
 
 
