@@ -13,6 +13,7 @@ tables.json.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import multiprocessing
@@ -38,6 +39,8 @@ from bilevel import PenaltyStep, SourceWeights
 from cli import report
 from cli.flags import Parser
 from cli.inputs import TINY
+from lisa import Lisa
+from model import from_pretrained
 from sources import tasks
 
 MODEL = {"hidden_size": 48, "intermediate_size": 128, "initializer_range": 48**-0.5}  # 0.16M
@@ -90,7 +93,7 @@ LEARN = {  # experiment: tasks, their settings and the number of seeds
     "mixtures": [(task, [DEFAULTS], 10) for task in BEST],
     "coverage": [("multilingual", [DEFAULTS], 40)],
 }
-EXPERIMENTS = *LEARN, "signal", "real", "digits"
+EXPERIMENTS = *LEARN, "signal", "errors", "real", "digits"
 
 
 class Decayed(SourceWeights):
@@ -185,6 +188,51 @@ def signal(out: Path) -> list[Cell]:
         *(Cell("placebo", dtype, seed, flags(f"placebo{seed}", dtype))
           for dtype in ("fp32", "bf16") for seed in range(20)),
     ]  # fmt: skip
+
+
+def gap_of(w: nn.Module, u: nn.Module, batch: tuple, dtype: torch.dtype, gap: str) -> torch.Tensor:
+    """The sources' gaps, (S,), of fp32 models of which copies in this dtype compute."""
+    low = [copy.deepcopy(model).to(dtype) for model in (w, u)]
+    d = {p: (a - b).detach().to(dtype) for p, a, b in zip(low[0].parameters(), w.parameters(),
+                                                         u.parameters(), strict=True)}  # fmt: skip
+    train_part, val_part, counts = batch
+    nothing = [torch.optim.SGD(model.parameters(), lr=0.0) for model in low]
+    step = PenaltyStep(*low, *nothing, SourceWeights(len(counts) - 1), alpha=10, gap=gap,
+                       direction=lambda p_w, _: d[p_w])  # fmt: skip
+    return step.step(train_part, val_part, counts).gap.double()
+
+
+def errors(directory: Path, out: Path, n: int = 16) -> Iterator[dict]:
+    """After some steps of AdamW at 1e-5 on validation records, of two blocks and the ends: how far
+    the two sources of data_tiny differ in their gaps over n samples each, and how far these are off
+    in bf16. Root mean squares over two batches."""
+    tokenizer, files = data.load_tokenizer(directory), ASSETS / "scalebio/data_tiny"
+    *sources, val = (
+        data.load_dataset(files / name, tokenizer, "alpaca", 128, out / "cache")
+        for name in ("train_alpaca.json", "train_gpt4_alpaca.json", "val.json")
+    )
+    batches = data.Batches(sources, val, 2 * n, 4, 8, seed=0)
+    w, u = from_pretrained(directory), from_pretrained(directory)
+    opt, done = Lisa(w, 2, interval=1000, lr=1e-5), 0
+    for p_w, p_u in zip(w.parameters(), u.parameters(), strict=True):
+        p_u.requires_grad_(p_w.requires_grad)
+    for steps in (1, 10, 100):
+        for t in range(done, steps):
+            for batch in batches.step(t)[1]:
+                w(batch.tokens, batch.labels).mean().backward()
+            opt.step()
+            opt.zero_grad()
+        done, found = steps, {"differ by": [], "losses": [], "gradients": []}
+        for t in range(2):
+            batch = batches.step(t)
+            true = gap_of(w, u, batch, torch.float32, "difference")
+            found["differ by"].append(true[:1] - true[1:])
+            for how, gap in ("losses", "difference"), ("gradients", "gradient"):
+                found[how].append(gap_of(w, u, batch, torch.bfloat16, gap) - true)
+        rms = {name: torch.cat(x).square().mean().sqrt().item() for name, x in found.items()}
+        yield {"steps": steps, "gap": f"{true.mean():.1e}"} | {
+            name: f"{x:.1e}" for name, x in rms.items()
+        } | {"gradients / differ by": f"{rms['gradients'] / rms['differ by']:.2f}"}
 
 
 def write_captions(out: Path) -> None:
@@ -417,6 +465,11 @@ def tables(out: Path) -> dict[str, list[list]]:
     found["fine-tuning on a mixture"] = pivot(
         [row for task in BEST for row in mixture_rows(task, out)], "task"
     )
+    if (file := out / "errors.json").exists():
+        rows = json.loads(file.read_text())
+        found["bf16's error of a source's gap"] = [
+            [*rows[0]], *([*row.values()] for row in rows)
+        ]
     found["digits, half the training labels wrong: test accuracy"] = pivot(
         [json.loads(file.read_text()) for file in sorted(out.glob("digits/seed*.json"))]
     )
@@ -440,12 +493,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="[all]")
     parser.add_argument("--out", type=Path, default=Path("runs/fidelity"), help="[runs/fidelity]")
+    parser.add_argument("--model", type=Path, help="of `errors`: a pretrained model, "
+                        "as a Hugging Face directory")  # fmt: skip
     parser.add_argument("--workers", type=int, default=2, choices=range(1, 17),
                         help="runs at a time, a thread each [2]")  # fmt: skip
     args = parser.parse_args(argv)
     wanting = {"real": not CAPTIONS.exists() and ASSETS,
                "signal": not CAPTIONS.exists() and ASSETS,
-               "digits": not find_spec("sklearn") and "scikit-learn"}  # fmt: skip
+               "errors": not args.model and "--model",
+              "digits": not find_spec("sklearn") and "scikit-learn"}  # fmt: skip
     only = [name for name in args.only if not wanting.get(name)]
     for name in {*args.only} - {*only}:
         print(f"left out, for want of {wanting[name]}: {name}")
@@ -455,6 +511,8 @@ def main(argv: list[str] | None = None) -> int:
     if "real" in only:
         texts = [json.dumps({"text": line}) for line in CAPTIONS.read_text().splitlines()]
         report.replace(args.out / "captions.jsonl", "\n".join(texts))
+    if "errors" in only:
+        report.write_json(args.out / "errors.json", [*errors(args.model, args.out)])
     for seed in range(5 if "digits" in only else 0):
         report.write_json(args.out / "digits" / f"seed{seed}.json", digits(seed))
     ran = [run(cells, args.out, args.workers) for cells in stages(only, args.out)]
