@@ -235,17 +235,21 @@ def test_tables_are_made_of_what_is_there(cells, capsys):
     assert settings == [["setting", "seeds"], *([setting, 1] for setting in ran)]
 
 
-def test_mixtures_are_paired_by_seed(tmp_path):
-    """Seed 2 has no run on the best source alone."""
-    losses = {"learned": [0.5, 1.0, 9.0], "uniform": [1.5, 1.5, 9.0], "best alone": [0.25, 0.25]}
-    for name, values in losses.items():
+def test_learned_mixture_stands_beside_the_best_of_the_grid(tmp_path):
+    """Seed 2 has no run on one of the grid's points."""
+    grid = {f"best {share}": [1, 2, 3] for share in fidelity.SHARES} | {"best 0.7": [0.5, 1]}
+    losses = {"learned": [0.5, 1.5, 9], "learned, again": [0.5, 1.5, 9], "uniform": [1, 1, 9]}
+    for name, values in (losses | grid).items():
         for seed, loss in enumerate(values):
             folder = fidelity.Cell("graded", f"mixture {name}", seed).folder(tmp_path)
             (folder / "model").mkdir(parents=True)
             (folder / "metrics.jsonl").write_text(f'{{}}\n{{"test_loss": {loss}}}\n')
-    header, learned, *_ = fidelity.tables(tmp_path)["fine-tuning on a mixture"]
-    assert header[3:] == ["test loss", "minus uniform's", "minus best alone's"]
-    assert learned == ["graded", "learned", 2, "0.750 ± 0.250", "-0.750 ± 0.250", "0.500 ± 0.250"]
+    rows = list(fidelity.mixture_rows("graded", tmp_path))
+    assert [row["its share"] for row in rows] == [0.7, 0.7]
+    assert [row["learned / best"] for row in rows] == [1, 1.5]
+    assert [row["at most 1.05"] for row in rows] == [row["below uniform's"] for row in rows]
+    header, line = fidelity.tables(tmp_path)["fine-tuning on a mixture"]
+    assert dict(zip(header, line, strict=True))["at most 1.05"] == "1 of 2"
 
 
 def test_spearman_shares_ranks():
