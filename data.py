@@ -27,9 +27,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hf import Problems, open_regular, read_json
 from hf.templates import encode_conversations
 from hf.tokenizer import Tokenizer, Turns, byte_tokenizer, load_tokenizer  # noqa: F401 (public)
-from sources.records import ANSWERS, Problems, iter_records
+from sources.records import ANSWERS, iter_records
 
 FORMAT_VERSION = 3  # of a cache entry; raise it when the arrays or the tokenisation change
 IGNORE = -100  # label of a position without loss
@@ -151,7 +152,7 @@ def load_dataset(
     if not (found := _map_entry(entry)):
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
-            with open(entry.with_suffix(".lock"), "w") as lock:
+            with open_regular(entry.with_suffix(".lock"), "ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes
                 found = _map_entry(entry)  # another process may have built it meanwhile
                 if not found:
@@ -200,7 +201,7 @@ def _build_entry(
 def _map_entry(entry: Path) -> Entry | None:
     """An entry of the cache; None if it is absent or damaged."""
     try:
-        content = json.loads((entry / "meta.json").read_text())
+        content = read_json(entry / "meta.json")
         arrays, dropped = _map_arrays(entry), content["dropped"]
         return (arrays, dropped) if content["checks"] == _checks(arrays, dropped) else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -218,7 +219,7 @@ def _checks(arrays: dict[str, np.ndarray], dropped: dict[str, int]) -> list[int]
 
 def _sha256(path: str | os.PathLike) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()

@@ -33,13 +33,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 import data
+import hf
 import shard
 from cli.flags import Parser
 from grading import mtbench, replies
-from hf import templates
+from hf import Problems, templates
 from model import DTYPES, Transformer, generate
 from sources import tasks
-from sources.records import Problems, located_values, source_paths
+from sources.records import located_values, source_paths
 
 # What ScaleBiO's evaluation puts after a question of GSM8K or MATH.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -219,7 +220,7 @@ def generate_command(args: argparse.Namespace, device: torch.device) -> int:
     sampling = args.max_new_tokens, args.temperature, args.top_p, stops, args.seed
     new = generate(replies.load(c, args.dtype, device), prompts, *sampling)
     for prompt, ids in zip(args.prompt, new, strict=True):
-        say(f"{prompt}{joint}{tok.decode(ids)}\n")
+        say(*f"{prompt}{joint}{tok.decode(ids)}\n".split("\n"))
     return 0
 
 
@@ -319,8 +320,8 @@ def judged(questions: list[mtbench.Question], file: Path, judge: mtbench.Judge, 
     scored, failure = mtbench.grade(questions, mtbench.read_answers(file), judge, scores)
     say(*score_table(questions, scored), f"graded by {judge.model}; {scores} keeps every judgement")
     if lacking := 2 * len(questions) - len(scored):
-        print(f"{lacking} scores are missing ({failure or 'replies without a grade'}); the same "
-              "command asks for them again", file=sys.stderr)  # fmt: skip
+        hf.say(f"{lacking} scores are missing ({failure or 'replies without a grade'}); the same "
+               "command asks for them again", file=sys.stderr)  # fmt: skip
     return int(lacking > 0)
 
 
@@ -363,7 +364,7 @@ def local_file(name: str) -> Path:
 def say(*lines: str) -> None:
     """Print on rank 0."""
     if dist.get_rank() == 0:
-        print(*lines, sep="\n", flush=True)
+        hf.say(*lines)
 
 
 def plot_command(args: argparse.Namespace, _: None) -> int:
@@ -372,7 +373,7 @@ def plot_command(args: argparse.Namespace, _: None) -> int:
 
     file = args.out or (args.run[0] if len(args.run) == 1 else Path()) / "weights.png"
     report.plot(args.run, file)
-    print(file)
+    hf.say(file)
     return 0
 
 
@@ -462,7 +463,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(10)  # all ranks find it: torchrun ends the others when rank 0 leaves
-        print(error, file=sys.stderr)
+        hf.say(*Problems.of(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         shard.exit_now(130)

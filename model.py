@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from hf import pretrained
+from hf import Problems, pretrained
 from hf.families import ModelConfig, Rope
 
 
@@ -601,8 +601,7 @@ def open_checkpoint(id_or_dir: str | Path) -> tuple[Path, ModelConfig]:
     """
     directory = pretrained.find_checkpoint(id_or_dir)
     config = pretrained.load_config(directory)
-    if problems := pretrained.check_weights(directory, config, parameter_shapes(config)):
-        raise ValueError("\n".join(problems))
+    Problems(pretrained.check_weights(directory, config, parameter_shapes(config))).raise_if_any()
     return directory, config
 
 

@@ -44,7 +44,7 @@ from cli.inputs import (
     prepare,
     record,
 )
-from hf import templates
+from hf import Problems, say, templates
 from lisa import Lisa
 from model import Transformer, dtype_of, random_weights, read_tensors
 
@@ -143,7 +143,7 @@ def train(
     if flags.mode == "bilevel":
         trainer.sources.lr = flags.lambda_rate(total)
         if dist.get_rank() == 0:
-            print(f"weights: {flags.reach(total, len(inputs.sources))}")
+            say(f"weights: {flags.reach(total, len(inputs.sources))}")
     start, origin = resume(flags, trainer)
     learned = {"model": flags.model, "sources": about(inputs.sources)}
     learned = learned if flags.mode == "bilevel" else None
@@ -227,7 +227,7 @@ def resume(flags: Flags, trainer: Trainer) -> tuple[int, Path]:
     that did them. Collective."""
     checkpoint, complaints = shard.newest_checkpoint(checkpoints(flags))
     if dist.get_rank() == 0:
-        print(*complaints, sep="\n", end="\n" * bool(complaints))
+        say(*complaints)
     if checkpoint is None:
         if complaints:
             raise Failed("no checkpoint is whole: '--resume never' starts anew, beside this run")
@@ -238,7 +238,7 @@ def resume(flags: Flags, trainer: Trainer) -> tuple[int, Path]:
     dcp.load(state_of(trainer), checkpoint_id=checkpoint)
     trainer.load_state_dict(run)
     if dist.get_rank() == 0:
-        print(f"goes on from {checkpoint}")
+        say(f"goes on from {checkpoint}")
     return run["done"], checkpoint.parent.parent
 
 
@@ -275,13 +275,13 @@ def main(argv: list[str] | None = None) -> int:
         inputs = prepare(flags, int(os.environ.get("WORLD_SIZE", 1)))
         if (flags.out / "model").is_dir():
             if first:
-                print(report.retold(flags.out), "", f"{flags.out} is a finished run.", sep="\n")
+                say(*report.retold(flags.out), "", f"{flags.out} is a finished run.")
             return 0
         if first:
             lock_directory(flags.out)
     except (ValueError, OSError) as error:
         if first:
-            print(error, file=sys.stderr)
+            say(*Problems.of(error), file=sys.stderr)
         else:
             time.sleep(10)  # torchrun ends the other ranks when rank 0 leaves
         return 2
@@ -296,7 +296,7 @@ def run(flags: Flags, inputs: Inputs) -> int:
     # --resume never: a late rank finds rank 0's taken.
     flags = replace(flags, out=shard.broadcast_from_rank0(lambda: flags.out))
     memory = report.Memory(inputs.config, device.type, plan_settings(flags, inputs, device))
-    rank, code, last_words = dist.get_rank(), 0, ""
+    rank, code, last_words = dist.get_rank(), 0, []
     try:
         if rank == 0:
             announce(flags, inputs, memory)
@@ -304,19 +304,19 @@ def run(flags: Flags, inputs: Inputs) -> int:
         if rank == 0:
             used = f"memory: {memory.planned}, measured {memory.measured()}"
             no_picture = draw_picture(flags)  # first, as the report lists the files
-            last_words = "\n".join([report.render(flags.out), *no_picture, used])
+            last_words = [*report.render(flags.out), *no_picture, used]
     except Stopped as stopped:
         code = 128 + (signals or [signal.SIGTERM])[0]
-        last_words = f"{stopped}; the same command goes on from there"
+        last_words = [f"{stopped}; the same command goes on from there"]
     except Failed as error:
-        code, last_words = 1, str(error)
+        code, last_words = 1, [str(error)]
     except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
         # Leave at once: where a rank is gone, taking the process group down would wait for it.
         what = report.why(error, flags.out, flags.timeout, memory, rank)
-        print(f"rank {rank} ends: {what}", file=sys.stderr)
+        say(f"rank {rank} ends: {what}", file=sys.stderr)
         shard.exit_now(1)
     if rank == 0:
-        print(last_words, file=sys.stderr if code == 1 else sys.stdout, flush=True)
+        say(*last_words, file=sys.stderr if code == 1 else sys.stdout)
     dist.destroy_process_group()
     return code
 
@@ -373,14 +373,13 @@ def announce(flags: Flags, inputs: Inputs, memory: report.Memory) -> None:
     """Say and write down what the run is made of, and say what should be known of it."""
     sizes = ", ".join(f"{name} {len(source)}" for name, source in inputs.used.items())
     validation = f"; validation {len(inputs.val)}" if inputs.val else ""
-    print(f"ScaleBiO: {flags.mode} of {flags.model}, {dist.get_world_size()} rank(s); "
-          f"{'mixture' if inputs.mixture else 'sources'}: {sizes}{validation}; {flags.out}")
-    for note in inputs.notes:
-        print(f"note: {note}")
+    say(f"ScaleBiO: {flags.mode} of {flags.model}, {dist.get_world_size()} rank(s); "
+        f"{'mixture' if inputs.mixture else 'sources'}: {sizes}{validation}; {flags.out}",
+        *(f"note: {note}" for note in inputs.notes))  # fmt: skip
     if flags.compile and memory.settings["slopes"]:
-        print("note: --compile leaves the blocks that train as they are, for the gap from gradients"
-              + ("" if flags.lisa_layers else ": which are all, so that nothing is compiled"))
-    print(f"memory: {memory.planned}")
+        say("note: --compile leaves the blocks that train as they are, for the gap from gradients"
+            + ("" if flags.lisa_layers else ": which are all, so that nothing is compiled"))
+    say(f"memory: {memory.planned}")
     report.write_json(flags.out / "config.json", record(flags, inputs))
     if inputs.mixture:
         report.replace(flags.out / "mixture.jsonl", mixture_jsonl(inputs.mixture))

@@ -332,7 +332,7 @@ def first_free_name(out: Path) -> Path:
     paths = itertools.chain([out], (out.with_name(f"{out.name}-{n}") for n in itertools.count(2)))
 
     def ours(lock: Path) -> bool:
-        return restarted and lock.exists() and lock.read_text() == launcher()
+        return restarted and lock.is_file() and lock.read_text() == launcher()
 
     return next(path for path in paths if not os.path.exists(path) or ours(path / LOCK))
 

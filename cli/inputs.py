@@ -27,10 +27,10 @@ import data
 import shard
 from cli.flags import HARMLESS, LOCK, WEIGHTS, Flags, as_json, check_flags, launcher, spelt
 from data import cache_dir
-from hf import pretrained, templates, tokenizer
+from hf import Problems, pretrained, read_json, templates, tokenizer
 from model import ModelConfig, dtype_of, open_checkpoint, parameter_shapes
 from sources import tasks
-from sources.records import Problems, read_records, source_paths
+from sources.records import read_records, source_paths
 
 TINY = {  # a llama of 0.9M parameters; the vocabulary is the byte tokenizer's
     "model_type": "llama",
@@ -271,10 +271,10 @@ def parse_source_weights(spec: str, names: list[str]) -> dict[str, float] | None
     problems, stated = [], {}
     try:
         pairs = [item.rpartition("=")[::2] for item in spec.split(",")]
-        stated = dict(pairs if is_list else json.loads(Path(spec).read_text())["weights"].items())
-    except OSError as error:
-        problems.append(f"{error.strerror}; permitted is {WEIGHTS}")
-    except (ValueError, KeyError, TypeError, AttributeError):
+        stated = dict(pairs if is_list else read_json(Path(spec))["weights"].items())
+    except ValueError as error:
+        problems.append(f"{error}; permitted is {WEIGHTS}".removeprefix(f"{spec}: "))
+    except (KeyError, TypeError, AttributeError):
         problems.append("not the weights.json of a run")
     if is_list and len(stated) < len(pairs):
         problems.append("a source is named twice")
@@ -284,12 +284,12 @@ def parse_source_weights(spec: str, names: list[str]) -> dict[str, float] | None
     for name, p in stated.items():
         with contextlib.suppress(ValueError):
             stated[name] = p = float(p) if is_list else p
-        if isinstance(p, bool) or not (isinstance(p, (int, float)) and 0 <= p < math.inf):
-            problems.append(f"the weight of {name} is {p}: permitted is a number of at least 0")
+        if isinstance(p, bool) or not (isinstance(p, (int, float)) and 0 <= p < 1e9):
+            problems.append(f"the weight of {name} is {p}: permitted is a number of at least 0 and "
+                            "below 1e9")
     if not problems and sum(stated.values()) == 0:
         problems.append("all weights are 0")
-    if problems:
-        raise ValueError("\n".join(f"--weights {spec}: {problem}" for problem in problems))
+    Problems(f"--weights {spec}: {problem}" for problem in problems).raise_if_any()
     total = sum(stated.values())
     return {name: stated.get(name, 0) / total for name in names}
 
@@ -400,7 +400,7 @@ def identity(record: dict) -> dict[str, object]:
 def held_run(directory: Path) -> dict | None:
     """The record of the run that a directory, or a checkpoint, holds; None if it holds none."""
     try:
-        record = json.loads((directory / "config.json").read_text())
+        record = read_json(directory / "config.json")
         return record if identity(record) and record["data"] is not None else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None

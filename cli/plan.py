@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 import shard
 from bilevel import Slopes
+from hf import say
 from hf.families import ModelConfig
 from model import Context, Rows, Transformer, causal_mask, dtype_of, rope_tables, wide
 
@@ -477,19 +478,19 @@ def command(flags, config: ModelConfig) -> int:
     if spare < 0:
         fix = first_fix(config, flags.gpu_memory, **of)
     if flags.json:
-        print(json.dumps(answer | {"host": p.host, "fix": fix}))
+        say(json.dumps(answer | {"host": p.host, "fix": fix}))
         return int(spare < 0)
-    print(f"{flags.model} on {flags.gpus} GPUs, bytes per GPU:")
+    say(f"{flags.model} on {flags.gpus} GPUs, bytes per GPU:")
     rows = {"persistent": p.persistent, "peak": p.peak, "in host memory": p.host}
     for name, n in (p.components | rows).items():
-        print(f"{name:<22}{n:>18,} {n / GB:>9.2f} GB")
+        say(f"{name:<22}{n:>18,} {n / GB:>9.2f} GB")
     if flags.gpu_memory is not None:
         verdict = "does not fit, {:.2f} GB too much" if spare < 0 else "fits, {:.2f} GB to spare"
-        print(f"{flags.gpu_memory:g} GB GPU, {RESERVED / GB:g} GB kept back:",
-              verdict.format(abs(spare) / GB))  # fmt: skip
+        say(f"{flags.gpu_memory:g} GB GPU, {RESERVED / GB:g} GB kept back: "
+            + verdict.format(abs(spare) / GB))  # fmt: skip
     if spare < 0:
-        print(f"would fit with: {fix}" if fix else "no flag makes it fit")
+        say(f"would fit with: {fix}" if fix else "no flag makes it fit")
     if flags.mode == "bilevel":
         total = flags.steps and flags.steps * flags.outer_rounds
-        print(f"weights: {flags.reach(total, max(2, len(flags.train or ())))}")
+        say(f"weights: {flags.reach(total, max(2, len(flags.train or ())))}")
     return int(spare < 0)

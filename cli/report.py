@@ -35,7 +35,7 @@ from bilevel import StepStats
 from cli import plan
 from cli.flags import HARMLESS
 from cli.inputs import apportion
-from sources.records import Problems
+from hf import JSON_BYTES, Problems, open_regular, parse_json, read_json, say, shown
 
 SHORT = 50  # steps
 FALSE_ALARMS = 0.01  # share of runs without differences in which one is seen
@@ -59,8 +59,8 @@ class Log:
         self.rows = read_rows(origin, start) if main else []
         if main:
             if len(self.rows) < start:
-                print(f"note: {start - len(self.rows)} of the {start} steps before are missing in "
-                      f"{origin}/metrics.jsonl")  # fmt: skip
+                say(f"note: {start - len(self.rows)} of the {start} steps before are missing in "
+                    f"{origin}/metrics.jsonl")  # fmt: skip
             replace(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         often = dict.fromkeys(["mininterval", "maxinterval"], 0.5 if sys.stderr.isatty() else 20)
         self.bar = tqdm(total=total, initial=start, disable=not main, **often)
@@ -83,7 +83,7 @@ class Log:
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         if self.main:
-            self.bar.write(line)
+            self.bar.write(shown(line))
 
     def write_weights(self) -> None:
         if self.rows and self.main and self.about is not None:
@@ -150,10 +150,10 @@ def read_rows(out: Path, before: float = math.inf) -> list[dict]:
     """The rows of metrics.jsonl of the steps `before`. There may be none yet, and a run that was
     killed may have left the last line cut: lines that cannot be read are left out."""
     rows = []
-    with contextlib.suppress(OSError):
-        for line in (out / "metrics.jsonl").read_bytes().splitlines():
+    with contextlib.suppress(OSError), open_regular(out / "metrics.jsonl") as file:
+        while line := file.readline(JSON_BYTES):
             with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+                rows.append(parse_json(line))
     return [row for row in rows if isinstance(row, dict) and row.get("step", before) < before]
 
 
@@ -197,7 +197,7 @@ def why(error: BaseException, out: Path, timeout: float, memory: Memory, rank: i
         goes_on = "goes on from the last checkpoint" if saved else "starts anew: nothing was saved"
         return (f"another rank is gone, or did not come within the --timeout of {timeout:g} s. "
                 f"The same command {goes_on}.")  # fmt: skip
-    traceback.print_exception(error)
+    say(*"".join(traceback.format_exception(error)).splitlines(), file=sys.stderr)
     return next(iter(said.splitlines()), type(error).__name__)
 
 
@@ -276,19 +276,17 @@ def verdict(result: dict) -> list[str]:
     return lines or ["These sources do not differ, as far as this run can tell: take any weights."]
 
 
-def retold(out: Path) -> str:
+def retold(out: Path) -> list[str]:
     """The report of a run that was finished earlier."""
     try:
         return render(out)
-    except OSError as error:  # somebody took a file away
-        return f"no report: {error.filename}: {error.strerror}"
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        return f"no report: a file in {out} is damaged ({error})"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        return [f"no report: a file in {out} is missing or damaged ({error})"]
 
 
-def render(out: Path) -> str:
+def render(out: Path) -> list[str]:
     """The report of a finished run, from its files."""
-    record, rows = json.loads((out / "config.json").read_text()), read_rows(out)
+    record, rows = read_json(out / "config.json"), read_rows(out)
     shares = record["mixture"]
     if shares:
         lines = table({name: (e["weight"], e["samples"], "") for name, e in shares.items()}, "")
@@ -297,7 +295,7 @@ def render(out: Path) -> str:
             lines += ["", f"training loss:      {losses[0]:.4f} at first, "
                       f"{np.mean(last_fifth(losses)):.4f} over the last fifth of the steps"]
     else:
-        result = json.loads((out / "weights.json").read_text())
+        result = read_json(out / "weights.json")
         lines = [*weight_lines(result), ""]
     for what, key in ("validation loss:", "val_loss"), ("held-out test loss:", "test_loss"):
         before, after = rows[0].get(key), rows[-1].get(key)
@@ -312,7 +310,7 @@ def render(out: Path) -> str:
     if left_out:
         lines += ["", f"records left out: {'; '.join(left_out)}"]
     files = ", ".join(sorted(p.name for p in out.glob("[!.]*")))
-    return "\n".join([*lines, "", f"Files in {out}: {files}"])
+    return [*lines, "", f"Files in {out}: {files}"]
 
 
 def table(rows: dict[str, tuple[float, int, str]], last: str) -> list[str]:
@@ -320,7 +318,7 @@ def table(rows: dict[str, tuple[float, int, str]], last: str) -> list[str]:
     width = max(len("source"), *map(len, rows))
     lines = [f"{'source':{width}}  weight  {'':30}  samples{last}"]
     for name, (p, samples, rest) in rows.items():
-        bar = "█" * round(30 * p) or "▏"
+        bar = "█" * round(30 * min(p, 1)) or "▏"
         lines.append(f"{name:{width}}  {p:6.4f}  {bar:30}  {samples:7}{rest}")
     return lines
 
@@ -383,7 +381,7 @@ def read_run(path: Path) -> Run:
     been killed in the midst of a line."""
     rows = read_rows(path)
     try:
-        config = json.loads((path / "config.json").read_text())
+        config = read_json(path / "config.json")
         flags = {k: v for k, v in config["flags"].items() if k not in HARMLESS | {"seed"}}
         paths = {name: entry["path"] for name, entry in config["data"].items()}
         shares = config["mixture"]

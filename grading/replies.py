@@ -21,10 +21,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import shard
-from hf import templates, tokenizer
+from hf import Problems, open_regular, parse_json, templates, tokenizer
 from hf.tokenizer import Turns
 from model import ModelConfig, Transformer, dtype_of, generate, open_checkpoint, read_tensors
-from sources.records import Problems, located_values
+from sources.records import located_values
 
 
 class Checkpoint(NamedTuple):
@@ -188,11 +188,14 @@ def convert_rows(path: str | os.PathLike, convert: Callable[[dict], object], lac
 def read(path: Path) -> list[dict]:
     """The rows of a journal, [] if there is none; a last line without its end is left out.
     ValueError with path:line for any other line that is not a JSON object."""
+    if not path.exists():
+        return []
+    with open_regular(path) as file:
+        lines = file.read().split(b"\n")[:-1]
     rows = []
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     for n, line in enumerate(lines, start=1):
         try:
-            rows.append({**json.loads(line)})
+            rows.append({**parse_json(line)})
         except (ValueError, TypeError):
             raise ValueError(f"{path}:{n}: not a JSON object") from None
     return rows

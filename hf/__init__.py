@@ -1,2 +1,151 @@
 """What Hugging Face's files say: configurations, weights, tokenizers, chat templates. What a new
-family of models needs is said at the top of families.py."""
+family of models needs is said at the top of families.py.
+
+Here stands what all that others wrote goes through: how a file is opened, how its JSON is read, and
+how lines are printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+JSON_BYTES = 100_000_000  # of a file; the tokenizer.json of 262,144 tokens has 33 MB
+DEPTH = 100  # of arrays and objects in one another
+DIGITS = 40  # of a whole number: transformers writes 10^30 where there is no limit
+
+
+def open_regular(path: str | os.PathLike, mode: str = "rb") -> BinaryIO:
+    """Open a regular file. OSError for a pipe, which may block for ever, a device, which may never
+    end, and a directory."""
+
+    def opener(name: str, flags: int) -> int:
+        descriptor = os.open(name, flags | os.O_NONBLOCK, 0o666)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+    return open(path, mode, opener=opener)
+
+
+def read_json(file: Path, most: int = JSON_BYTES) -> dict:
+    """The object in a JSON file of at most so many bytes. Raises ValueError, in one line, where
+    there is none to read."""
+    try:
+        with open_regular(file) as opened:
+            text = opened.read(most + 1)
+        if len(text) > most:
+            raise ValueError(f"it has more than {most:,} bytes")
+        content = parse_json(text)
+        if re.search(rb"\\u[dD][89a-fA-F]", text):  # halves of characters: is the other one there?
+            json.dumps(content, ensure_ascii=False).encode()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{file}: cannot be read ({why})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return content
+
+
+def parse_json(text: str | bytes) -> object:
+    """What JSON says, in which every number is finite and no key comes twice. Raises ValueError, in
+    one line."""
+    text = text if isinstance(text, str) else text.decode()
+    try:
+        content = json.loads(text, object_pairs_hook=_distinct, parse_int=_whole,
+                             parse_float=_finite, parse_constant=_finite)  # fmt: skip
+        level = [content]
+        for _ in range(DEPTH + 1):
+            level = [x.values() if isinstance(x, dict) else x
+                     for x in level if isinstance(x, (dict, list))]  # fmt: skip
+            level = [y for x in level for y in x]
+    except RecursionError:
+        level = [...]
+    if level:
+        raise ValueError(f"nested deeper than {DEPTH}")
+    return content
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice in an object")
+    return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number[:DIGITS]} is not a finite number")
+    return float(number)
+
+
+def shown(line: object) -> str:
+    """A line as it may be printed. Characters that move a terminal's cursor, colour it, begin other
+    lines or turn the text round are spelled out."""
+    text = str(line)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
+
+
+def say(*lines: object, file: TextIO | None = None) -> None:
+    """Print lines: whatever is printed goes through here."""
+    for line in lines:
+        print(shown(line), file=file, flush=True)
+
+
+class Problems(ValueError):
+    """What is wrong with the user's input, a line each: the first 60 are kept, all are counted."""
+
+    shown = 60
+
+    def __init__(self, lines: Iterable[str] = ()):
+        self.lines, self.count = [], 0
+        for line in lines:
+            self.add(line)
+
+    @classmethod
+    def of(cls, error: Exception) -> Problems:
+        """What an error says: of any other it is one line."""
+        return error if isinstance(error, Problems) else cls([str(error)])
+
+    def add(self, problem: str) -> None:
+        self.count += 1
+        if self.count <= self.shown:
+            self.lines.append(problem if len(problem) <= 2000 else f"{problem[:2000]}…")
+
+    @contextlib.contextmanager
+    def collecting(self, prefix: str = "") -> Iterator[None]:
+        """Take over what a ValueError in the block says, each line with a prefix."""
+        try:
+            yield
+        except ValueError as error:
+            new = Problems.of(error)
+            self.lines = (self.lines + [prefix + line for line in new.lines])[: self.shown]
+            self.count += new.count
+
+    def raise_if_any(self) -> None:
+        if self.count:
+            raise self
+
+    def __iter__(self) -> Iterator[str]:
+        more = self.count - len(self.lines)
+        return iter([*self.lines, *([f"… and {more} more"] if more else [])])
+
+    def __str__(self) -> str:
+        return "\n".join(self)

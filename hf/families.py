@@ -10,12 +10,12 @@ tests/cases.py.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
+
+from hf import Problems
 
 
 class Rope(NamedTuple):
@@ -68,7 +68,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: dict) -> ModelConfig:
-        """Read config.json as transformers 4 or 5 write it. Raises one ValueError that lists every
+        """Read config.json as transformers 4 or 5 write it. Raises Problems, a line for every
         field whose effect is not supported or not known."""
         f = Fields(config)
         family, bos, eos = f.get("model_type"), f.get("bos_token_id"), f.get("eos_token_id")
@@ -85,22 +85,11 @@ class ModelConfig:
         if not all(type(i) is int for i in eos):
             f.problems.append(f"eos_token_id = {config['eos_token_id']!r}: must be an id or ids")
         if problems := f.problems or f.clashes:
-            raise ValueError("\n".join(problems))
+            raise Problems(problems)
         values = {"score_scale": values["head_size"] ** -0.5} | values
         dropout = tuple(k for k, v in config.items() if DROPOUT.search(k) and v)
         return cls(family, bos_id=bos, eos_ids=eos, ignored_dropout=dropout, hf=dict(config),
                    **values)  # fmt: skip
-
-
-def read_json(file: Path) -> dict:
-    """The object in a JSON file. Raises ValueError, in one line, where there is none to read."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: not a JSON object")
-    return content
 
 
 DROPOUT = re.compile("dropout|pdrop")

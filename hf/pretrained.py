@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf.families import READERS, ModelConfig, read_json
+from hf import Problems, open_regular, read_json
+from hf.families import READERS, ModelConfig
 
 Named = Iterable[tuple[str, Tensor]]  # a stream of (name, full CPU tensor)
 
@@ -99,12 +100,10 @@ def load_config(directory: str | Path, name: str = CONFIG) -> ModelConfig:
     """Read config.json. Raises ValueError where it is missing, broken or not supported."""
     file = Path(directory) / name
     refuse_other_kinds(file)
-    config = read_json(file)
-    try:
+    config, problems = read_json(file), Problems()
+    with problems.collecting(f"{file}: "):
         return ModelConfig.from_hf(config)
-    except ValueError as error:
-        lines = (f"{file}: {line}" for line in str(error).splitlines())
-        raise ValueError("\n".join(lines)) from None
+    raise problems
 
 
 def refuse_other_kinds(file: Path) -> None:
@@ -158,13 +157,13 @@ def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, tuple], list[s
     if not files[0].exists():
         try:
             index = read_json(directory / INDEX)["weight_map"]
-            files = sorted({directory / name for name in index.values()})
+            files = sorted({directory / Path(name).name for name in index.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return {}, [f"{directory}: has neither {WEIGHTS} nor an index of such files ({error}); "
                         "*.bin files, pickles that can run any code, are not opened: convert them"]
     for file in files:
         try:
-            with safe_open(file, "pt") as handle:
+            with open_regular(file), safe_open(file, "pt") as handle:
                 for key in handle.keys():  # noqa: SIM118 (not a dict)
                     part = handle.get_slice(key)
                     full = key if key.startswith((prefix, "lm_head.")) else prefix + key
@@ -244,6 +243,14 @@ def batches(tensors: Named, max_bytes: float) -> Iterator[dict[str, Tensor]]:
     yield batch
 
 
+def write_file(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file for whom the umask permits: the library makes one for its owner."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
+
+
 def write_tensors(
     directory: str | Path | None, config: ModelConfig, tensors: Named, max_bytes: float = 5e9
 ) -> None:
@@ -256,7 +263,7 @@ def write_tensors(
         return
     directory, files, total = Path(directory), [], 0
     for batch in batches(to_hf(config, tensors), max_bytes):
-        save_file(batch, directory / f"{len(files)}.part", metadata={"format": "pt"})
+        write_file(batch, directory / f"{len(files)}.part")
         files.append(list(batch))
         total += sum(tensor.nbytes for tensor in batch.values())
         dtype = next(iter(batch.values())).dtype

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import tiktoken
 
-from hf.families import read_json
+from hf import read_json
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Names to fall back on where no configuration file names the token.

@@ -9,16 +9,16 @@ of FORMATS.
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from hf import Problems, open_regular
 from hf.tokenizer import Turns
 
 ROLE_OF = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
@@ -124,7 +124,7 @@ def located_values(
     """(n, "path: record n", value) of each record of a JSON array, which is read whole, or
     (line, "path:line", value) of JSON Lines, which are streamed."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
         # Bytes that are not UTF-8 become lone surrogates, which `_string` refuses.
         with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -158,40 +158,6 @@ def _parsed(text: str, path: str | os.PathLike, line: int, problems: Problems) -
     return []
 
 
-class Problems(ValueError):
-    """What is wrong with the user's input, a line each: the first 60 are kept, all are counted."""
-
-    shown = 60
-
-    def __init__(self, lines: Iterable[str] = ()):
-        self.lines, self.count = [], 0
-        for line in lines:
-            self.add(line)
-
-    def add(self, problem: str) -> None:
-        self.count += 1
-        if self.count <= self.shown:
-            self.lines.append(problem)
-
-    @contextlib.contextmanager
-    def collecting(self) -> Iterator[None]:
-        """Take over what a ValueError in the block says."""
-        try:
-            yield
-        except ValueError as error:
-            new = error if isinstance(error, Problems) else Problems(str(error).splitlines())
-            self.lines = (self.lines + new.lines)[: self.shown]
-            self.count += new.count
-
-    def raise_if_any(self) -> None:
-        if self.count:
-            raise self
-
-    def __str__(self) -> str:
-        more = self.count - len(self.lines)
-        return "\n".join([*self.lines, *([f"… and {more} more"] if more else [])])
-
-
 def source_paths(train: list[str]) -> dict[str, Path]:
     """{name: path} from NAME=PATH ..., or from one directory or glob of train_*.json(l)."""
     pairs = [item.partition("=")[::2] for item in train]
@@ -206,8 +172,9 @@ def source_paths(train: list[str]) -> dict[str, Path]:
     for name, path in pairs:
         if not (name and path):
             problems.add(f"--train {name}{'=' * bool(path)}{path}: expected NAME=PATH")
-        elif "," in name:
-            problems.add(f"--train {name}={path}: a name may have no comma, as in --weights")
+        elif not name.isprintable() or set(name) & set("/,") or len(name) > 100:
+            problems.add(f"--train {name}={path}: a name may have no comma, as in --weights, and "
+                         "what a file name may have: at most 100 characters, all printable, no /")
         elif name in paths:
             problems.add(f"--train {path}: the name {name} is used twice")
         paths[name] = Path(path)

@@ -17,7 +17,7 @@ import grading
 import train
 from grading import answers, replies
 from grading.replies import Journal, read
-from hf import templates
+from hf import shown, templates
 from model import ModelConfig, build, from_pretrained, generate, random_weights, save_pretrained
 from sources import tasks
 from tests.cases import example
@@ -159,7 +159,8 @@ def test_generation_goes_on_from_each_prompt(checkpoint, here):
     for text in prompts:
         prompt = [tok.bos_id] * tok.add_bos + tok.encode(text)
         (new,) = generate(model, [prompt], 8, eos_id=tok.eos_id)
-        assert f"{text}{tok.decode(new)}\n" in out
+        said = f"{text}{tok.decode(new)}\n".split("\n")
+        assert "\n".join(map(shown, said)) in out  # what a terminal obeys is spelled out
 
 
 def test_a_story_by_a_real_model(asset, here):

@@ -40,11 +40,13 @@ OTHERS = "but to train on are ['a', 'b', 'c']"
     ("a=1,b=x,,d=1", [OTHERS, "the weight of b is x", "the weight of  is "]),
     ("a=1,a=2", ["named twice"]),
     ("a=0,b=0", ["all weights are 0"]),
-    ("uniformly", [f"No such file or directory; permitted is {inputs.WEIGHTS}"]),
+    ("uniformly", [f"No such file or directory); permitted is {inputs.WEIGHTS}"]),
     ('{"a": 0.5, "b": 0.2, "d": 0.3}', [OTHERS]),
     ('{"a": true, "b": null, "c": "0.5"}',
      ["the weight of a is True", "the weight of b is None", "the weight of c is 0.5"]),
-    ('{"a": 1.5, "b": NaN, "c": -0.5}', ["the weight of b is nan", "the weight of c is -0.5"]),
+    ('{"a": 1.5, "b": 1e308, "c": -0.5}', ["the weight of b is 1e+308", "the weight of c is -0.5"]),
+    ('{"a": 1.5, "b": NaN, "c": -0.5}', ["NaN is not a finite number"]),
+    ("a=nan,b=1e400", ["the weight of a is nan", "the weight of b is inf"]),
     ("[1, 2]", ["not the weights.json of a run"]),
 ])  # fmt: skip
 def test_weights_that_are_refused(tmp_path, monkeypatch, spec, expected):
