@@ -1,6 +1,6 @@
 """What the distributed tests run, on one process or under torchrun. Not a test itself.
 
-    torchrun --nproc_per_node=2 tests/worker.py trajectories,bf16,dense OUT CHECKPOINT
+    torchrun --nproc_per_node=2 tests/worker.py trajectories,bf16,dense OUT FOLDER
     python tests/worker.py make OUT CHECKPOINT
     torchrun --nproc_per_node=2 tests/worker.py load OUT CHECKPOINT
 
@@ -55,7 +55,7 @@ SGD = {"optimizer": functools.partial(torch.optim.SGD, momentum=0.9),
 
 
 def trajectory(
-    checkpoint: str, dtype: str, micro: int, pad_to: int, steps: int = 3, *flags: str
+    checkpoint: str, dtype: str, micro: int, pad_to: int, steps: int = 5, *flags: str
 ) -> dict:
     """Every parameter of w and u, and λ, after a few steps of train.py's own loop, on the records
     beside the checkpoint."""
@@ -86,23 +86,27 @@ def trajectory(
     return parameters | {"lam": penalty.sources.lam.detach()}
 
 
-def trajectories(checkpoint: str) -> dict:
-    """By dtype, micro-batch size and padding; and after one step, by dtype."""
-    variants = [("fp64", 4, 8), ("fp32", 4, 8)]
-    if dist.get_world_size() == 1:
-        variants.append(("fp64", 16, 32))
-    found = {variant: trajectory(checkpoint, *variant) for variant in variants}
-    return found | {dtype: trajectory(checkpoint, dtype, 4, 8, 1) for dtype in ("fp32", "bf16")}
+def trajectories(folder: str) -> dict:
+    """By family, dtype, micro-batch size and padding; and after one step, by dtype."""
+    sizes = [(4, 8), (16, 32)][: 2 if dist.get_world_size() == 1 else 1]
+    found = {
+        (family, dtype, *size): trajectory(f"{folder}/{family}", dtype, *size)
+        for family in ("gpt2", "llama") for dtype in ("fp64", "fp32") for size in sizes
+    }  # fmt: skip
+    dtypes = "fp32", "bf16"
+    return found | {dtype: trajectory(f"{folder}/gpt2", dtype, 4, 8, 1) for dtype in dtypes}
 
 
-def offload(checkpoint: str) -> list[list[dict]]:
+def offload(folder: str) -> list[list[dict]]:
     """The same trajectory with both copies on the device; and with turns, a stop and a resume. The
     second with another optimiser than AdamW."""
     sgd, results = functools.partialmethod(Lisa.__init__, **SGD), []
-    for dtype, once, init in (("bf16", True, Lisa.__init__), ("fp32", False, sgd)):
+    for family, dtype, once, init in (
+        ("gpt2", "bf16", True, Lisa.__init__), ("llama", "fp32", False, sgd),
+    ):  # fmt: skip
         shard.GATHER_ONCE_BYTES = once << 30
         with mock.patch.object(Lisa, "__init__", init):
-            results.append([trajectory(checkpoint, dtype, 8, 8, 3, *flags)
+            results.append([trajectory(f"{folder}/{family}", dtype, 8, 8, 3, *flags)
                             for flags in ((), ("--cpu-offload",))])  # fmt: skip
     return results
 
@@ -202,7 +206,7 @@ def interleaved(cut: list, whole: list) -> float:
         opts = [Lisa(model, 1, interval=1, seed=5, lr=1e-2) for model in copies]
         sources = SourceWeights(2, torch.float64)
         steps.append(PenaltyStep(*copies, *opts, sources, 5.0, on_micro=shard.once_per_pass))
-    for step in range(3):
+    for step in range(4):
         with torch.no_grad():
             losses = [w(test.tokens, test.labels) for w, _ in (cut, whole)]
         shard.release(cut[0])
