@@ -23,7 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests import forked
 
-Kill = tuple[str, int, int, list[int]]  # phase, call, entry (see forked.at), ranks
+Kill = tuple[str, int, list[int]]  # phase, call within it (see forked.at), ranks
+
+# Python's calls within each phase: of all, or of a third of a run, so that it is killed several
+# times before it is through.
+CALLS = {"forward": 12_000, "backward": 130_000, "save": 150_000, "cache": 3_500, "model": 6_000}
 
 
 def trial(kills: Iterable[Kill], ranks: int, dtype: str) -> list[int]:
@@ -31,14 +35,14 @@ def trial(kills: Iterable[Kill], ranks: int, dtype: str) -> list[int]:
     argv = ["--dtype", dtype, "--lisa-ends", "sampled", "--save-every", "2"]
     forked.done(*argv, "--out", "whole", ranks=ranks)
     ended = []
-    for phase, call, entry, victims in kills:
+    for phase, call, victims in kills:
         if phase == "cache":
             shutil.rmtree("cache")
-        fault = partial(forked.at, phase, call, partial(forked.send, signal.SIGKILL), entry)
+        fault = partial(forked.at, phase, call, partial(forked.send, signal.SIGKILL))
         started = forked.start([*argv, "--out", "killed"], ranks, dict.fromkeys(victims, fault))
         code, printed = forked.finish(started)
         ended.append([process.exitcode for process in started].count(-signal.SIGKILL))
-        print(f"{phase}, call {call} from entry {entry}: {ended[-1]} of {ranks} killed", flush=True)
+        print(f"{phase}, call {call}: {ended[-1]} of {ranks} killed", flush=True)
         if not ended[-1]:  # it was nearly through, and got there
             assert code == 0, printed
             forked.assert_same("killed", "whole")
@@ -48,15 +52,13 @@ def trial(kills: Iterable[Kill], ranks: int, dtype: str) -> list[int]:
     return ended
 
 
-def at_random(n: int, ranks: int, seed: int) -> Iterator[Kill]:
-    """Within a few steps, so that a run is killed several times before it is through."""
+def at_random(phases: Iterable[str], ranks: int, seed: int) -> Iterator[Kill]:
+    """A kill in each of the phases, of one rank or of all."""
     rng = random.Random(seed)
-    for _ in range(n):
-        phase = rng.choice(list(forked.PHASES))
-        one = phase != "cache" and rng.random() < 0.5
+    for phase in phases:
+        one = phase != "cache" and rng.random() < 0.5  # the cache is built by whoever comes first
         victims = [rng.randrange(ranks)] if one else list(range(ranks))
-        entry = 1 if phase == "model" else rng.randint(1, 4)
-        yield phase, int(10 ** rng.uniform(0, 4)), entry, victims
+        yield phase, rng.randint(1, CALLS[phase]), victims
 
 
 if __name__ == "__main__":
@@ -66,5 +68,6 @@ if __name__ == "__main__":
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         forked.enter(Path(folder), patch)
-        ended = trial(at_random(args.kills, args.ranks, args.seed), args.ranks, args.dtype)
+        phases = random.Random(args.seed).choices(list(forked.PHASES), k=args.kills)
+        ended = trial(at_random(phases, args.ranks, args.seed), args.ranks, args.dtype)
         print(f"{sum(map(bool, ended))} of {args.kills} runs killed; equal to the last bit")

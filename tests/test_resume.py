@@ -31,15 +31,12 @@ def whole(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("ranks, dtype, kills", [
-    (1, "fp32", [("cache", 200, 2, [0]), ("backward", 200, 5, [0]), ("model", 200, 1, [0])]),
-    (2, "bf16", [("save", 200, 2, [0]), ("forward", 200, 9, [0, 1])]),
-])  # fmt: skip
-def test_killed_anywhere_it_resumes_to_the_same_bits(ranks, dtype, kills):
-    """As tests/kill_trial.py, at one call in each phase. In bf16, masters and the noise of
+@pytest.mark.parametrize("ranks, dtype", [(1, "fp32"), (2, "bf16")])
+def test_killed_anywhere_it_resumes_to_the_same_bits(ranks, dtype):
+    """A kill in each phase, as tests/kill_trial.py makes more of. In bf16, masters and the noise of
     stochastic rounding matter too."""
-    ended = kill_trial.trial(kills, ranks, dtype)
-    assert ended == [len(victims) for *_, victims in kills]
+    ended = kill_trial.trial(kill_trial.at_random(forked.PHASES, ranks, seed=1), ranks, dtype)
+    assert len(ended) == len(forked.PHASES) and all(ended)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
