@@ -28,6 +28,7 @@ import torch.distributed.checkpoint as dcp
 import data
 import shard
 import train
+from bilevel import Step
 from hf import templates
 from model import ModelConfig, Transformer, build, random_weights, save_pretrained
 from tests.worker import FAMILIES
@@ -47,7 +48,7 @@ Runs = list[multiprocessing.Process]
 # What a fault can happen in the midst of: where the function is found, and its name.
 PHASES = {
     "forward": (Transformer, "forward"),
-    "backward": (torch.Tensor, "backward"),
+    "backward": (Step, "_backward"),  # a copy's gradients in a step
     "save": (shard, "save_checkpoint"),
     "cache": (data, "_build_entry"),
     "model": (shard, "save"),

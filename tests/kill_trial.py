@@ -25,9 +25,12 @@ from tests import forked
 
 Kill = tuple[str, int, list[int]]  # phase, call within it (see forked.at), ranks
 
-# Python's calls within each phase: of all, or of a third of a run, so that it is killed several
-# times before it is through.
-CALLS = {"forward": 12_000, "backward": 130_000, "save": 150_000, "cache": 3_500, "model": 6_000}
+# Python's calls within each phase, on one rank and on several: of all, or of a third of a run, so
+# that it is killed several times before it is through.
+CALLS = {
+    "forward": (12_000, 70_000), "backward": (12_000, 160_000), "save": (150_000, 150_000),
+    "cache": (3_500, 3_500), "model": (6_000, 17_000),
+}  # fmt: skip
 
 
 def trial(kills: Iterable[Kill], ranks: int, dtype: str) -> list[int]:
@@ -58,7 +61,7 @@ def at_random(phases: Iterable[str], ranks: int, seed: int) -> Iterator[Kill]:
     for phase in phases:
         one = phase != "cache" and rng.random() < 0.5  # the cache is built by whoever comes first
         victims = [rng.randrange(ranks)] if one else list(range(ranks))
-        yield phase, rng.randint(1, CALLS[phase]), victims
+        yield phase, rng.randint(1, CALLS[phase][ranks > 1]), victims
 
 
 if __name__ == "__main__":

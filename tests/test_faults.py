@@ -1,5 +1,6 @@
 """What can go wrong around a run: it ends with a clear line, or goes on, and never hangs."""
 
+import contextlib
 import json
 import os
 import resource
@@ -9,7 +10,6 @@ import subprocess
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,10 +68,12 @@ def run_out_of_memory() -> None:
     raise torch.OutOfMemoryError("out of memory: tried to allocate 34 GB")
 
 
-def test_when_a_rank_is_out_of_memory_all_end():
-    said = fails(ranks=2, fault=partial(at, "forward", 20, run_out_of_memory, entry=9))
-    assert "rank 0 ends: another rank is gone" in said
-    assert "rank 1 ends: " in said and "out of memory" in said
+@pytest.mark.parametrize("act, last_words", [
+    (partial(send, signal.SIGKILL), ""), (run_out_of_memory, "rank 1 ends: out of memory"),
+])  # fmt: skip
+def test_when_a_rank_dies_the_others_end(act, last_words):
+    said = fails(ranks=2, fault=partial(at, "backward", 20, act, entry=5))
+    assert "rank 0 ends: another rank is gone" in said and last_words in said
 
 
 def limit_file_size() -> None:
@@ -86,37 +88,47 @@ def test_a_file_that_cannot_be_written_ends_the_run(out):
     done("--out", "out", "--save-every", "2")
 
 
-def test_a_full_disk_ends_the_run_and_the_last_checkpoint_stays(stopped):
-    os.mkdir("disk")
-    mount = "mount -t tmpfs -o size=40m tmpfs disk".split()
+@contextlib.contextmanager
+def disk(options: str):
+    """A disk in memory, mounted at "disk"."""
+    Path("disk").mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", "disk"]
     if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small tmpfs cannot be mounted here")
+        pytest.skip("no disk can be mounted here")
     try:
-        shutil.copytree(stopped, "disk/out")
-        Path("disk/ballast").write_bytes(bytes(shutil.disk_usage("disk").free - 5_000_000))
-        code, said = run("--out", "disk/out", "--save-every", "2")
-        assert code == 1 and "Traceback" not in said
-        assert "No space left on device" in said or "is the disk full?" in said
-        assert saved("disk/out") == ["step-2", "step-4"]
-        Path("disk/ballast").unlink()
-        assert "goes on from disk/out/checkpoints/step-4" in done("--out", "disk/out")
+        yield
     finally:
         subprocess.run(["umount", "-l", "disk"], check=True)
 
 
-def test_an_out_without_room_is_refused(refusal, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
-    (line,) = refusal([*FLAGS, "--out", "out"])
-    assert line.startswith("--out out: 0.000 GB are free, and the model takes 0.00")
+def leave_free(n_bytes: int) -> None:
+    with open("disk/ballast", "ab") as file:
+        file.write(bytes(shutil.disk_usage("disk").free - n_bytes))
 
 
-@pytest.mark.parametrize("path", ["disk", "disk/out", "val.jsonl/out"])
-def test_an_out_that_cannot_be_written_is_refused(path, refusal, monkeypatch):
-    Path("disk").mkdir()
-    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "disk")  # even for root
-    (line,) = refusal([*FLAGS, "--out", path])
-    assert line.startswith(f"--out {path}: ")
-    assert line.endswith(f"{path.removesuffix('/out')} is not a directory that can be written to")
+def test_a_full_disk_ends_the_run_and_the_last_checkpoint_stays(stopped, refusal):
+    with disk("size=40m"):
+        shutil.copytree(stopped, "disk/out")
+        leave_free(5_000_000)
+        code, said = run("--out", "disk/out", "--save-every", "2")
+        assert code == 1 and "Traceback" not in said
+        assert "No space left on device" in said or "is the disk full?" in said
+        assert saved("disk/out") == ["step-2", "step-4"]
+        leave_free(10_000)
+        (line,) = refusal([*FLAGS, "--out", "disk/out"])
+        assert line.startswith("--out disk/out: 0.000 GB are free, and the model takes 0.00")
+        Path("disk/ballast").unlink()
+        assert "goes on from disk/out/checkpoints/step-4" in done("--out", "disk/out")
+
+
+def test_an_out_that_cannot_be_written_is_refused(refusal):
+    Path("disk").mkdir(0o555)
+    may = os.access("disk", os.W_OK)  # as root may, but not on a disk that is read only
+    with disk("ro") if may else contextlib.nullcontext():
+        for path in ("disk", "disk/out", "val.jsonl/out"):
+            (line,) = refusal([*FLAGS, "--out", path])
+            why = f"{path.removesuffix('/out')} is not a directory that can be written to"
+            assert line.startswith(f"--out {path}: ") and line.endswith(why)
 
 
 def flipped(content: bytes) -> bytes:
@@ -200,6 +212,9 @@ def test_it_outlives_what_reads_its_output(out):
 
 
 def test_other_records_are_another_run(out, refusal):
+    for held in (out, out / "checkpoints/step-4"):
+        config = json.loads((held / "config.json").read_text())
+        assert config["flags"]["steps"] == 12 and config["data"]["train a"]["sha256"]
     shutil.copy("train_a.jsonl", "train_d.jsonl")
     shutil.move("train_c.jsonl", "c.jsonl")
     with open("train_b.jsonl", "a") as file:
