@@ -4,9 +4,10 @@ reply is right. Needs the package math-verify.
     problem = read_problems("test.jsonl")[0]
     equal(problem.answer, extract(reply, problem.answer))
 
-The answer of a reply is what it boxes last; else the line after its last "####"; and of that line,
-or else of the whole reply, the last number where the answer is a number, or what math-verify finds.
-Two numbers are compared as such, all else by math-verify.
+A reply is what follows its last </think>, up to the next question that the model asks itself. Its
+answer is what it boxes last; else what it says to be the answer, or has after ####; else what it
+ends with: its last number where the reference is one, or what math-verify finds. Two numbers are
+compared as such, all else by math-verify, but for what it is too generous with.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import logging
 import os
 import re
 from decimal import Decimal
+from fractions import Fraction
 from typing import NamedTuple
 
-from latex2sympy2_extended.math_normalization import extract_boxed_content
-from math_verify import LatexExtractionConfig, parse, verify
+from latex2sympy2_extended.math_normalization import extract_boxed_content, normalize_latex
+from math_verify import LatexExtractionConfig, StringExtractionConfig, parse, verify
 
 from grading.replies import convert_rows
 
@@ -76,7 +78,7 @@ def read_problems(path: str | os.PathLike) -> list[Problem]:
             question, solution = row["problem"], row["solution"]
         else:  # without GSM8K's notes for a calculator
             question, solution = row["question"], re.sub("<<.*?>>", "", row["answer"])
-        if (answer := extract(solution, answer="0")) is None:
+        if (answer := extract(solution, answer="0, 0")) is None:  # all that it boxes
             raise ValueError
         return Problem(question + "", solution, answer)
 
@@ -85,47 +87,158 @@ def read_problems(path: str | os.PathLike) -> list[Problem]:
 
 
 SECONDS = 5  # for one parse or comparison; math-verify keeps it by SIGALRM, in the main thread
+DIGITS = 10_000  # that equal expressions share: by math-verify's 15, all below 1e-15 are the same
 LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
-NUMBER = re.compile(r"(?:(?<!\d)-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e\d\d?)?"
-                    r"|(?:(?<!\d)-)?\$?\.\d+")  # fmt: skip
-NEXT_QUESTION = re.compile(r"\n\s*(?:#+ *)?(?:Question|Problem|Instruction|Q):")
-# A box that only repeats the instruction: empty, or without braces.
-NO_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{[\W_]*\}|(?!\s*\{))")
+LETTERS = [StringExtractionConfig(tuple("ABCDEFGHJKLMNOPQRSTUVWXYZ"), lowercase=False)]
+
+# Numbers as `plain` leaves them, and the words around them: prose before, units after.
+NUMBER = (r"(?:(?<!\d)-)?(?:\d{1,3}(?:[, ]\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+          r"(?:e-?\d\d?(?!\d))?(?:/[1-9]\d*(?![.\d]))?")  # fmt: skip
+WORD = (r"(?!(?:and|or|to|not|minus|negative|less|more|than|half|pi|sqrt|sin|cos|tan|log|ln|times)"
+        r"\b)[A-Za-z]{2,}")  # fmt: skip
+WHOLE = re.compile(rf"({NUMBER})\s*%?\s*(?:{WORD})?(?:\s+{WORD})*(?:\^?[23])?")
+LAST = re.compile(rf"(?<!\d)(?<!\d\.)(?<![A-Za-qt-z]){NUMBER}")  # in "Rs18", not in "m2"
+PROSE = re.compile(rf"\A\s*(?:(?:\\text\{{[^{{}}]*\}}\s*)+(?=\S)"
+                   rf"|(?:{WORD}[\s:]+)+(?![A-Za-z]{{2}}))")  # fmt: skip
+
+# Where a model goes on with a question of its own, or with the next turn of its template.
+GOES_ON = re.compile(r"\n[\s#*]*(?:Question|Problem|Exercise|Instruction|Human|User|Q|问题|题目)"
+                     r"\s*\d*[\s*]*[:：]|<\|\w+\|>|</?s>|\[/?INST\]")  # fmt: skip
+# A box that only repeats the instruction: without braces, or with nothing in them.
+BLANK = r"(?:[^\w∞∅{}]|_|\b(?:text|[lc]?dots|q?quad|your|the|final|answer|here)\b)"
+NO_BOX = re.compile(
+    rf"\\(?:boxed|fbox)(?:\s*\{{(?:{BLANK}|\{{{BLANK}*\}})*\}}|(?!\s*\{{))", re.I
+)  # fmt: skip
+# What an answer follows; #### may also open a heading. And what reasons for it follow.
+SAID = re.compile(
+    r"(?:\banswer\b[^.\n]{0,40}?(?:\b(?:is|are|be)\b|[:=])|答案[是为]?)[\s*:：]*"
+    r"|####\s*(?=[^\n]*\s*\Z|\W*\d(?:[\d,.]*\d)?[A-Za-z ]*$)", re.I | re.M
+)  # fmt: skip
+REASON = re.compile(r"\b(?:because|since|explanation|check|verif\w+|proof)\b|因为|解释|验证", re.I)
 
 
 def extract(reply: str, answer: str) -> str | None:
     """The final answer of a reply as it is spelled, None if there is none. `answer`, the reference,
-    tells whether it should be a number."""
-    text = reply.rpartition("</think>")[2]
-    if "<think>" in text:  # cut off before it answered
+    tells whether it should be a number, a list, a letter, or something else."""
+    text = re.split("</think(?:ing)?>", reply)[-1]
+    if re.search("<think(?:ing)?>", text):  # cut off before it answered
         return None
-    text = NO_BOX.sub("", NEXT_QUESTION.split(text)[0])
-    if re.search(r"\\(?:boxed|fbox)", text):
-        return extract_boxed_content(text)
-    if "####" in text:
-        text = text.rpartition("####")[2].strip().partition("\n")[0]
+    parts = (NO_BOX.sub("", part) for part in GOES_ON.split(text))  # the first may be a preface
+    return next(filter(None, (final(part, answer) for part in parts)), None)
+
+
+def final(text: str, answer: str) -> str | None:
+    """What a text boxes last, or says to be its answer, or else ends with."""
+    boxed = last_box(text, answer)
+    if is_choice(answer):  # a formula in a box is none
+        formula = boxed is None or re.search(r"[=+^]|\\(?!text|math)[a-z]", boxed)
+        return letter(text if formula else boxed)
+    if boxed:
+        return boxed
+    *_, said = [None, *SAID.finditer(text)]
+    told = text[said.end() :] if said else text
+    if said and said[0][0] == "#":
+        told = told.partition("\n")[0].strip()
+    elif said and (reason := REASON.search(told)):
+        told = told[: reason.start()]
     if number(answer) is not None:
-        return (NUMBER.findall(text) or [None])[-1]
+        return last_number(told) or last_number(text)
+    if said and not re.search(r"\$|\\[(\[]", told):
+        words = re.split(r"[.!?](?:\s|$)|[。！？\n]", told)[0].strip(" *")
+        if words and not re.search(rf"\d.*(?<![\\A-Za-z]){WORD}", PROSE.sub("", words)):
+            return words
+    return expression(f"answer: {told}") or expression(text)
+
+
+def last_box(text: str, answer: str) -> str | None:
+    """The content of the last box; of the last few where the reference is a list."""
+    starts = [box.start() for box in re.finditer(r"\\(?:boxed|fbox)", text)]
+    if not starts:
+        return None
+    items = re.sub(r"\(.*?\)|\[.*?\]", "", answer)
+    several = number(answer) is None and re.search(r"[,;]|\\pm|\b(?:and|or)\b", items)
+    found = extract_boxed_content(text if several else text[starts[-1] :])
+    return found.lstrip("{") if found.count("{") > found.count("}") else found
+
+
+def last_number(text: str) -> str | None:
+    """The last number; where LaTeX holds it, what math-verify makes of that."""
+    spelt = plain(text)
+    *_, last = [None, *LAST.finditer(spelt)]
+    within = last and spelt[: last.start()].endswith(("{", "^", "_"))
+    return (within and expression(text)) or (last and last[0])
+
+
+def expression(text: str) -> str | None:
+    """What math-verify extracts."""
     found = parse(text, LATEX, parsing_timeout=SECONDS) or parse(text, parsing_timeout=SECONDS)
     return str(found[-1]) if found else None
 
 
-def number(answer: str) -> Decimal | None:
-    """The value of an answer that is a number and nothing else."""
-    whole = NUMBER.fullmatch(re.sub(r"(?<=\d) (?=\d{3}\b)", "", answer.strip()))
-    return Decimal(re.sub("[$,]", "", whole[0])) if whole else None
+def letter(text: str) -> str | None:
+    """Which of several choices a text names."""
+    words = re.sub(r"\\[a-z]+|[^A-Za-z0-9.:,\n]", " ", text).strip()
+    return (parse(words, LETTERS, parsing_timeout=SECONDS) or [None])[0]
+
+
+def is_choice(answer: str) -> bool:
+    return re.fullmatch(r"\W*(?:(?:text|math)[a-z]*\W+)?[A-HJ-Z]\W*", answer) is not None
+
+
+def plain(text: str) -> str:
+    """A text with its numbers as Python has them but for separators, and without currencies."""
+    text = re.sub(r"\\(?:text|mbox|math)[a-z]*\s*\{([^{}]*)\}", r" \1 ", text.translate(SIGNS))
+    text = re.sub(r"(?<=\d)(?:\{,\}|,?\\!\s*|\\[,;: ]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ",",
+                  text)  # fmt: skip
+    text = re.sub(r"(?<=\d)\s*(?:\\times|\\cdot|×|\*|x)\s*10\s*\^\s*\{?\s*(-?\d+)\}?", r"e\1", text)
+    text = re.sub(r"((?<!\d)-)?\s*\\?[$£€¥₹]\s*", r" \1", text)
+    return re.sub(r"\\[!,;: ()]|\\(?=%)|\*\*", " ", text).strip().rstrip(" .")
+
+
+def number(text: str) -> Fraction | None:
+    """The value of a text that is a number, perhaps with a unit, and nothing else."""
+    whole = WHOLE.fullmatch(plain(text))
+    if not whole:
+        return None
+    over, _, under = re.sub("[, ]", "", whole[1]).partition("/")
+    return Fraction(Decimal(over)) / Fraction(Decimal(under or 1))
+
+
+# What is also written without LaTeX.
+SIGNS = str.maketrans({"√": "\\sqrt", "∞": "\\infty ", "·": "\\cdot ", "°": "^\\circ ", "²": "^2",
+                       "³": "^3", "±": "\\pm ", "−": "-"})  # fmt: skip
+NAMES = re.compile(r"(?<![A-Za-z\\])(?=(?:pi|sqrt(?! ?\()|ln|log|sin|cos|tan)(?![A-Za-z]))")
+# What math-verify does not weigh: a number's base, a unit's power, the bracket at infinity.
+UNWEIGHED = re.compile(r"\d\w*\s*_\s*\{?\s*(\d+)|\\(?:text|mbox)\s*\{[^{}]*\}\s*\^\s*\{?(\d)"
+                       r"|([(\[])\s*-\s*\\infty|\\infty\s*(?:\\right)?([)\]])")  # fmt: skip
+DOTS = re.compile(r"\\[lc]?dots|…|\.\.\.")
 
 
 def equal(answer: str, found: str | None) -> bool:
     """Whether two final answers are the same; `answer` is the reference."""
     if found is None:
         return False
+    if is_choice(answer):
+        return letter(answer) == letter(found)
+    answer, found = answer.rstrip(" ."), extract_boxed_content(found).rstrip(" .").translate(SIGNS)
+    a, b = plain(answer), plain(found)
+    if a == b or a.lower() == b.lower() and "\\text" in answer:
+        return True
+    found = PROSE.sub("", NAMES.sub(r"\\", found))
+    a, b = (sorted(UNWEIGHED.findall(text)) for text in (answer, found))
+    if a and b and a != b:
+        return False
     a, b = number(answer), number(found)
     if a is not None and b is not None:
         return a == b
-    gold, other = (
-        parse(f"\\boxed{{{text}}}", LATEX, parsing_timeout=SECONDS) for text in (answer, found)
-    )
-    # With the default of 15 digits all numbers below 1e-15 would be the same.
-    return verify(gold, other, numeric_precision=50, allow_set_relation_comp=True,
+    if a is not None and "," in found:  # 100,200 may be a number, and a list
+        answer = answer.replace(",", ", ")
+    if DOTS.search(answer + found):
+        a, b = (normalize_latex(DOTS.sub(" ... ", text), LATEX[0].normalization_config).split()
+                for text in (answer, found))  # fmt: skip
+        return "".join(a) == "".join(b)
+    found = re.sub(r"\\\\\[\w+\]", r"\\\\", found)  # [2pt] after the row of a matrix
+    gold, other = (parse(f"\\boxed{{{text}}}", LATEX, parsing_timeout=SECONDS)
+                   for text in (answer, found))  # fmt: skip
+    return verify(gold, other, numeric_precision=DIGITS, allow_set_relation_comp=True,
                   timeout_seconds=SECONDS)  # fmt: skip
