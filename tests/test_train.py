@@ -52,8 +52,8 @@ def write_json(path: Path, records: list) -> None:
 
 def test_denoising_orders_the_sources(refusal):
     """The README's command, shortened: the clean source leads, and the test loss falls."""
-    size = "--batch-size 48 --val-batch-size 32 --micro-batch-size 48".split()
-    said = done("--steps", "20", "--out", "out", flags=size)
+    argv = "--batch-size 48 --val-batch-size 32 --steps 20 --out out".split()
+    said = done(*argv, ranks=2, flags=[])
     result = json.loads(Path("out/weights.json").read_text())
     weights, (before, after) = result["weights"], result["test_loss"]
     assert weights["clean"] > max(weights["shuffled"], weights["junk"]) + 0.1
@@ -64,7 +64,12 @@ def test_denoising_orders_the_sources(refusal):
     table = rows("out")
     assert len(table) == 20 and table[0]["source_loss_w"] == table[0]["source_loss_u"]
     assert table[0]["weights"] == {name: pytest.approx(1 / 3, abs=1e-6) for name in weights}
-    assert len(refusal([*size, "--steps", "41", "--alpha", "30", "--out", "out"])) == 2
+    shown = done(*argv, flags=[])  # on one rank now
+    assert "finished" in shown and "clean" in shown
+    lines = refusal([*argv, "--steps", "41", "--alpha", "30"])
+    assert [line.split(" another run: ")[1] for line in lines] == [
+        "--alpha was 10.0, now 30.0", "--steps was 20, now 41",
+    ]  # fmt: skip
 
 
 def test_runs_from_a_shell_and_as_the_one_rank_of_a_launcher(monkeypatch):
@@ -170,7 +175,9 @@ def test_all_problems_are_printed_together(sound, refusal):
     sound |= {"--batch-size": "63", "--lisa-layers": "4", "--max-length": "129", "--tau": "0"}
     lines = refusal(flags(sound), world=2)
     for expected in ("broken.jsonl:2: ", "odd.jsonl:2: ", "empty.json: ", "missing.json: ",
-                     "--batch-size 63 ", "--lisa-layers 4: ", "--tau 0.0: ", "--max-length 129: "):
+                     "--batch-size 63 is not divisible by 2 ranks: take 62 or 64",
+                     "--lisa-layers 4: the model has 3 blocks", "--tau 0.0: ",
+                     "--max-length 129: the model has 128 positions"):  # fmt: skip
         assert sum(expected in line for line in lines) == 1, (expected, lines)
 
 
@@ -183,15 +190,20 @@ TOO_LONG = "[Errno 36] File name too long: 'x"
     [
         ({"--train": [A, f"a={B}"]}, f"--train {B}: the name a is used twice"),
         ({"--train": [A, B]}, f"--train {B}: expected NAME=PATH"),
+        ({"--train": [A, f"={B}"]}, f"--train ={B}: expected NAME=PATH"),
         ({"--train": [A, f"b,c={B}"]}, f"--train b,c={B}: a name may have no comma"),
         ({"--train": [A, f"b={'x' * 300}"]}, TOO_LONG),
         ({"--out": "x" * 300}, TOO_LONG),
+        ({"--out": "x" * 300, "--resume": "never"}, TOO_LONG),
         ({"--train": ["nowhere*.json"]}, "--train nowhere*.json: no file matches"),
         ({"--train": ["twins"]}, "--train twins/train_x.jsonl: the name x is used twice"),
         ({"--val": "train_a.jsonl"}, "--val train_a.jsonl is the same file as --train a"),
         ({"--train": [A, "b=as-val.jsonl"], "--drop-overlap": []},
          "train b: no record is left after --drop-overlap"),
+        ({"--val-batch-size": "0"}, "--val-batch-size 0: "),
+        ({"--steps": "0"}, "--steps 0: "),
         ({"--alpha": "nan"}, "--alpha nan: "),
+        ({"--seed": "-1"}, "--seed -1: "),
         ({"--seed": str(2**32)}, "--seed 4294967296: "),
         ({"--alpha": "1e308"}, "--alpha 1e+308: "),
         ({"--tau": "1e5", "--outer-rounds": "3"}, "--tau 100000.0: "),
@@ -219,32 +231,46 @@ def test_sources_may_be_given_one_by_one_and_what_is_odd_is_noted(sound):
     assert any("there is one source" in note for note in found.notes)
 
 
+def spoil_tensors(folder: Path) -> None:
+    """One is missing, one too many, and one of another shape."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file) | {"model.odd": torch.zeros(2), "model.norm.weight": torch.zeros(7)}
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file)
+
+
 @pytest.mark.parametrize("spoil, expected", [
-    (lambda folder: save_file({"odd": torch.zeros(7)}, folder / "model.safetensors"), "odd"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
-    (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
-    (lambda folder: write_model(folder, vocab_size=200), "the tokenizer has 258 ids"),
+    (spoil_tensors, ["model.layers.1.mlp.up_proj.weight", "model.odd", "model.norm.weight"]),
+    (lambda folder: (folder / "model.safetensors").unlink(), ["safetensors"]),
+    (lambda folder: (folder / "config.json").write_text("{"), ["config.json"]),
+    (lambda folder: write_model(folder, vocab_size=200),
+     ["the tokenizer has 258 ids, the embedding only 200 rows"]),
 ])  # fmt: skip
 def test_spoilt_checkpoints(sound, refusal, spoil, expected):
     spoil(Path(sound["--model"]))
-    assert any(expected in line for line in refusal(flags(sound)))
+    lines = refusal(flags(sound))
+    assert [sum(words in line for line in lines) for words in expected] == [1] * len(lines)
 
 
 def test_an_out_that_holds_something_else_is_left_alone(sound, refusal):
     Path("kept").mkdir()
     Path("kept/letter.txt").write_text("dear")
-    of_no_run = "{", "[]", '{"model_type": "llama"}', '{"flags": {"a": 1}, "data": {"train a": 3}}'
+    of_no_run = (None, "{", "[]", '{"model_type": "llama"}',
+                 '{"flags": {"a": 1}, "data": {"train a": 3}, "mixture": null}',
+                 '{"flags": {"a": 1}, "data": {}, "mixture": [1]}')  # fmt: skip
     for content in of_no_run:
-        Path("kept/config.json").write_text(content)
+        if content:
+            Path("kept/config.json").write_text(content)
         (line,) = refusal(flags(sound | {"--out": "kept"}))
         assert line == "--out kept: holds files, but no run to go on with"
+    assert Path("kept/letter.txt").read_text() == "dear"
 
 
 def test_bad_input_under_torchrun_prints_its_lines_and_no_traceback_of_ours():
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2"
     ended = launch("--batch-size", "63", "--lisa-layers", "9", launcher=torchrun)
     assert ended.returncode != 0 and not Path("runs").exists()
-    assert "--batch-size 63 " in ended.stderr and "--lisa-layers 9" in ended.stderr
+    assert "take 62 or 64" in ended.stderr and "--lisa-layers 9" in ended.stderr
     assert "train.py\", line" not in ended.stderr
 
 
@@ -276,7 +302,8 @@ def test_plan_from_a_config_alone(capsys, refusal):
     assert "fits" in text and "AdamW moments" in text and "peak" in text
     answer = json.loads(plan("--gpu-memory", "24", "--json", code=1))
     assert answer["fits"] is False and answer["peak"] > answer["persistent"] > 25e9
-    assert "would fit with: --gpus" in plan("--gpu-memory", "24", code=1)
+    text = plan("--gpu-memory", "24", code=1)
+    assert "does not fit" in text and "would fit with: --gpus" in text
     assert len(refusal(["--plan", "--model", "nowhere.json"])) == 1
 
 
