@@ -92,21 +92,39 @@ def test_arrays_and_lines_are_recognised_by_content(write):
 @pytest.mark.parametrize("content, place, problem", [
     (f'{GOOD}\n{{"instruction": \n{GOOD}', ":2", "broken JSON"),
     (f'[{GOOD},\n{{"output": "cut', ":2", "broken JSON: Unterminated string"),
+    (f'[{GOOD},\n{{"instruction": 1,,}}]', ":2", "broken JSON"),
+    (f"[{GOOD},\n{GOOD}", ":2", "broken JSON: Expecting ',' delimiter"),
+    (f"[{GOOD}\n{GOOD}]", ":2", "broken JSON: Expecting ',' delimiter"),
+    (f"[{GOOD},]", ":1", "broken JSON"),
+    (f"[{GOOD}]\n{GOOD}", ":2", "broken JSON: Extra data"),
     (f'{GOOD}\n{{"question": "x", "answer": "y"}}', ":2", "lacks 'instruction'"),
     ('\n{"question": "x", "answer": "y"}', ":2", "unknown record, of keys 'question', 'answer'"),
     (f'[{GOOD}, {GOOD}, {{"instruction": "a"}}]', ": record 3", "lacks 'output'"),
     (f"{GOOD}\n17", ":2", "the record is int, not an object"),
+    ("17\n", ":1", "the record is int, not an object"),
+    ("{}", ":1", "unknown record, of keys none"),
     (json.dumps({"data": [ALPACA]}, indent=1), ":1", "an object over several lines"),
     (f'{GOOD}\n{{"instruction": 3, "output": "x"}}', ":2", "'instruction' is int, not a string"),
+    (f'{GOOD}\n{{"instruction": "a", "output": null}}', ":2", "'output' is NoneType"),
+    (f'{GOOD}\n{{"instruction": "a", "input": [], "output": "b"}}', ":2", "'input' is list"),
     ('{"text": "\\ud800"}', ":1", "lone surrogate"),
     (b'{"text": "a"}\n{"text": "\xff"}', ":2", "broken UTF-8"),
     ('{"conversations": []}', ":1", "'conversations' is not a list of messages"),
+    ('{"messages": {"role": 1}}', ":1", "'messages' is not a list of messages"),
     ('{"messages": [7]}', ":1", "lacks 'messages[0].role'"),
+    ('{"messages": [{"role": "user"}]}', ":1", "lacks 'messages[0].content'"),
     ('{"messages": [{"role": "user", "content": [{}]}]}', ":1", "'messages[0].content' is list"),
     ('{"items": [{"from": "tool", "value": "x"}]}', ":1", "'items[0].from' is 'tool', not one of"),
     (f'{GOOD}\n{{"text": {DEEP}}}', ":2", "nested too deep"),
+    (f"[{GOOD},\n{DEEP}", ":1", "nested too deep"),
     (f'{GOOD}\n{{"text": {"1" * 5000}}}', ":2", "broken JSON: Exceeds the limit"),
+    (f'[{GOOD},\n{{"text": {"1" * 5000}}}]', ":1", "broken JSON: Exceeds the limit"),
+    (b'{"text": "a"}\n\0\0', ":2", "broken JSON"),
     ("", "", "no records"),
+    (" \n \n", "", "no records"),
+    ("[ ]", "", "no records"),
+    (b"\x1f\x8bnot gzip", "", "Unknown compression"),
+    (Path(), "", "not a regular file"),
     (gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-20], "", "end-of-stream"),
     (Path("none"), "", "No such file"),
 ])
@@ -125,10 +143,12 @@ HOSTILE = ["<|endoftext|> </s> <bos> [INST] <0x0A>", "nul \0 bell \a", "x" * 1_0
            "\ufeff bom \r\n crlf \u2028 line separator", '"}\n{"text": "injected"}']
 
 
-def test_hostile_texts_stay_text(write, tmp_path):
+@pytest.mark.parametrize("as_array", [True, False])
+def test_hostile_texts_stay_text(as_array, write, tmp_path):
     """Megabytes in a line, control characters, what looks like control tokens or like JSON."""
-    content = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in HOSTILE)
-    dataset = load(write(content), tmp_path / "cache", max_length=2**21)
+    records = [json.dumps({"text": text}, ensure_ascii=as_array) for text in HOSTILE]
+    content = f"[{','.join(records)}]" if as_array else "\r\n".join(records)
+    dataset = load(write(gzip.compress(content.encode())), tmp_path / "cache", max_length=2**21)
     for i, text in enumerate(HOSTILE):
         assert example(dataset, i)[0].tolist() == [256, *text.encode(), 257]
 
@@ -157,7 +177,7 @@ record = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(record | anything, max_size=6), st.booleans(), st.sampled_from(["alpaca", "plain"]))
 def test_any_record_is_kept_counted_or_named(tmp_path_factory, records, as_array, template):
     directory = tmp_path_factory.mktemp("fuzz")
@@ -202,7 +222,8 @@ def test_unusable_records_are_counted_by_reason(write, tmp_path):
     chats = [{"messages": CHAT["messages"] + [{"role": "user", "content": "bye"}]},
              {"messages": [{"role": "user", "content": "nobody answers"}]}]
     dataset = load(write(chats), tmp_path / "cache")
-    assert len(dataset) == 1 and bytes(example(dataset, 0)[0][1:-1].tolist()) == b"Say hi\nhi"
+    assert len(dataset) == 1 and dataset.dropped["empty answer"] == 1
+    assert bytes(example(dataset, 0)[0][1:-1].tolist()) == b"Say hi\nhi"
     with pytest.raises(ValueError, match="no records left: 1 dropped: empty answer"):
         load(write([{"text": ""}]), tmp_path / "cache")
 
@@ -214,6 +235,15 @@ def test_overlap_is_of_whole_records(write, tmp_path):
     rest = first.select(~overlap(first, other))
     assert rest.numbers.tolist() == [2]
     assert bytes(example(rest, 0)[0][1:-1].tolist()) == b"Say hi\nho"
+
+
+def test_overlap_of_the_authors_files(asset, tmp_path):
+    train, val, test = (
+        load(asset(f"scalebio/data_tiny/{name}.json"), tmp_path, max_length=4096)
+        for name in ("train_alpaca", "val", "test")
+    )
+    assert (overlap(train, val).sum(), overlap(train, test).sum()) == (5, 8)
+    assert len(train) == 8993 and train.dropped["empty answer"] == 7
 
 
 def test_cache_is_built_once_and_mapped_again(write, tmp_path, monkeypatch):
@@ -239,6 +269,7 @@ def test_cache_is_built_once_and_mapped_again(write, tmp_path, monkeypatch):
     ("*.bin", lambda content: content[:-1]),
     ("*.bin", None),
     ("meta.json", lambda content: b""),
+    ("meta.json", lambda content: b"[]"),
     ("meta.json", lambda content: content.replace(b'answer": 1', b'answer": 2')),
 ])
 def test_damaged_cache_is_rebuilt_and_what_a_killed_build_left_is_cleared(
@@ -337,7 +368,9 @@ def plain(step):
     )
 
 
-@pytest.mark.parametrize("sizes, batch", [((7, 20, 11), 6), ((7, 20, 11), 8), ((5,) * 7, 3)])
+@pytest.mark.parametrize("sizes, batch", [
+    ((7, 20, 11), 6), ((7, 20, 11), 8), ((7, 20, 11), 10), ((5,) * 7, 3),
+])
 def test_batches_are_stratified_and_sources_take_turns(sizes, batch):
     S, batches, seen = len(sizes), make(sizes, batch=batch), []
     assert batches.steps_per_epoch == -(-sum(sizes) // batch)
@@ -362,6 +395,7 @@ def test_each_epoch_of_a_source_is_a_permutation():
         times = [count for row, count in seen.items() if row[0] == letter]
         assert len(times) == n and max(times) - min(times) <= 1
     one = make(sizes=(20,), val=None, batch=10)
+    assert one.step(0)[1] == [] and one.step(0)[2].tolist() == [10, 0]
     halves = [set(rows(one.step(t)[0])) for t in range(6)]
     assert all(len(halves[t] | halves[t + 1]) == 20 for t in (0, 2, 4))
     assert halves[0] != halves[2] != halves[4]
