@@ -41,18 +41,23 @@ OTHERS = "but to train on are ['a', 'b', 'c']"
     ("a=1,a=2", ["named twice"]),
     ("a=0,b=0", ["all weights are 0"]),
     ("uniformly", [f"No such file or directory); permitted is {inputs.WEIGHTS}"]),
-    ('{"a": 0.5, "b": 0.2, "d": 0.3}', [OTHERS]),
-    ('{"a": true, "b": null, "c": "0.5"}',
+    ('{"weights": {"a": 0.5, "b": 0.2, "d": 0.3}}', [OTHERS]),
+    ('{"weights": {"a": true, "b": null, "c": "0.5"}}',
      ["the weight of a is True", "the weight of b is None", "the weight of c is 0.5"]),
-    ('{"a": 1.5, "b": 1e308, "c": -0.5}', ["the weight of b is 1e+308", "the weight of c is -0.5"]),
-    ('{"a": 1.5, "b": NaN, "c": -0.5}', ["NaN is not a finite number"]),
+    ('{"weights": {"a": 1.5, "b": 1e308, "c": -0.5}}',
+     ["the weight of b is 1e+308", "the weight of c is -0.5"]),
+    ('{"weights": {"a": 1.5, "b": NaN, "c": -0.5}}', ["NaN is not a finite number"]),
     ("a=nan,b=1e400", ["the weight of a is nan", "the weight of b is inf"]),
-    ("[1, 2]", ["not the weights.json of a run"]),
+    ('{"weights": {}}', [OTHERS]),
+    ('{"weights": [1, 2]}', ["not the weights.json of a run"]),
+    ("[1, 2]", ["not a JSON object"]),
+    ("{", ["cannot be read"]),
+    ("", ["cannot be read"]),
 ])  # fmt: skip
 def test_weights_that_are_refused(tmp_path, monkeypatch, spec, expected):
     monkeypatch.chdir(tmp_path)
-    if spec[0] in "[{":
-        Path("weights.json").write_text('{"weights": ' + spec + "}")
+    if spec[:1] in ("[", "{", ""):
+        Path("weights.json").write_text(spec)
         spec = "weights.json"
     with pytest.raises(ValueError) as refusal:
         inputs.parse_source_weights(spec, NAMES)
@@ -62,6 +67,8 @@ def test_weights_that_are_refused(tmp_path, monkeypatch, spec, expected):
 
 def test_apportion_by_largest_remainder():
     assert inputs.apportion({"a": 0.5, "b": 0.3, "c": 0.2}, 11) == {"a": 6, "b": 3, "c": 2}
+    thirds = inputs.apportion(dict.fromkeys(NAMES, 1 / 3), 10_000)
+    assert sorted(thirds.values()) == [3333, 3333, 3334]
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 50)), min_size=1, max_size=6),
@@ -93,6 +100,8 @@ def test_a_short_source_is_named_and_the_rest_is_spread():
     assert parts == {"a": 10, "b": 30, "c": 10}
     assert note.startswith("a is short: 40 samples by its weight, but it has 10;")
     assert "the mixture has 50 in all" in note
+    parts, (note,) = inputs.count_samples({"a": 1, "b": 0, "c": 0}, sizes, 50)
+    assert parts == {"a": 10, "b": 0, "c": 0} and "the mixture has 10 in all" in note
 
 
 def test_a_draw_is_without_replacement_and_depends_on_its_own_source_alone():
