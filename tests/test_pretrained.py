@@ -148,11 +148,13 @@ def test_missing_extra_misshaped_and_integer_tensors_are_named(llama):
         "model.layers.1.mlp.up_proj.weight": (None, "missing"),
         "model.layers.3.mlp.up_proj.weight": (torch.zeros(48, 32), "not a tensor of this model"),
         "model.norm.weight": (torch.zeros(31), "(31,)"),
-        "model.embed_tokens.weight": (torch.zeros(67, 32).to(torch.float8_e4m3fn), "F8_E4M3"),
+        "model.embed_tokens.weight": (torch.zeros(67, 32, dtype=torch.int8), "I8"),
+        "model.layers.0.mlp.up_proj.weight": (
+            torch.zeros(48, 32).to(torch.float8_e4m3fn), "F8_E4M3"),
         "lm_head.weight": (torch.zeros(66, 32), "(66, 32)"),  # tied to an embedding of 67 rows
     }  # fmt: skip
     found = spoil(llama, {key: tensor for key, (tensor, _) in changes.items()})
-    assert len(found) == 5
+    assert len(found) == len(changes)
     for key, (_, words) in changes.items():
         assert [words in line and str(llama) in line for line in found if key in line] == [True]
 
@@ -165,7 +167,8 @@ def test_missing_extra_misshaped_and_integer_tensors_are_named(llama):
 ])  # fmt: skip
 def test_harmless_extra_tensors_are_accepted(case, prefix, buffers, checkpoint, tmp_path):
     directory = shutil.copytree(checkpoint(case)[1], tmp_path / case)
-    extra = {prefix + name: torch.ones(shape) for name, shape in buffers.items()}
+    masks = {"dtype": torch.bool} if "bias" in buffers else {}
+    extra = {prefix + name: torch.ones(shape, **masks) for name, shape in buffers.items()}
     assert spoil(directory, extra) == []
 
 
@@ -220,13 +223,18 @@ def test_hub_is_asked_for_what_is_needed_and_its_refusals_say_what_to_do(monkeyp
         asked.append(sorted(wanted))
     assert asked == [needed, ["config.json"]]
 
-    download.side_effect = huggingface_hub.errors.GatedRepoError("no", response=Mock())
-    with pytest.raises(ValueError, match="^gated/model: .*Gated.*accept its terms.*'hf download"):
-        pretrained.find_checkpoint("gated/model")
+    for error, words in ((huggingface_hub.errors.GatedRepoError, "Gated.*accept its terms"),
+                         (huggingface_hub.errors.RepositoryNotFoundError, "check the spelling")):
+        download.side_effect = error("no", response=Mock())
+        with pytest.raises(ValueError, match=f"^some/model: .*{words}.*'hf download"):
+            pretrained.find_checkpoint("some/model")
 
 
-def test_without_a_network_the_hubs_cache_is_read(monkeypatch, tmp_path):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+@pytest.mark.parametrize("name, value", [
+    ("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9"),  # where nobody answers
+])  # fmt: skip
+def test_without_a_network_the_hubs_cache_is_read(name, value, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
     for file, content in ((snapshot / "config.json", "{}"),
