@@ -7,22 +7,29 @@ the two answers from 1 to 10.
 
 The judge is any endpoint that speaks OpenAI's chat completions. A score is kept with the messages
 that it was asked by, and counts only while the same would be asked: a new answer is graded anew.
+Nothing is scored from a reply that was cut.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlparse
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
 from grading.replies import Journal, Reply, convert_rows
+from hf import parse_json
 
 TEMPERATURES = {  # of the answers, by category: FastChat's
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
@@ -86,8 +93,40 @@ def as_row(replies: list[Reply]) -> dict:
     return {"choices": [{"index": 0, "turns": turns}], "ends": ends}
 
 
-def judge_messages(q: Question, answers: tuple[str, str], turn: int) -> list[dict]:
-    """What the judge is asked about the answer to turn 0 or 1."""
+def read_prompts(path: str | os.PathLike) -> dict[str, tuple[str, str]]:
+    """{name: (system prompt, template)} of FastChat's judge_prompts.jsonl. ValueError with a line
+    "path:line: …" per problem."""
+
+    def prompt(row: dict) -> tuple:
+        return row["name"], (row["system_prompt"] + "", row["prompt_template"] + "")
+
+    prompts = dict(convert_rows(path, prompt, "name, system_prompt and prompt_template"))
+    try:
+        for reference in ((), ("", "")):
+            for turn in (0, 1):
+                judge_messages(Question(0, "", ("", ""), reference), ("", ""), turn, prompts)
+    except KeyError as error:
+        raise ValueError(f"{path}: lacks, or does not know, {error}") from None
+    return prompts
+
+
+def judge_messages(
+    q: Question, answers: tuple[str, str], turn: int, prompts: dict | None = None
+) -> list[dict]:
+    """What the judge is asked about the answer to turn 0 or 1: by FastChat's prompts, or our own.
+    KeyError for a prompt that is missing, or a field of it that is unknown."""
+    system, user = SYSTEM, own_prompt(q, answers, turn)
+    if prompts:
+        system, user = prompts[f"single{'-math' * bool(q.reference)}-v1{'-multi-turn' * turn}"]
+        told = {"question": q.turns, "answer": answers, "ref_answer": (*q.reference, "", "")}
+        told = {f"{name}_{n + 1}": texts[n] for name, texts in told.items() for n in (0, 1)}
+        told |= {"question": q.turns[0], "answer": answers[0]}
+        user = re.sub(r"\{(\w+)\}", lambda field: told[field[1]], user)
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+def own_prompt(q: Question, answers: tuple[str, str], turn: int) -> str:
+    """What the judge is asked without FastChat's prompts."""
     parts = []
     for n in range(turn + 1):
         reference = "".join(q.reference[n : n + 1])
@@ -100,25 +139,56 @@ def judge_messages(q: Question, answers: tuple[str, str], turn: int) -> list[dic
     if q.reference:
         task += (" The reference answer is by an expert: compare the reply with it, and find the "
                  "mistakes.")  # fmt: skip
-    return [
-        {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": "\n\n".join([f"{task} {FORMAT}", *parts])},
-    ]
+    return "\n\n".join([f"{task} {FORMAT}", *parts])
 
 
-def parse_score(reply: str) -> float | None:
-    """The last [[grade]] of a reply, or "Grade: [grade]"; None if there is none from 1 to 10."""
-    found = re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*\]\]", reply)
-    found = found or re.findall(r"(?i)\b(?:grade|rating|score)\W*\[(\d+(?:\.\d+)?)\]", reply)
-    return float(found[-1]) if found and 1 <= float(found[-1]) <= 10 else None
+NAMED, VALUE = r"(?:grade|rating|score)\W{0,9}?", r"(\d+(?:\.\d*)?)\s*(?:/\s*10)?\s*"
+GRADES = (  # the first that a reply has: named so, bare, named so in single brackets
+    rf"\b{NAMED}\[\[\s*{VALUE}\]\]|\[\[\s*{NAMED}{VALUE}\]\]",
+    rf"\[\[\s*{VALUE}\]\]()",
+    rf"\b{NAMED}\[\s*{VALUE}\]()",
+)
+SCALE = (r"(?i)\b(?:from|between)\W*\[\[\d+\]\]\W*(?:to|and)\W*\[\[\d+\]\]"
+         r"|(?:\bout of|/)\W*\[\[\d+\]\]")  # fmt: skip
+QUOTE = r"""["“”'‘’`«»]"""
+QUOTED = rf"{QUOTE}[^\n\"“”'‘’`«»]*\]\]\W{{0,3}}?{QUOTE}"
+
+
+def parse_score(reply: str, judged: str = "") -> float | None:
+    """The grade that a judge's reply gives last, None if there is none from 1 to 10. What the text
+    that is judged spells itself is not the judge's, nor is what is quoted beside a grade."""
+    text, own = reply.rpartition("</think>")[2].replace("\\", ""), squeezed(judged)
+    if "<think>" in text:  # cut off before it graded
+        return None
+    whole = re.sub(SCALE, " ", text)
+    for part in (re.sub(QUOTED, " ", whole), whole):
+        for form in GRADES:
+            found = [m for m in re.finditer(form, part, re.I) if squeezed(m[0]) not in own]
+            if found:
+                value = float(found[-1][1] or found[-1][2])
+                return value if 1 <= value <= 10 else None
+    return None
+
+
+def squeezed(text: str) -> str:
+    return "".join(text.replace("\\", "").lower().split())
 
 
 class Unreachable(Exception):
     """The endpoint does not answer, or refuses: no use in going on."""
 
 
+class NoRedirects(HTTPRedirectHandler):
+    """The key goes to the address that the user named, and to no other."""
+
+    def redirect_request(self, *_):
+        return None
+
+
 PASSING = {408, 409, 425, 429}  # statuses after which it is asked again; and 500 and above
 READINGS = 3  # replies without a grade, after which a question is left for another time
+BYTES = 16_000_000  # of a reply
+CUT = ("length", "content_filter")  # why it ended, where it did not come to its end
 
 
 @dataclass
@@ -127,72 +197,110 @@ class Judge:
 
     url: str
     model: str
-    timeout: float = 120.0  # seconds without a byte of the reply
+    timeout: float = 120.0  # seconds without a byte of the reply; all of it may take ten times that
     tries: int = 8  # of a request that the endpoint fails
     concurrency: int = 4
+    max_tokens: int = 2048
+    temperature: float = 0.0
     first_wait: float = 1.0  # seconds, doubled from try to try, at most a minute
     stop: threading.Event = field(default_factory=threading.Event)
+    refused: set[str] = field(default_factory=set)  # parameters that the endpoint does not take
 
     def __post_init__(self):
         """Raises ValueError for an address that is none."""
-        from huggingface_hub import InferenceClient
-
         try:
-            parts = urlparse(self.url)
+            parts = urlsplit(self.url)
             fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except ValueError:  # of the port
             fine = False
         if not fine:
             raise ValueError(f"--judge-url {self.url}: expected the like of http://host:8000/v1")
-        # Without a key the client would send the user's Hugging Face token to the endpoint.
+        path = re.sub(r"(/v1)?(/chat/completions)?/*$", "", parts.path) + "/v1/chat/completions"
+        self.address = parts._replace(path=path).geturl()
         self.key = os.environ.get(KEY) or "no-key"
-        self.client = InferenceClient(base_url=self.url, api_key=self.key, timeout=self.timeout)
+        self.opener = build_opener(NoRedirects)
 
-    def ask(self, messages: list[dict], temperature: float) -> str:
-        """The judge's reply. Raises Unreachable."""
-        from huggingface_hub import errors
+    def post(self, messages: list[dict], temperature: float) -> tuple[str, str]:
+        """(reply, why it ended). Asks again without a parameter that is refused by its name."""
+        body = {"model": self.model, "messages": messages, "temperature": temperature,
+                "max_tokens": self.max_tokens}  # fmt: skip
+        for name in self.refused & body.keys():
+            value = body.pop(name)
+            body |= {"max_completion_tokens": value} if name == "max_tokens" else {}
+        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json",
+                   "User-Agent": "ScaleBiO"}  # fmt: skip
+        request = Request(self.address, json.dumps(body).encode(), headers)
+        try:
+            with self.opener.open(request, timeout=self.timeout) as reply:
+                choice = parse_json(read_all(reply, 10 * self.timeout))["choices"][0]
+        except HTTPError as error:
+            error.said = error.fp.read1(10_000).decode(errors="replace")
+            new = {name for name in ("max_tokens", "temperature")
+                   if name in body and re.search(rf"\b{name}\b", error.said)}  # fmt: skip
+            if error.code not in (400, 422) or not new:
+                raise
+            self.refused |= new
+            return self.post(messages, temperature)
+        said = choice["message"].get("content")  # null where nothing came of it
+        if isinstance(said, list):
+            said = "".join(part.get("text") or "" for part in said)
+        return (said or "") + "", choice.get("finish_reason")
 
+    def ask(self, messages: list[dict], temperature: float) -> tuple[str, str]:
+        """The judge's reply, "" for none, and why it ended. Raises Unreachable."""
         reason, wait = "not asked any more", 0.0
         for attempt in range(self.tries):
             if self.stop.wait(wait):
                 break
             wait = min(60, self.first_wait * 2**attempt)
             try:
-                reply = self.client.chat_completion(
-                    messages, model=self.model, max_tokens=2048, temperature=temperature
-                )
-                return reply.choices[0].message.content + ""
-            except errors.HfHubHTTPError as error:
-                status = error.response.status_code
-                reason = f"{status} {error.response.reason_phrase} {error.server_message or ''}"
-                if status not in PASSING and status < 500:
+                return self.post(messages, temperature)
+            except HTTPError as error:
+                reason = f"{error.code} {error.reason} {error.headers.get('location', error.said)}"
+                if error.code not in PASSING and error.code < 500:
                     break
-                asked = error.response.headers.get("retry-after", "")
+                asked = error.headers.get("retry-after", "")
                 if re.fullmatch(r"\d+(\.\d+)?", asked):  # seconds
                     wait = min(float(asked), 3600)
-            except (errors.HTTPError, OSError) as error:  # no connection, cut off, timed out
-                reason = type(error).__name__
+            except (OSError, HTTPException) as error:  # no connection, cut off, timed out
+                reason = str(getattr(error, "reason", None) or error) or type(error).__name__
             except (KeyError, TypeError, AttributeError, IndexError, ValueError):
                 reason = "its reply is not a chat completion"
-        told = f"judge {self.url}: {reason} (try {attempt + 1} of {self.tries})"
+        told = f"judge {self.url}: {reason[:300]} (try {attempt + 1} of {self.tries})"
         raise Unreachable(" ".join(told.replace(self.key, "***").split()))
 
-    def score(self, messages: list[dict]) -> dict:
-        """{score, reply, asked}; the score is None if no reply has a grade."""
+    def score(self, messages: list[dict], judged: str) -> dict:
+        """{score, reply, end, asked}; the score is None if no reply has a grade."""
         for asked in range(1, READINGS + 1):
             # A judge that is deterministic would repeat what could not be read.
-            reply = self.ask(messages, temperature=0.7 if asked > 1 else 0.0)
-            if (score := parse_score(reply)) is not None:
+            warm = self.temperature or 0.7
+            reply, end = self.ask(messages, warm if asked > 1 else self.temperature)
+            score = None if end in CUT else parse_score(reply, judged)
+            if score is not None:
                 break
-        return {"score": score, "reply": reply, "asked": asked}
+        return {"score": score, "reply": reply, "end": end, "asked": asked}
+
+
+def read_all(reply: HTTPResponse, seconds: float) -> bytes:
+    """A reply's body. OSError for one that does not end."""
+    body, until = b"", time.monotonic() + seconds
+    while piece := reply.read1(1 << 16):
+        body += piece
+        if len(body) > BYTES or time.monotonic() > until:
+            raise OSError(f"its reply does not end: {len(body)} bytes in {seconds:g} s at most")
+    return body
 
 
 def grade(
-    questions: list[Question], answers: dict[int | str, tuple[str, str]], judge: Judge, file: Path
-) -> tuple[dict[tuple[int | str, int], float], str | None]:
+    questions: list[Question], answers: dict[int | str, tuple[str, str]], judge: Judge, file: Path,
+    prompts: dict | None = None,
+) -> tuple[dict[tuple[int | str, int], float], str | None]:  # fmt: skip
     """Ask for every score that the file lacks, and append each as it comes. Returns all scores of
-    these questions by (id, turn 0 or 1), and why it ended early, None if it did not."""
-    asked = {(q.id, turn): judge_messages(q, answers[q.id], turn)
+    these questions by (id, turn 0 or 1), and why it ended early, None if it did not.
+
+    prompts: from `read_prompts`, instead of our own
+    """
+    asked = {(q.id, turn): judge_messages(q, answers[q.id], turn, prompts)
              for q in questions for turn in (0, 1)}  # fmt: skip
     failures = []
 
@@ -201,12 +309,15 @@ def grade(
         keys = [(row["question_id"], row["turn"] - 1) for row in journal.rows]
         return {key: row["score"] for key, row in zip(keys, journal.rows, strict=True)
                 if row["judge"] == judge.model and row["messages"] == asked.get(key)
+                and row.get("temperature", 0) == judge.temperature
                 and row["score"] is not None}  # fmt: skip
 
     def one(key: tuple[int | str, int]) -> None:
         try:
-            row = {"question_id": key[0], "turn": key[1] + 1, "judge": judge.model}
-            journal.append({**row, **judge.score(asked[key]), "messages": asked[key]})
+            row = {"question_id": key[0], "turn": key[1] + 1, "judge": judge.model,
+                   "temperature": judge.temperature}  # fmt: skip
+            judged = " ".join(answers[key[0]][: key[1] + 1])
+            journal.append({**row, **judge.score(asked[key], judged), "messages": asked[key]})
         except Unreachable as error:
             failures.append(str(error))
             judge.stop.set()
