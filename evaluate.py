@@ -217,7 +217,8 @@ def generate_command(args: argparse.Namespace, device: torch.device) -> int:
         f"--prompt {text[:40]!r}: {len(ids)} tokens: permitted are 1 to {room - 1}"
         for text, ids in zip(args.prompt, prompts, strict=True) if not 0 < len(ids) < room
     ).raise_if_any()  # fmt: skip
-    sampling = args.max_new_tokens, args.temperature, args.top_p, stops, args.seed
+    seeds = [replies.seed_of(args.seed, prompt) for prompt in args.prompt]
+    sampling = args.max_new_tokens, args.temperature, args.top_p, stops, seeds
     new = generate(replies.load(c, args.dtype, device), prompts, *sampling)
     for prompt, ids in zip(args.prompt, new, strict=True):
         say(*f"{prompt}{joint}{tok.decode(ids)}\n".split("\n"))
@@ -284,6 +285,8 @@ def mtbench_command(args: argparse.Namespace, device: torch.device) -> int:
     out, problems, every, judge = out_directory(args), Problems(), [], None
     file = Path(args.answers or out / "mt-bench-answers.jsonl")
     with problems.collecting():
+        prompts = mtbench.read_prompts(args.judge_prompts) if args.judge_prompts else None
+    with problems.collecting():
         references = mtbench.read_answers(local_file(args.reference)) if args.reference else {}
         every = mtbench.read_questions(local_file(args.questions), references)
     questions = every[: args.limit]
@@ -297,7 +300,8 @@ def mtbench_command(args: argparse.Namespace, device: torch.device) -> int:
             raise ValueError("--judge-url and --judge-model go together; --answers needs them")
         if args.judge_url:
             judge = mtbench.Judge(args.judge_url, args.judge_model, args.judge_timeout,
-                                  args.judge_tries, args.judge_concurrency)  # fmt: skip
+                                  args.judge_tries, args.judge_concurrency, args.judge_max_tokens,
+                                  args.judge_temperature)  # fmt: skip
     problems.raise_if_any()
     if not args.answers:
         about = [{"question_id": q.id, "model_id": c.name, "questions": q.turns,
@@ -307,18 +311,23 @@ def mtbench_command(args: argparse.Namespace, device: torch.device) -> int:
                        args.max_new_tokens, args.batch_size, seed=args.seed)  # fmt: skip
     if not judge:
         say(f"{file} holds the answers; --judge-url has them graded")
-    return judged(questions, file, judge, out) if judge and dist.get_rank() == 0 else 0
+    if not judge or dist.get_rank() != 0:
+        return 0
+    return judged(questions, file, judge, out, prompts)
 
 
-def judged(questions: list[mtbench.Question], file: Path, judge: mtbench.Judge, out: Path) -> int:
+def judged(
+    questions: list[mtbench.Question], file: Path, judge: mtbench.Judge, out: Path, prompts: dict
+) -> int:
     """Have the answers in a file graded, and report. Returns 1 if scores are missing."""
     bare = [q for q in questions if q.category in mtbench.WITH_REFERENCE and not q.reference]
     if bare:
         say(f"note: {len(bare)} questions of {', '.join(mtbench.WITH_REFERENCE)} are graded "
             "without a reference answer: --reference gives them")  # fmt: skip
     scores = out / "mt-bench-scores.jsonl"
-    scored, failure = mtbench.grade(questions, mtbench.read_answers(file), judge, scores)
-    say(*score_table(questions, scored), f"graded by {judge.model}; {scores} keeps every judgement")
+    scored, failure = mtbench.grade(questions, mtbench.read_answers(file), judge, scores, prompts)
+    say(*(f"note: {note}" for note in sorted(judge.notes)), *score_table(questions, scored),
+        f"graded by {judge.model}; {scores} keeps every judgement")  # fmt: skip
     if lacking := 2 * len(questions) - len(scored):
         hf.say(f"{lacking} scores are missing ({failure or 'replies without a grade'}); the same "
                "command asks for them again", file=sys.stderr)  # fmt: skip
@@ -422,6 +431,9 @@ FLAGS = [  # commands, flag, default, help, and what argparse takes beside
     ("mt-bench", "--answers", None, "grade these, in FastChat's format, not a --model's", {}),
     ("mt-bench", "--judge-url", None, "OpenAI-compatible; its key, if any, in $JUDGE_API_KEY", {}),
     ("mt-bench", "--judge-model", None, "the endpoint's name of the judge", {}),
+    ("mt-bench", "--judge-prompts", None, "FastChat's judge_prompts.jsonl [our own]", FILE),
+    ("mt-bench", "--judge-max-tokens", 2048, "of a judgement", COUNT),
+    ("mt-bench", "--judge-temperature", 0.0, "of judgements", {"type": from_to(0.0)}),
     ("mt-bench", "--judge-concurrency", 4, "requests at a time", COUNT),
     ("mt-bench", "--judge-timeout", 120, "seconds without a byte", {"type": from_to(1e-3)}),
     ("mt-bench", "--judge-tries", 8, "of a request, before giving up", COUNT),

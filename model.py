@@ -36,7 +36,7 @@ V vocabulary, L slots of the cache, P rows, M rows that predict.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -521,8 +521,9 @@ class Cache:
         return self.blocks[i]
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator) -> Tensor:
-    """One token for each row of logits (B, V): the likeliest at temperature 0."""
+def sample(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> Tensor:
+    """One token for each row of logits (B, V): the likeliest at temperature 0; else that in whose
+    share of [0, 1) the draw (B,) falls."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = torch.softmax(logits / temperature, dim=-1)
@@ -530,7 +531,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, rng: torch.Generato
         ordered, order = probs.sort(descending=True)
         before = ordered.cumsum(-1) - ordered  # the mass of likelier tokens
         probs = probs.scatter(-1, order, ordered.where(before < top_p, 0))
-    return torch.multinomial(probs, 1, generator=rng).squeeze(1)
+    mass = probs.double().cumsum(-1)
+    new = torch.searchsorted(mass, (draws * mass[:, -1])[:, None], right=True).squeeze(1)
+    return new.clamp(max=logits.shape[1] - 1)
 
 
 @torch.no_grad()
@@ -541,13 +544,15 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     eos_id: int | Iterable[int] | None = None,
-    seed: int = 0,
+    seeds: Sequence[int] | None = None,
     stop_when: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
     """Continue each prompt until EOS, `max_new_tokens` or the model's last position. Returns the
     new tokens, without EOS.
 
     eos_id      one id or several
+    seeds       of the draws of each prompt, by default 0, 1, …: what else is in the batch does not
+                matter
     stop_when   told after each token whether all rows are finished; returns whether to stop. Under
                 FSDP every rank must make the same number of forwards: all-reduce it there
     Raises ValueError for an empty prompt, or one that leaves no position.
@@ -560,7 +565,10 @@ def generate(
         raise ValueError(f"temperature {temperature}, top_p {top_p}: must be >= 0, and in (0, 1]")
     device = next(model.parameters()).device
     ends = torch.tensor([] if eos_id is None else eos_id, dtype=torch.long, device=device).view(-1)
-    rng = torch.Generator(device).manual_seed(seed)
+    seeds = range(len(prompts)) if seeds is None else seeds
+    rngs = (torch.Generator().manual_seed(seed) for seed in seeds)  # the same on every device
+    draws = torch.stack([torch.rand(max_new_tokens, dtype=torch.double, generator=rng)
+                         for rng in rngs]).to(device)  # (B, N)  # fmt: skip
     lengths = torch.tensor([len(p) for p in prompts], device=device)  # (B,)
     rows, longest = torch.arange(len(prompts), device=device), max(map(len, prompts))
     size = min(longest + max_new_tokens, limit)
@@ -568,9 +576,9 @@ def generate(
     cache = Cache(torch.zeros_like(lengths), size)
     finished = torch.zeros_like(lengths, dtype=torch.bool)
     fed, last = tokens[:, :longest], lengths - 1
-    for _ in range(max_new_tokens):
+    for n in range(max_new_tokens):
         logits = model(fed, cache=cache, last=last)[:, 0]  # (B, V)
-        new = sample(logits, temperature, top_p, rng)
+        new = sample(logits, temperature, top_p, draws[:, n])
         goes_on = lengths < size  # a row at the end is fed its last token again, to no effect
         tokens[rows[goes_on], lengths[goes_on]] = new[goes_on]
         lengths = lengths + goes_on

@@ -188,6 +188,7 @@ class NoRedirects(HTTPRedirectHandler):
 PASSING = {408, 409, 425, 429}  # statuses after which it is asked again; and 500 and above
 READINGS = 3  # replies without a grade, after which a question is left for another time
 BYTES = 16_000_000  # of a reply
+INSTEAD = {"max_tokens": "with max_completion_tokens", "temperature": "without"}
 CUT = ("length", "content_filter")  # why it ended, where it did not come to its end
 
 
@@ -204,7 +205,8 @@ class Judge:
     temperature: float = 0.0
     first_wait: float = 1.0  # seconds, doubled from try to try, at most a minute
     stop: threading.Event = field(default_factory=threading.Event)
-    refused: set[str] = field(default_factory=set)  # parameters that the endpoint does not take
+    refused: set[str] = field(default_factory=set)  # of INSTEAD, by this endpoint
+    notes: set[str] = field(default_factory=set)  # what the user should know of how it was asked
 
     def __post_init__(self):
         """Raises ValueError for an address that is none."""
@@ -215,18 +217,19 @@ class Judge:
             fine = False
         if not fine:
             raise ValueError(f"--judge-url {self.url}: expected the like of http://host:8000/v1")
-        path = re.sub(r"(/v1)?(/chat/completions)?/*$", "", parts.path) + "/v1/chat/completions"
+        path = parts.path.rstrip("/")
+        if not path.endswith("/chat/completions"):
+            path += ("" if path.endswith("/v1") else "/v1") + "/chat/completions"
         self.address = parts._replace(path=path).geturl()
         self.key = os.environ.get(KEY) or "no-key"
         self.opener = build_opener(NoRedirects)
 
     def post(self, messages: list[dict], temperature: float) -> tuple[str, str]:
         """(reply, why it ended). Asks again without a parameter that is refused by its name."""
-        body = {"model": self.model, "messages": messages, "temperature": temperature,
-                "max_tokens": self.max_tokens}  # fmt: skip
-        for name in self.refused & body.keys():
-            value = body.pop(name)
-            body |= {"max_completion_tokens": value} if name == "max_tokens" else {}
+        limit = "max_completion_tokens" if "max_tokens" in self.refused else "max_tokens"
+        body = {"model": self.model, "messages": messages, limit: self.max_tokens}
+        if "temperature" not in self.refused:
+            body["temperature"] = temperature
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json",
                    "User-Agent": "ScaleBiO"}  # fmt: skip
         request = Request(self.address, json.dumps(body).encode(), headers)
@@ -235,16 +238,17 @@ class Judge:
                 choice = parse_json(read_all(reply, 10 * self.timeout))["choices"][0]
         except HTTPError as error:
             error.said = error.fp.read1(10_000).decode(errors="replace")
-            new = {name for name in ("max_tokens", "temperature")
-                   if name in body and re.search(rf"\b{name}\b", error.said)}  # fmt: skip
+            new = {name for name in INSTEAD.keys() & body.keys()
+                   if re.search(rf"\b{name}\b", error.said)}  # fmt: skip
             if error.code not in (400, 422) or not new:
                 raise
             self.refused |= new
+            self.notes |= {f"the judge refuses {n}: it was asked {INSTEAD[n]}" for n in new}
             return self.post(messages, temperature)
-        said = choice["message"].get("content")  # null where nothing came of it
+        said = choice["message"].get("content") or ""  # null where nothing came of it
         if isinstance(said, list):
-            said = "".join(part.get("text") or "" for part in said)
-        return (said or "") + "", choice.get("finish_reason")
+            said = "".join(part.get("text", "") for part in said)
+        return said + "", choice.get("finish_reason")
 
     def ask(self, messages: list[dict], temperature: float) -> tuple[str, str]:
         """The judge's reply, "" for none, and why it ended. Raises Unreachable."""
@@ -278,6 +282,9 @@ class Judge:
             score = None if end in CUT else parse_score(reply, judged)
             if score is not None:
                 break
+            if end in CUT:
+                self.notes.add("of replies of the judge that were cut, by a filter or at "
+                               f"--judge-max-tokens {self.max_tokens}, none counts")  # fmt: skip
         return {"score": score, "reply": reply, "end": end, "asked": asked}
 
 

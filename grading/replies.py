@@ -86,7 +86,7 @@ def answer(
         "model": c.name, "weights": fingerprint(weights), "template": c.template, "dtype": dtype,
         "max_new_tokens": max_new_tokens, "exemplars": fingerprint(before),
         "questions": fingerprint([q.turns for q in asked]),
-    }  # fmt: skip
+    } | ({"seed": seed} if any(q.temperature for q in asked) else {})  # fmt: skip
     rows = read(file)
     old = rows[-1].get("settings", {}) if rows else settings
     if other := [key for key in settings if old.get(key) != settings[key]]:
@@ -127,7 +127,8 @@ def respond(
             batch = [(q, []) for q in group[n : n + size]]
             for _ in group[0].turns:
                 prompts = [prompt(q, said) for q, said in batch]
-                new = answer_batch(model, c, prompts, max_new_tokens, temperature, seed + n)
+                seeds = [seed_of(seed, q.turns, len(said)) for q, said in batch]
+                new = answer_batch(model, c, prompts, max_new_tokens, temperature, seeds)
                 for (_, said), reply in zip(batch, new, strict=True):
                     said.append(reply)
             yield from batch
@@ -135,9 +136,10 @@ def respond(
 
 def answer_batch(
     model: Transformer, c: Checkpoint, prompts: list[list[int]], max_new_tokens: int,
-    temperature: float, seed: int,
+    temperature: float, seeds: list[int],
 ) -> list[Reply]:  # fmt: skip
-    """The reply to each prompt, of which each rank generates its share. Collective."""
+    """The reply to each prompt, which depends on that and its seed alone; each rank generates its
+    share. Collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
     room = c.config.max_positions
     replies = [Reply("", 0, "no room")] * len(prompts)
@@ -148,7 +150,7 @@ def answer_batch(
     own = [fit[min(k, len(fit) - 1)] for k in range(rank, -(-len(fit) // world) * world, world)]
     new = generate(
         model, [prompts[i] for i in own], max_new_tokens, temperature, eos_id=c.stops,
-        seed=seed + own[0], stop_when=all_finished,
+        seeds=[seeds[i] for i in own], stop_when=all_finished,
     )  # fmt: skip
     every = [None] * world
     dist.all_gather_object(every, dict(zip(own, new, strict=True)))
@@ -229,6 +231,11 @@ class Journal:
 
     def __exit__(self, *_) -> None:
         self.file.close()
+
+
+def seed_of(*things: object) -> int:
+    """A seed that is as good as random, and different where anything is."""
+    return int(fingerprint(things), 16)
 
 
 def fingerprint(thing: object) -> str:

@@ -278,6 +278,36 @@ def test_without_math_verify_the_command_says_what_to_install(here, monkeypatch)
     assert code == 2 and err.count("\n") == 1 and "pip install math-verify" in err
 
 
+def test_a_sampled_reply_depends_on_the_seed_the_question_and_the_turn_alone(checkpoint, here):
+    """24 questions at temperature 0.7, in batches of 1, 5 and 16, on one process and on two."""
+    asked = [{"question_id": n, "category": "writing", "turns": [f"Q{n}?", "Why?"]}
+             for n in range(24)]  # fmt: skip
+    Path("q.json").write_text(json.dumps(asked))
+    args = ("mt-bench", "--model", checkpoint, "--questions", "q.json", "--max-new-tokens", 8)
+
+    def told(out):
+        rows = read(Path(out, "mt-bench-answers.jsonl"))
+        found = {row["question_id"]: row["choices"][0]["turns"] for row in rows}
+        assert len(rows) == 24 and found.keys() == set(range(24))
+        return found
+
+    for size in (1, 5, 16):
+        assert here(*args, "--batch-size", size, "--out", f"one{size}")[0] == 0
+        assert on_two_ranks(*args, "--batch-size", size, "--out", f"two{size}")[0] == 0
+        assert told("one1") == told(f"one{size}") == told(f"two{size}")
+    said = told("one1").values()
+    assert len(set(map(tuple, said))) == 24 and any(first != second for first, second in said)
+    # What is kept is gone on with, and another seed is another file's.
+    file = Path("one16/mt-bench-answers.jsonl")
+    file.write_text("".join(file.read_text().splitlines(True)[7:]))
+    for limit in (20, 24):
+        assert here(*args, "--out", "one16", "--limit", limit)[0] == 0
+    assert told("one16") == told("one1")
+    code, _, err = here(*args, "--out", "one16", "--seed", 1)
+    assert code == 2 and "other settings (seed)" in err
+    assert here(*args, "--out", "other", "--seed", 1)[0] == 0 and told("other") != told("one1")
+
+
 def test_other_settings_and_other_questions_are_refused(checkpoint, sums, here):
     args = ("gsm8k", "--model", checkpoint, "--data", sums, *FLAGS, "--out", "out")
     assert here(*args, "--limit", 2)[0] == 0

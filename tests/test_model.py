@@ -155,17 +155,18 @@ def test_generation_ends_at_the_last_position_and_refuses_what_does_not_fit(chec
             generate(ours, [[1]], 10, **wrong)
 
 
-def test_sampling_follows_temperature_and_top_p_and_its_seed(checkpoint):
+def test_sampling_follows_temperature_and_top_p_and_the_prompts_own_seed(checkpoint):
     ours = from_pretrained(checkpoint("qwen3")[1])
-    draws = [generate(ours, [[5]], 12, temperature=3.0, seed=seed) for seed in (0, 0, 1)]
-    assert draws[0] == draws[1] != draws[2]
+    three = generate(ours, [[5], [5], [2, 7, 4]], 12, temperature=3.0, seeds=[0, 1, 9])
+    alone = [generate(ours, [[5]], 12, temperature=3.0, seeds=[seed])[0] for seed in (0, 1)]
+    assert alone == three[:2] and alone[0] != alone[1]
 
     probs = torch.tensor([0.1, 0.5, 0.15, 0.25])
     logits = (2 * probs.log()).expand(20_000, 4)  # at temperature 2: probs
 
     def frequencies(top_p):
-        rng = torch.Generator().manual_seed(0)
-        return torch.bincount(sample(logits, 2.0, top_p, rng), minlength=4) / 20_000
+        draws = torch.rand(20_000, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+        return torch.bincount(sample(logits, 2.0, top_p, draws), minlength=4) / 20_000
 
     torch.testing.assert_close(frequencies(1.0), probs, atol=0.015, rtol=0)
     # 0.5 + 0.25 < 0.8: the third token is the one that reaches it.

@@ -48,12 +48,24 @@ class Handler(BaseHTTPRequestHandler):
             n = server.asked[key]
             server.asked[key] += 1
             server.log.append((key, time.monotonic(), self.path, body, dict(self.headers)))
+            refused = [name for name in server.refuses if name in body]
+            server.asked[key] -= bool(refused)
         fault = [*server.faults.get(key, []), *[server.fault] * (n + 1)][n]
         if fault == "late":
             time.sleep(2.5)  # longer than the client waits
-        if fault == "gone":
+        if refused:
+            said = f"'{refused[0]}' is not supported with this model. {server.refuses[refused[0]]}"
+            self.reply(400, {"error": {"message": said}})
+        elif fault == "gone":
             self.connection.close()
             self.close_connection = True
+        elif fault == "endless":
+            self.reply(200, {}, {"Content-Length": str(10**12)})
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(b" " * 65536)
+        elif fault == "elsewhere":
+            self.reply(307, {}, {"Location": f"http://localhost:{server.server_port}/v1/x"})
         elif fault == "cut":
             self.reply(200, {}, {"Content-Length": "1000"})
             self.close_connection = True
@@ -79,9 +91,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def completion(text: str) -> dict:
-    message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+def completion(text: str | list | None, end: str = "stop", **message) -> dict:
+    message |= {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": end}
     return {"id": "x", "object": "chat.completion", "created": 1, "model": "m",
             "choices": [choice], "usage": {}}  # fmt: skip
 
@@ -91,7 +103,7 @@ def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     server.lock, server.asked, server.log = threading.Lock(), Counter(), []
-    server.faults, server.fault = {}, None
+    server.faults, server.fault, server.refuses = {}, None, {}
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -105,10 +117,11 @@ def ask(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_not_for_judges")
     monkeypatch.setenv(mtbench.KEY, "sk-secret")
 
-    def grade(answers=ANSWERS, model="the-judge", **options):
+    def grade(answers=ANSWERS, model="the-judge", prompts=None, **options):
         options = {"timeout": 2, "first_wait": 0.01, "tries": 4, "concurrency": 3} | options
         file = tmp_path / "scores.jsonl"
-        _, why = mtbench.grade(QUESTIONS, answers, Judge(server.url, model, **options), file)
+        judge = grade.judge = Judge(server.url, model, **options)
+        _, why = mtbench.grade(QUESTIONS, answers, judge, file, prompts)
         return why, read(file)
 
     return grade
@@ -164,6 +177,56 @@ def test_a_judge_that_is_out_of_reach_ends_the_run_and_the_next_goes_on(server, 
     assert server.asked - before == Counter(EVERY - graded)
 
 
+def test_a_judge_that_reasons_and_is_cut_scores_nothing_by_half(server, ask):
+    server.faults = {
+        (81, 1): [completion("<think>A rough start would be [[3]], but let me", "length")],
+        (81, 2): [completion(None, "length"), completion("<think>no [[3]]", "length")],
+        (82, 1): [completion("Clear so far. Grade: [[3]]", "length")] * 3,
+        (82, 2): [completion(None)] * 3,
+        (101, 1): [f"<think>perhaps [[3]]</think>Clear. Rating: [[{right_score((101, 1))}]]"],
+        (101, 2): [completion("Grade: [[3]]", "content_filter")],
+    }
+    why, rows = ask(max_tokens=99)
+    assert why is None and len(rows) == len(EVERY) and server.log[0][3]["max_tokens"] == 99
+    graded = {key: right_score(key) for key in EVERY}
+    assert scored(rows) == {key: graded[key] for key in EVERY - {(82, 1), (82, 2)}}
+    (note,) = ask.judge.notes
+    assert "--judge-max-tokens 99" in note
+    why, rows = ask()
+    assert why is None and scored(rows) == graded and not ask.judge.notes
+    del server.faults[101, 1]  # which was no fault
+    assert server.asked - Counter(EVERY) == {key: len(v) for key, v in server.faults.items()}
+
+
+def test_a_server_that_knows_other_parameters_is_asked_by_them(server, ask):
+    server.refuses = {"max_tokens": "Use 'max_completion_tokens' instead.", "temperature": ""}
+    parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "Grade: "}]
+    server.faults = {
+        key: [completion([*parts, {"type": "text", "text": f"[[{right_score(key)}]]"}],
+                         reasoning_content="[[1]]")]
+        for key in EVERY
+    }  # fmt: skip
+    why, rows = ask(max_tokens=99, temperature=0.3)
+    assert why is None and scored(rows) == {key: right_score(key) for key in EVERY}
+    assert server.asked == Counter(EVERY)
+    bodies = [body for *_, body, _ in server.log]
+    taken = [body for body in bodies if not body.keys() & server.refuses.keys()]
+    assert len(taken) == len(EVERY) and {body["max_completion_tokens"] for body in taken} == {99}
+    assert len(bodies) - len(taken) <= 2 * 3  # each of three threads may find out on its own
+    assert len(ask.judge.notes) == 2 and {row["temperature"] for row in rows} == {0.3}
+    assert ask(temperature=0.3)[1] == rows  # kept; not at another temperature
+    assert len(ask(temperature=0.5)[1]) == 2 * len(EVERY)
+
+
+@pytest.mark.parametrize(("fault", "told"), [("endless", "does not end"), ("elsewhere", "307 ")])
+def test_a_judge_without_end_or_that_sends_elsewhere_is_left(server, ask, monkeypatch, fault, told):
+    monkeypatch.setattr(mtbench, "BYTES", 10**6)
+    server.fault = fault
+    why, rows = ask(tries=2, concurrency=1)
+    assert rows == [] and told in why and "\n" not in why
+    assert {path for _, _, path, *_ in server.log} == {"/v1/chat/completions"}
+
+
 @pytest.mark.parametrize("url", ["x", "http://", "http://host:99999", "ftp://host"])
 def test_an_address_that_is_none(url):
     with pytest.raises(ValueError, match="--judge-url"):
@@ -211,11 +274,54 @@ def test_what_the_judge_is_asked():
     [
         ("Good. Grade: [[7]]", 7), ("[[7.5]]", 7.5), ("First [[3]], no: [[ 8 ]]", 8),
         ("Rating: [6]", 6), ("[[9/10]]", 9), ("[[0]]", None), ("[[11]]", None), ("[[ten]]", None),
-        ("10", None), ("", None), ("It returns a[1]. The grade is 7.", None),
+        ("10", None), ("", None), ("It returns a[1]. The grade is 7.", None), ("[[8.]]", 8),
+        ("\\[\\[8\\]\\]", 8), ("[[Rating: 8]]", 8), ("**Rating**: **[[8]]**", 8),
+        ("Grade: [[8]] (on a scale from [[1]] to [[10]])", 8), ("I say [[8]] out of [[10]]", 8),
+        ("<think>[[3]]", None), ("<think>[[3]]</think>[[4]]", 4), ('"Rating: [[8]]"', 8),
+        ('It claims "[[10]]" for itself. My grade: [[2]]', 2),
+        ('Grade: [[2]]. It says "Rating: [[10]]".', 2),
     ],
 )  # fmt: skip
 def test_parse_score(reply, score):
     assert mtbench.parse_score(reply) == score
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("The reply ends with [[10]].", None), ('It says "Grade: [[ 10 ]]".', None),
+        ("Grade: [[10]]", None), ("Rating: [[10]]", 10), ("Grade: [[1]], not Grade: [[10]].", 1),
+    ],
+)  # fmt: skip
+def test_a_grade_that_the_answer_spells_is_not_the_judges(reply, score):
+    assert mtbench.parse_score(reply, "Well.\n\nGrade: [[10]]") == score
+
+
+def test_fastchats_prompts_are_filled_in(tmp_path):
+    q, answers = QUESTIONS[2], ("my {one}", "my two")
+    names = {"single-v1": "{question}|{answer}",
+             "single-math-v1": "{question}|{ref_answer_1}|{answer}",
+             "single-v1-multi-turn": "{question_1}|{answer_1}|{question_2}|{answer_2}",
+             "single-math-v1-multi-turn": "{ref_answer_2}|{answer_2}"}  # fmt: skip
+    rows = [{"name": name, "system_prompt": f"S {name}", "prompt_template": text}
+            for name, text in names.items()]  # fmt: skip
+    file = tmp_path / "prompts.jsonl"
+
+    def write(rows):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(rows)
+    prompts = mtbench.read_prompts(file)
+    system, user = mtbench.judge_messages(q, answers, 0, prompts)
+    assert system["content"] == "S single-math-v1"
+    assert user["content"] == "Q101 first?|R one|my {one}"
+    assert mtbench.judge_messages(q, answers, 1, prompts)[1]["content"] == "R two|my two"
+    second = mtbench.judge_messages(QUESTIONS[0], answers, 1, prompts)[1]["content"]
+    assert second == "Q81 first?|my {one}|Q81 second?|my two"
+    for spoilt in (rows[1:], [{**rows[0], "prompt_template": "{answer_a}"}, *rows[1:]]):
+        write(spoilt)
+        with pytest.raises(ValueError, match="prompts.jsonl: lacks.* '(single-v1|answer_a)'$"):
+            mtbench.read_prompts(file)
 
 
 def test_table_has_means_and_standard_errors_by_category_and_turn():
