@@ -95,12 +95,16 @@ class SourceWeights(nn.Module):
         self.opt.param_groups[0]["lr"] = factor * self.lr
         return factor * self.lr
 
-    def get_extra_state(self) -> dict:
-        """Adam's part of `state_dict()`, so that a run can be resumed."""
-        return self.opt.state_dict()
+    def get_extra_state(self) -> Tensor:
+        """Adam's step and moments, (3, S), so that a run can be resumed."""
+        zero = torch.zeros_like(self.lam)  # what Adam starts from
+        state = self.opt.state.get(self.lam) or {}
+        names = "step", "exp_avg", "exp_avg_sq"
+        return torch.stack([zero + state.get(name, 0) for name in names]).detach()
 
-    def set_extra_state(self, state: dict) -> None:
-        self.opt.load_state_dict(state)
+    def set_extra_state(self, state: Tensor) -> None:
+        step, mean, square = state.clone()
+        self.opt.state[self.lam] = {"step": step[0].float(), "exp_avg": mean, "exp_avg_sq": square}
 
     def probs(self) -> Tensor:
         return self.lam.softmax(0)  # (S,)
@@ -192,12 +196,12 @@ class Step:
         """What metrics.jsonl says of the sources after a step, (S,) each."""
         return {}
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Tensor]:
         """What a step remembers beside its modules and their optimisers."""
         return {}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Take over what `state_dict` gave."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` gave, of which `state` may hold more than that."""
 
     def _backward(
         self, model: nn.Module, train: list, val: list, coef: Tensor, slopes: Slopes | None = None
@@ -326,12 +330,14 @@ class PenaltyStep(Step):
     def row(self) -> dict[str, Tensor]:
         return self.sources.row()
 
-    def state_dict(self) -> dict:
-        return {"sources": self.sources.state_dict(), "alpha": self.alpha}
+    def state_dict(self) -> dict[str, Tensor]:
+        alpha = torch.tensor(self.alpha, dtype=torch.float64)
+        return {"alpha": alpha} | self.sources.state_dict(prefix="sources.")
 
-    def load_state_dict(self, state: dict) -> None:
-        self.sources.load_state_dict(state["sources"])
-        self.alpha = state["alpha"]
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.alpha = state["alpha"].item()
+        own = {k.removeprefix("sources."): t for k, t in state.items() if k.startswith("sources.")}
+        self.sources.load_state_dict(own)
 
     def step(self, train: list, val: list, counts: Tensor, stop: bool = False) -> StepStats:
         """Update u, w and λ once. Collective: every rank calls it.

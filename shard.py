@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import zlib
@@ -23,13 +24,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf import pretrained
+from hf import open_regular, pretrained, read_json
 from hf.families import ModelConfig
+from hf.pretrained import CONFIG
 from lisa import local
 from model import Transformer
 
@@ -38,6 +42,7 @@ from model import Transformer
 GATHER_ONCE_BYTES = 1_000_000_000
 # Seconds that ranks wait for one another while a disk is read or written.
 FILES_TIMEOUT = 4 * 3600.0
+FILE_BYTES = 1_000_000_000  # of a checkpoint's files, but for one tensor
 CHECKSUMS = "checksums.json"
 
 
@@ -303,7 +308,8 @@ def current_values(model: nn.Module, t: Tensor) -> Tensor:
     return t if model.offload is None else model.offload.current_values(model, t)
 
 
-# To files and back. A checkpoint is a directory step-N, which has its name only once it is whole.
+# To files and back. A checkpoint is a directory step-N, of JSON and safetensors, in which each rank
+# put its rows. It has its name only once it is whole.
 
 def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None:
     """Write `model` in Hugging Face format to the directory `target`, whole or not at all. `finish`
@@ -322,24 +328,24 @@ def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: dict[str, Tensor], run: dict, about: dict, keep: int
+    folder: Path, step: int, tensors: dict[str, Tensor], about: dict, keep: int
 ) -> None:
     """Write `folder`/step-N, whole or not at all; the `keep` newest up to it stay. Collective.
 
-    tensors: DTensors and replicated tensors; run: small things that are the same on all ranks, to
-    be read back; about: what the run is made of, as its config.json
+    tensors: DTensors and replicated tensors; about: what the run is made of, as its config.json
     """
     main, target = dist.get_rank() == 0, folder / f"step-{step}"
     if main:
         delete(folder, [target] * target.exists())  # it is there only if it was found damaged
     with pretrained.written_whole(target) if main else contextlib.nullcontext() as mine:
         temporary = broadcast_from_rank0(lambda: mine)
-        dcp.save(tensors, checkpoint_id=temporary)
+        files = {"save_distributed": True, "fqn_to_index_mapping": in_files(tensors)}
+        with one_error():
+            dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(temporary, **files))
+        own = [*temporary.glob(f"shard-{dist.get_rank() + 1:05d}-*")]
         if main:
-            torch.save(run, temporary / "run.pt")
-            (temporary / "config.json").write_text(json.dumps(about, indent=1) + "\n")
-        dist.barrier()
-        own = sorted(temporary.iterdir())[dist.get_rank() :: dist.get_world_size()]
+            own.append(temporary / CONFIG)
+            own[-1].write_text(json.dumps(about | {"done": step}, indent=1) + "\n")
         sync(*own)
         sums = gathered({file.name: crc32(file) for file in own})
         if main:
@@ -354,6 +360,38 @@ def save_checkpoint(
     dist.barrier()
 
 
+def in_files(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The number of the file, of each rank's, that a tensor is put into: a file is made in memory
+    before it is written."""
+    ends = itertools.accumulate(t.numel() * t.element_size() for t in tensors.values())
+    size = FILE_BYTES * dist.get_world_size()
+    return {name: 1 + end // size for name, end in zip(tensors, ends, strict=True)}
+
+
+def load_checkpoint(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors, whatever number of ranks wrote them. ValueError if the checkpoint has others.
+    Collective."""
+    reader = HuggingFaceStorageReader(checkpoint)
+    try:
+        reader.read_metadata()  # dcp.load prints what it trips over here
+        with one_error():
+            dcp.load(tensors, storage_reader=reader)
+    except (LookupError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
+        if lost_peer(error):
+            raise
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{checkpoint}: is of another run, or not a checkpoint ({why})") from None
+
+
+@contextlib.contextmanager
+def one_error() -> Iterator[None]:
+    """Of the ranks that failed, raise one's error: CheckpointException is no Exception."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
+
+
 def delete(folder: Path, checkpoints: Iterable[Path]) -> None:
     """Delete these, so that at no moment a part of one has its name; and what was left behind."""
     for leftover in folder.glob(".step-*"):
@@ -366,7 +404,7 @@ def delete(folder: Path, checkpoints: Iterable[Path]) -> None:
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Those that got their name, the newest first; whether they are damaged is not looked at."""
-    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    found = [p for p in folder.glob("step-*") if re.fullmatch("step-[0-9]{1,12}", p.name)]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -375,14 +413,19 @@ def step_of(checkpoint: Path) -> int:
 
 
 def damaged_files(checkpoint: Path) -> list[str]:
-    """Names of the files that are not what was written. Collective: the ranks share the reading."""
-    try:
-        sums = json.loads((checkpoint / CHECKSUMS).read_text())
-        names = sorted({*sums, ".metadata", "run.pt"})[dist.get_rank() :: dist.get_world_size()]
-        bad = {name for name in names if not (checkpoint / name).is_file()
-               or crc32(checkpoint / name) != sums.get(name)}  # fmt: skip
-    except (OSError, ValueError, TypeError, AttributeError):
-        bad = {CHECKSUMS}
+    """Names of the files that are not what was written, or not among what was. Collective: the
+    ranks share the reading."""
+
+    def listed() -> dict[str, int]:
+        try:
+            sums = read_json(checkpoint / CHECKSUMS)
+        except ValueError:
+            return {CHECKSUMS: -1}
+        return dict.fromkeys({CONFIG, *os.listdir(checkpoint)} - {CHECKSUMS}, -1) | sums
+
+    sums = broadcast_from_rank0(listed)
+    own = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
+    bad = [name for name in own if crc32(checkpoint / name) != sums[name]]
     return sorted(gathered(dict.fromkeys(bad)))
 
 
@@ -396,9 +439,12 @@ def newest_checkpoint(candidates: list[Path]) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
-def read_run(checkpoint: Path) -> dict:
-    """The small things of a checkpoint."""
-    return torch.load(checkpoint / "run.pt", weights_only=True)
+def steps_done(checkpoint: Path) -> int:
+    """Steps after which a checkpoint was written. ValueError if it does not say."""
+    done = read_json(checkpoint / CONFIG).get("done")
+    if type(done) is not int or done < 1:
+        raise ValueError(f"{checkpoint / CONFIG}: says not after how many steps it was written")
+    return done
 
 
 def gathered(own: dict) -> dict:
@@ -408,12 +454,13 @@ def gathered(own: dict) -> dict:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def crc32(path: Path) -> int:
+def crc32(path: Path) -> int | None:
+    """Of a file; None if there is none to read."""
     value = 0
-    with open(path, "rb") as file:
+    with contextlib.suppress(OSError), open_regular(path) as file:
         while block := file.read(1 << 24):
             value = zlib.crc32(block, value)
-    return value
+        return value
 
 
 def sync(*paths: Path) -> None:

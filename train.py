@@ -26,7 +26,6 @@ from typing import TextIO
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 import data
 import evaluate
@@ -198,8 +197,8 @@ def tokens_of(trainer: Trainer, batch: tuple) -> int:
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The tensors of a run's state: the copies' parameters, and their active sets' AdamW state."""
-    state = {}
+    """A run's state: the copies' parameters, their active sets' AdamW state, and the weights'."""
+    state = trainer.state_dict()
     for copy, (model, opt) in trainer.copies.items():
         named = {name: p.detach() for name, p in model.named_parameters()}
         named |= {f"lisa.{name}": tensor for name, tensor in opt.state_dict().items()}
@@ -215,9 +214,8 @@ def save(flags: Flags, inputs: Inputs, trainer: Trainer, done: int) -> str:
     shard.set_timeout(shard.FILES_TIMEOUT)
     if dist.get_rank() == 0:
         shard.sync(flags.out / "metrics.jsonl")
-    run = {"done": done} | trainer.state_dict()
     folder, made_of = flags.out / "checkpoints", record(flags, inputs)
-    shard.save_checkpoint(folder, done, state_of(trainer), run, made_of, flags.keep)
+    shard.save_checkpoint(folder, done, state_of(trainer), made_of, flags.keep)
     shard.set_timeout(flags.timeout)
     return f"saved {folder}/step-{done} in {time.perf_counter() - began:.1f} s"
 
@@ -232,14 +230,18 @@ def resume(flags: Flags, trainer: Trainer) -> tuple[int, Path]:
         if complaints:
             raise Failed("no checkpoint is whole: '--resume never' starts anew, beside this run")
         return 0, flags.out
-    run = shard.read_run(checkpoint)
-    for _, opt in trainer.copies.values():
-        opt.switch(run["done"] - 1)  # the blocks that were active when it was saved
-    dcp.load(state_of(trainer), checkpoint_id=checkpoint)
-    trainer.load_state_dict(run)
+    try:
+        done = shard.steps_done(checkpoint)
+        for _, opt in trainer.copies.values():
+            opt.switch(done - 1)  # the blocks that were active when it was saved
+        state = state_of(trainer)
+        shard.load_checkpoint(checkpoint, state)
+    except ValueError as error:
+        raise Failed(str(error)) from None
+    trainer.load_state_dict(state)
     if dist.get_rank() == 0:
         say(f"goes on from {checkpoint}")
-    return run["done"], checkpoint.parent.parent
+    return done, checkpoint.parent.parent
 
 
 def held_out_losses(
@@ -310,7 +312,7 @@ def run(flags: Flags, inputs: Inputs) -> int:
         last_words = [f"{stopped}; the same command goes on from there"]
     except Failed as error:
         code, last_words = 1, [str(error)]
-    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+    except Exception as error:
         # Leave at once: where a rank is gone, taking the process group down would wait for it.
         what = report.why(error, flags.out, flags.timeout, memory, rank)
         say(f"rank {rank} ends: {what}", file=sys.stderr)

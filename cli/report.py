@@ -26,7 +26,6 @@ from statistics import NormalDist
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from tqdm import tqdm
 
@@ -177,8 +176,6 @@ class Memory:
 def why(error: BaseException, out: Path, timeout: float, memory: Memory, rank: int) -> str:
     """Why a rank ends, in a line. Want of memory leaves the traceback in a file; what should not
     happen prints it."""
-    if isinstance(error, dcp.CheckpointException):  # of the ranks that failed, one's
-        error = next(iter(error.failures.values()))[0]
     said = str(error)
     # PyTorch's allocators, NCCL and cuBLAS each say it in their own way.
     if (isinstance(error, MemoryError) or "out of memory" in said.lower()
@@ -190,7 +187,7 @@ def why(error: BaseException, out: Path, timeout: float, memory: Memory, rank: i
                 f"help: {' or '.join(helpful)}; traceback in {log}")  # fmt: skip
     if isinstance(error, OSError):
         return f"{error.filename or out}: {error.strerror or error}"
-    if "inline_container" in said or type(error).__name__ == "SafetensorError":
+    if type(error).__name__ == "SafetensorError":
         return f"a file in {out} could not be written: is the disk full? ({said.splitlines()[0]})"
     if shard.lost_peer(error):
         saved = shard.whole_checkpoints(out / "checkpoints")

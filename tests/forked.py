@@ -198,12 +198,13 @@ def rows(out: str) -> list[dict]:
 
 def state(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     """Everything in a checkpoint, unsharded: w, u, masters, moments, λ."""
-    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    reader = dcp.HuggingFaceStorageReader(checkpoint)
+    stored = reader.read_metadata().state_dict_metadata
     tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in stored.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group
-        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
-    return tensors | {"lam": shard.read_run(Path(checkpoint))["sources"]["lam"]}
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def saved(out: str) -> list[str]:

@@ -167,7 +167,7 @@ def test_every_damage_to_a_checkpoint_is_seen(out):
 
 def test_a_damaged_checkpoint_is_passed_over_and_never_counts(out):
     """With --keep 1 the good checkpoint stays, and not the newer one that is damaged."""
-    file = next((out / "checkpoints/step-4").glob("*.distcp"))
+    file = next((out / "checkpoints/step-4").glob("shard-*"))
     file.write_bytes(flipped(file.read_bytes()))
     (out / "checkpoints/step-4").rename(out / "checkpoints/step-9")
     said = done("--out", "out", "--save-every", "7", "--keep", "1")

@@ -3,11 +3,18 @@ executed."""
 
 import json
 import os
+import pickle
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+import shard
+import train
 from hf import DEPTH, Problems, open_regular, parse_json, read_json, say
+from tests import forked
+from tests.forked import done, run
 
 HOSTILE_JSON = {
     "deep": ("[" * 100_000, "nested deeper than 100"),
@@ -58,3 +65,63 @@ def test_lines_of_others_stay_lines(capsys):
     lines = capsys.readouterr().out.split("\n")
     spelled = r"a\x1b[2J\x9b1A\r\nheld-out test loss: 0.0\u202e\u2028\x00\x7f\ud800"
     assert lines[:3] == [spelled, "é 中 █ ±\t…", spelled] and lines[-2:] == ["… and 11 more", ""]
+
+
+class Payload:
+    """A pickle that leaves a folder "executed" where it is opened."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_the_payload_works(own_folder):
+    pickle.loads(pickle.dumps(Payload()))
+    with pytest.raises(FileExistsError):
+        pickle.loads(pickle.dumps(Payload()))
+
+
+def put(payload: bytes, file: Path) -> None:
+    """Write a payload, with the right checksum where there are such."""
+    file.write_bytes(payload)
+    sums = file.with_name(shard.CHECKSUMS)
+    if sums.exists() and file != sums:
+        kept = json.loads(sums.read_text()) | {file.name: shard.crc32(file)}
+        sums.write_text(json.dumps(kept))
+
+
+def test_no_payload_in_a_run_or_a_checkpoint_is_executed(own_folder):
+    """In the place of every file, and of those that torch would unpickle if it were asked to."""
+    done("--out", "whole", "--save-every", "6")
+    shutil.rmtree("whole/model")  # it goes on from step 6
+    checkpoint, shards = Path("checkpoints/step-6"), "shard-00001-model-00001-of-00001.safetensors"
+    found = {str(p.relative_to("whole")) for p in Path("whole").rglob("*") if p.is_file()}
+    read = ["config.json", "weights.json", "metrics.jsonl", ".lock",
+            *(str(checkpoint / name) for name in ("config.json", shard.CHECKSUMS, shards))]
+    assert found == set(read)
+    others = [str(checkpoint / name) for name in (".metadata", "run.pt", shards.replace("1", "9"))]
+    torch.save(Payload(), "zip.pt")
+    payloads = {True: Path("zip.pt").read_bytes(), False: pickle.dumps(Payload())}
+    for n, name in enumerate(read + others):
+        shutil.copytree("whole", "out")
+        put(payloads[name.endswith(".pt")], Path("out", name))
+        other = ["--out", f"new-{n}", "--resume", "out"] if checkpoint in Path(name).parents else []
+        code, said = run("--out", "out", "--save-every", "6", *other)
+        assert not Path("executed").exists(), (name, said)
+        assert "Traceback" not in said and code in (0, 1, 2), said
+        shutil.rmtree("out")
+
+
+def test_no_payload_in_a_model_is_executed(own_folder, capsys, monkeypatch):
+    monkeypatch.setattr(train, "run", lambda *_: 0)
+    forked.write_model(Path("model"))
+    read = ["special_tokens_map.json", "generation_config.json", "chat_template.jinja",
+            *(p.name for p in Path("model").iterdir())]  # fmt: skip
+    for name in [*read, "pytorch_model.bin", "tokenizer.model", "modeling_llama.py"]:
+        shutil.copytree("model", "m")
+        put(pickle.dumps(Payload()), Path("m", name))
+        code = train.main([*forked.FLAGS, "--model", "m", "--template", "plain",
+                           "--max-length", "64", "--out", f"out-{name}"])  # fmt: skip
+        said = capsys.readouterr().err
+        assert code == (2 if name in read and not name.endswith("jinja") else 0), (name, said)
+        assert not Path("executed").exists() and len(said.splitlines()) == code // 2
+        shutil.rmtree("m")
