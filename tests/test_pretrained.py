@@ -7,7 +7,7 @@ import weakref
 from pathlib import Path
 from unittest.mock import Mock
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
