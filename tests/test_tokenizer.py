@@ -19,6 +19,7 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2_PATTERN = LLAMA3_PATTERN.replace("{1,3}", "")
 CODE = """
 def f(x):
 \tif x:
@@ -154,7 +155,7 @@ CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
 
 
 # the last leaves characters unmatched, which tiktoken cannot express
-@pytest.mark.parametrize("pattern", [None, LLAMA3_PATTERN, r"\w+"])
+@pytest.mark.parametrize("pattern", [None, LLAMA3_PATTERN, QWEN2_PATTERN, r"\w+"])
 @pytest.mark.parametrize("nfc", [False, True])
 def test_small_bpe_matches_tokenizers(pattern, nfc, tmp_path):
     added = ["    ", "  ", "<tool>", "<tool>x"]
@@ -237,7 +238,7 @@ def transformers_tokenizer(tokenizer, directory, template):
 
 @pytest.mark.parametrize("template, name", [
     *((template, "chat") for template in TEMPLATES),
-    *itertools.product(("alpaca", "plain"), ("llama2", "stories", "first")),
+    ("alpaca", "gpt2"), *itertools.product(("alpaca", "plain"), ("llama2", "stories", "first")),
 ])  # fmt: skip
 def test_templates_match_transformers_chat_template(template, name, vocabulary, tmp_path):
     tokenizer = vocabulary(name)
@@ -328,6 +329,8 @@ def test_truncated_answers_have_no_end_and_documents_loss_everywhere_but_first(v
     for cut in range(1, len(ids)):
         part = encode_conversation(tokenizer, "chatml", turns, cut)
         assert part == (ids[:cut], has_loss[:cut])
+    first = encode_conversation(byte_tokenizer(), "plain", [("user", ""), ("assistant", "x")], 1)
+    assert first[1] == [False]
     document = encode_conversation(byte_tokenizer(), "alpaca", [("text", "abc")])
     assert document == ([256, *b"abc", 257], [False, True, True, True, True])
 
@@ -337,8 +340,9 @@ def test_stop_ids_are_the_templates_and_the_vocabularys_and_a_missing_one_is_nam
     assert stop_ids(vocabulary("chat"), "plain") == [end]
     assert stop_ids(vocabulary("chat"), "chatml") == [stop, end]
     for template, name in ("chatml", "<.im_"), ("llama3", "<."), ("gemma", "<start_of_turn>"):
-        with pytest.raises(ValueError, match=f"lacks the control token {name}"):
-            stop_ids(byte_tokenizer(), template)
+        for use in (stop_ids, functools.partial(encode_conversation, turns=TURNS)):
+            with pytest.raises(ValueError, match=f"lacks the control token {name}"):
+                use(byte_tokenizer(), template)
 
 
 def test_byte_tokenizer_saved_opens_in_transformers_with_the_same_ids(tmp_path):
