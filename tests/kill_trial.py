@@ -28,7 +28,7 @@ Kill = tuple[str, int, list[int]]  # phase, call within it (see forked.at), rank
 # Python's calls within each phase, on one rank and on several: of all, or of a third of a run, so
 # that it is killed several times before it is through.
 CALLS = {
-    "forward": (12_000, 70_000), "backward": (12_000, 160_000), "save": (150_000, 150_000),
+    "forward": (12_000, 70_000), "backward": (12_000, 160_000), "save": (90_000, 90_000),
     "cache": (3_500, 3_500), "model": (6_000, 17_000),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import huggingface_hub
@@ -15,6 +16,7 @@ import data
 import evaluate
 import grading
 import train
+from cli.inputs import apportion
 from grading import answers, replies
 from grading.replies import Journal, read
 from hf import shown, templates
@@ -153,9 +155,9 @@ def test_the_template_is_told_by_the_models_files(tmp_path):
 
 def test_generation_goes_on_from_each_prompt(checkpoint, here):
     prompts, model, tok = ("Hi", "Tell me more"), from_pretrained(checkpoint), data.byte_tokenizer()
-    code, out, _ = here("generate", "--model", checkpoint, "--max-new-tokens", 8,
-                        "--prompt", *prompts)  # fmt: skip
-    assert code == 0
+    args = "generate", "--model", checkpoint, "--max-new-tokens", 8, "--prompt", *prompts
+    code, out, _ = here(*args)
+    assert (code, out) == (0, out) == on_two_ranks(*args)
     for text in prompts:
         prompt = [tok.bos_id] * tok.add_bos + tok.encode(text)
         (new,) = generate(model, [prompt], 8, eos_id=tok.eos_id)
@@ -258,6 +260,8 @@ def test_exemplars_are_turns_before_the_question(sums, here, says):
     prompts, model = says("2"), make_checkpoint(Path(), max_position_embeddings=2048)
     args = ("gsm8k", "--model", model, "--data", sums, *FLAGS, "--shots", 2)
     assert here(*args, "--out", "a")[0] == here(*args, "--exemplars", sums, "--out", "b")[0] == 0
+    for exemplars in answers.EXEMPLARS.values():
+        assert len(exemplars) >= 4 and all("\\boxed{" in solution for _, solution in exemplars)
     first = answers.EXEMPLARS["gsm8k"][0]
     for prompt, solution in ((prompts[0], first[1]), (prompts[-1], "So.\n#### 2")):
         assert prompt.count("\nGo.\n") == 3 and f"\nGo.\n{solution}" in prompt
@@ -328,10 +332,15 @@ def test_from_sources_to_accuracy_on_real_data(asset, here):
     model, sources = asset("model/stories260K-hf"), asset("scalebio/math_exp")
     common = (f"--model {model} --train {sources} --template alpaca --max-length 128 "
               "--batch-size 20 --micro-batch-size 20 --lr-w 1e-3").split()  # fmt: skip
-    learn = f"--val {sources}/val.json --val-batch-size 20 --lr-u 1e-3 --lr-lambda 0.1 --steps 3"
+    learn = (f"--val {sources}/val.json --val-batch-size 20 --lr-u 1e-3 --lr-lambda 0.1 "
+             "--lambda-z 0 --steps 3")  # fmt: skip
     done(*learn.split(), "--out", "learned", flags=common)
-    tune = "--mode finetune --weights learned/weights.json --samples 200 --out tuned"
+    weights = json.loads(Path("learned/weights.json").read_text())["weights"]
+    assert len(weights) == 5 and max(weights.values()) > 0.21
+    tune = "--mode finetune --weights learned/weights.json --samples 60 --epochs 3 --out tuned"
     done(*tune.split(), flags=common)
+    drawn = Counter(row["source"] for row in read(Path("tuned/mixture.jsonl")))
+    assert drawn == apportion(weights, 60)
     code, out, _ = here("loss", "--model", model, "tuned/model", "--data", f"{sources}/test.json",
                         "--template", "alpaca", "--max-length", 128)  # fmt: skip
     before, after = (float(line.split()[3]) for line in out.splitlines()[1:3])
