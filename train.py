@@ -248,8 +248,10 @@ def held_out_losses(
     flags: Flags, inputs: Inputs, w: Transformer, done: int, total: int
 ) -> dict:
     """The mean sample losses that are due after `done` steps: on the test records before and after
-    the run; in a fine-tuning run on the validation records, also now and then. Collective."""
-    due = {"test_loss": (inputs.test, done in (0, total))}
+    the run, and every --eval-every steps; in a fine-tuning run on the validation records, also now
+    and then. Collective."""
+    often = flags.eval_every and done % flags.eval_every == 0
+    due = {"test_loss": (inputs.test, done in (0, total) or often)}
     if flags.mode == "finetune":
         # Ten times at most, and so often that it takes no more than a tenth of the run's time: a
         # sample takes three times as long to train on as to evaluate.

@@ -106,6 +106,8 @@ class Flags:
     template: str = DATA("alpaca", "how a conversation becomes text", tiny="plain",
                          choices=tuple(templates.TEMPLATES))
     max_length: int = DATA(512, "tokens at which a sample is cut", tiny=64, permitted=COUNT)
+    eval_every: int = DATA(0, "steps between two losses on the test records; 0 = before and after "
+                           "the run alone", permitted=STEPS, same_run=False)
     drop_overlap: bool = DATA(False, "remove training records that are validation or test records")
 
     epochs: float = STEP(1.0, "passes over as many samples as all sources hold, or over the "
@@ -312,6 +314,8 @@ def check_flags(flags: Flags, world: int) -> list[str]:
                             "where everything trains")
     if learns and flags.train and not flags.val:
         problems.append("--val is missing: --train needs validation records beside it")
+    if flags.eval_every and flags.train and not flags.test:
+        problems.append(f"--eval-every {flags.eval_every}: needs --test")
     if not flags.train and (flags.val or flags.test):
         problems.append("--train is missing: --val and --test do not go with a built-in task")
     if flags.mode == "finetune" and not flags.weights and not flags.plan:
