@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import math
 import os
 import shutil
@@ -35,7 +34,6 @@ WEIGHTS = "a weights.json, uniform, proportional, or NAME=WEIGHT,..."  # what --
 # How far λ_k can go in a run, at Adam's full speed: weights that start equal can end at a ratio of
 # exp(2 REACH).
 REACH = 8.0
-LOCK = ".lock"  # in --out, with the process that launched the run
 
 
 class Range(NamedTuple):
@@ -243,8 +241,6 @@ def parse(argv: list[str] | None) -> Flags:
     about = values["task"] if tiny and not values["train"] else Path(values["model"]).name
     about += "-finetune" * (stub.mode == "finetune")
     out = values["out"] or Path(f"runs/{about}-seed{values['seed']}")
-    if values["resume"] == "never":
-        out = first_free_name(out)
     return Flags(**values | {"out": out})
 
 
@@ -287,8 +283,7 @@ def as_json(flags: Flags) -> dict:
 
 
 def check_flags(flags: Flags, world: int) -> list[str]:
-    """A line for each flag that is out of range, contradicts another or does not suit the machine.
-    """
+    """A line for each flag that is out of range, contradicts another or does not suit the ranks."""
     problems, learns = [], flags.mode == "bilevel"
     for f in dataclasses.fields(Flags):
         value, only, permitted = getattr(flags, f.name), f.metadata["only"], f.metadata["permitted"]
@@ -322,25 +317,4 @@ def check_flags(flags: Flags, world: int) -> list[str]:
         problems.append(f"--weights is missing: --mode finetune needs {WEIGHTS}")
     if flags.compile and not flags.plan and not shutil.which(os.environ.get("CXX", "g++")):
         problems.append("--compile needs a C++ compiler: install g++, or name one in CXX")
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if torch.cuda.is_available() and local > torch.cuda.device_count():
-        problems.append(f"{local} ranks on a machine of {torch.cuda.device_count()} GPUs: take as "
-                        "many as there are GPUs, or hide them with CUDA_VISIBLE_DEVICES=")
     return problems
-
-
-def first_free_name(out: Path) -> Path:
-    """The first of out, out-2, ... that does not exist, or that this run made before torchrun
-    started its ranks anew."""
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    paths = itertools.chain([out], (out.with_name(f"{out.name}-{n}") for n in itertools.count(2)))
-
-    def ours(lock: Path) -> bool:
-        return restarted and lock.is_file() and lock.read_text() == launcher()
-
-    return next(path for path in paths if not os.path.exists(path) or ours(path / LOCK))
-
-
-def launcher() -> str:
-    """What stays the same when torchrun starts the ranks anew: its own process."""
-    return str(os.getppid())
