@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from hf import Problems, open_regular, read_json
-from hf.templates import encode_conversations
+from hf.templates import encode_conversations, fingerprint
 from hf.tokenizer import Tokenizer, Turns, byte_tokenizer, load_tokenizer  # noqa: F401 (public)
 from sources.records import ANSWERS, iter_records
 
@@ -105,7 +105,9 @@ def _tokenise(
             if turns and all(text.strip() for role, text in turns if role in ANSWERS):
                 answered.append((number, turns))
         dropped["empty answer"] += len(part) - len(answered)
-        samples = encode_conversations(tokenizer, template, [t for _, t in answered], max_length)
+        numbers, conversations = [n for n, _ in answered], [turns for _, turns in answered]
+        settings = tokenizer, template, conversations, max_length
+        samples = encode_conversations(*settings, numbers=numbers)
         kept = [n for n, (_, has_loss) in enumerate(samples) if any(has_loss)]
         dropped["no response token left after truncation"] += len(answered) - len(kept)
         stored = [np.where(samples[n][1], samples[n][0], ~np.array(samples[n][0])) for n in kept]
@@ -147,7 +149,8 @@ def load_dataset(
         digest = _sha256(path)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    key = json.dumps([FORMAT_VERSION, digest, tokenizer.fingerprint, template, max_length])
+    of_ids = fingerprint(tokenizer, template)
+    key = json.dumps([FORMAT_VERSION, digest, of_ids, template, max_length])
     entry = Path(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not (found := _map_entry(entry)):
         try:
@@ -178,11 +181,12 @@ def _build_entry(
     temporary.mkdir()
     try:
         records = iter_records(path, problems)
-        for part in _tokenise(records, tokenizer, template, max_length, dropped):
-            n_samples += len(part["lengths"])
-            for name, array in part.items():
-                with open(temporary / f"{name}.bin", "ab") as file:
-                    file.write(array.tobytes())
+        with problems.collecting(f"{path}: "):
+            for part in _tokenise(records, tokenizer, template, max_length, dropped):
+                n_samples += len(part["lengths"])
+                for name, array in part.items():
+                    with open(temporary / f"{name}.bin", "ab") as file:
+                        file.write(array.tobytes())
         problems.raise_if_any()
         if not n_samples:
             reasons = ", ".join(f"{n} dropped: {reason}" for reason, n in dropped.items() if n)

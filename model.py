@@ -123,7 +123,7 @@ def rope_tables(
         turns = length * frequency / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
     elif kind == "yarn":
-        factor, length, fast, slow, whole, size = rope.numbers
+        factor, length, fast, slow, size, whole = rope.numbers
         # The pairs that turn `fast` and `slow` times within `length`, those between being between.
         first, last = (R * math.log(length / (n * 2 * math.pi)) / (2 * math.log(rope.theta))
                        for n in (fast, slow))  # fmt: skip

@@ -449,8 +449,7 @@ def draw_row(figure, runs: list[Run]) -> None:
         draw_curves(left, runs, "weight", weights)
     else:
         draw_curves(left, runs, what, [train, val, test])
-    between = run.shares is None and np.isfinite(run.series("test_loss")).sum() > 2
-    draw_curves(middle, runs, what, [*losses, val, *[test] * int(between)])
+    draw_curves(middle, runs, what, [*losses, val])
     draw_bars(right, runs, colours)
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import shard
-from hf import Problems, open_regular, parse_json, pretrained, templates, tokenizer
+from hf import Problems, open_regular, parse_json, say, templates, tokenizer
 from hf.tokenizer import Turns
 from model import ModelConfig, Transformer, dtype_of, generate, open_checkpoint, read_tensors
 from sources.records import located_values
@@ -34,24 +34,33 @@ class Checkpoint(NamedTuple):
     directory: Path
     config: ModelConfig
     tokenizer: tokenizer.Tokenizer
-    template: str
+    template: str | None
     stops: list[int]  # ids that end an answer
+    notes: list[str]
 
 
-def open_model(name: str, template: str | None = None) -> Checkpoint:
-    """ValueError with a line for each problem of the model, its tokenizer or the template."""
+def open_model(name: str, template: str | None = None, talks: bool = True) -> Checkpoint:
+    """ValueError with a line for each problem of the model, its tokenizer or the template, which
+    may be unknown if the model is not to talk."""
     directory, config = open_checkpoint(name)
-    tok = tokenizer.load_tokenizer(directory)
-    template = template or templates.trained_with(directory)
-    stops = [*templates.stop_ids(tok, template), *config.eos_ids]
-    return Checkpoint(name, directory, config, tok, template, stops)
+    tok, notes = tokenizer.load_tokenizer(directory), []
+    if not template:
+        template, why = templates.trained_with(tok)
+        notes = [f"template {template}, {why}"] * bool(template)
+    stops = templates.stop_ids(tok, template) if template or talks else list(tok.eos_ids)
+    told = tokenizer.read_settings(directory, "config.json", "generation_config.json")
+    told = told.get("eos_token_id", [])
+    if template and stops[0] not in (told if isinstance(told, list) else [told]):
+        notes.append(f"{tok.name(stops[0])} ends an answer, but neither config.json nor "
+                     "generation_config.json says so: other software goes on past it")  # fmt: skip
+    return Checkpoint(name, directory, config, tok, template, [*stops, *config.eos_ids], notes)
 
 
 def load(c: Checkpoint, dtype: str, device: torch.device) -> Transformer:
-    """The model, sharded where there are several ranks. ValueError if they have different ones.
-    Collective: every rank calls it."""
-    about = pretrained.sizes(c.directory) | {"its tokenizer": c.tokenizer.fingerprint}
-    shard.check_same({f"--model {c.name}: {name}": of for name, of in about.items()})
+    """The model, sharded where there are several ranks; says what is to be known of it. Collective:
+    every rank calls it."""
+    if dist.get_rank() == 0:
+        say(*(f"note: {c.name}: {note}" for note in c.notes))
     model = shard.build(c.config, dtype_of(dtype, device.type), device)
     shard.fill(model, read_tensors(c.directory, c.config))
     return model
@@ -90,16 +99,15 @@ def answer(
         "max_new_tokens": max_new_tokens, "exemplars": fingerprint(before),
         "questions": fingerprint([q.turns for q in asked]),
     } | ({"seed": seed} if any(q.temperature for q in asked) else {})  # fmt: skip
-    shard.check_same({name: of for name, of in settings.items() if name != "weights"})
-    settings, rows = shard.broadcast_from_rank0(lambda: (settings, read(file)))
+    rows = read(file)
     old = rows[-1].get("settings", {}) if rows else settings
     if other := [key for key in settings if old.get(key) != settings[key]]:
         raise ValueError(f"{file} holds replies of other settings ({', '.join(other)}): take "
                          "another --out")  # fmt: skip
     name = next(iter(asked[0].about))
-    done = {row[name] for row in rows}
+    done = shard.broadcast_from_rank0(lambda: {row[name] for row in rows})
     todo = [q for q in asked[:limit] if q.about[name] not in done]
-    with shard.jointly(lambda: Journal(file)) as journal:
+    with Journal(file) as journal:
         model = load(c, dtype, device) if todo else None
         answered = respond(model, c, todo, before, max_new_tokens, batch_size, seed)
         quiet = not todo or dist.get_rank() > 0
@@ -158,8 +166,7 @@ def answer_batch(
     )  # fmt: skip
     every = [None] * world
     dist.all_gather_object(every, dict(zip(own, new, strict=True)))
-    before = templates.TEMPLATES[c.template].before["user"]
-    mark = "" if templates.CONTROL.search(before) else before.strip()
+    mark = templates.USER_MARKS.get(c.template)
     for i, ids in {i: ids for part in every for i, ids in part.items()}.items():
         text = c.tokenizer.decode(ids)
         if mark:  # no control token opens a user's turn: a model may go on with one of its own

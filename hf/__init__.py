@@ -1,25 +1,28 @@
 """What Hugging Face's files say: configurations, weights, tokenizers, chat templates. What a new
 family of models needs is said at the top of families.py.
 
-Here stands what all that others wrote goes through: how a file is opened, how its JSON is read, and
-how lines are printed.
+Here stands what all that others wrote goes through: how a file is opened, how its JSON is read, how
+its Jinja is run, and how lines are printed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
 JSON_BYTES = 100_000_000  # of a file; the tokenizer.json of 262,144 tokens has 33 MB
 DEPTH = 100  # of arrays and objects in one another
+TODAY = date(2025, 1, 1)  # what a chat template is told: a run is to be the same on every day
 DIGITS = 40  # of a whole number: transformers writes 10^30 where there is no limit
 
 
@@ -92,6 +95,30 @@ def _finite(number: str) -> float:
     if not math.isfinite(float(number)):
         raise ValueError(f"{number[:DIGITS]} is not a finite number")
     return float(number)
+
+
+@functools.cache
+def compiled(source: str) -> Callable[..., str]:
+    """What renders a chat template, which knows what transformers lets it know. It runs in a
+    sandbox, and raises what it likes."""
+    import jinja2.ext  # comes with torch
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    if [int(n) for n in re.findall(r"\d+", jinja2.__version__)[:3]] < [3, 1, 6]:
+        raise ValueError("the sandbox of jinja2 before 3.1.6 leaks: pip install -U jinja2")
+    source.encode()  # bytes that are not UTF-8 would be rendered as anything
+    def refuse(why: str) -> None:
+        raise jinja2.TemplateError(why)
+
+    loop_controls = [jinja2.ext.loopcontrols]
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                        extensions=loop_controls)  # fmt: skip
+    env.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    env.globals |= {"raise_exception": refuse, "strftime_now": TODAY.strftime}
+    # A block that marks an answer, for those who ask for that, is rendered as any text.
+    marks = {"generation": "if true", "endgeneration": "endif"}
+    tags = re.compile(r"({%-?\s*)((?:end)?generation)(?=\s*-?%})")
+    return env.from_string(tags.sub(lambda tag: tag[1] + marks[tag[2]], source)).render
 
 
 def shown(line: object) -> str:

@@ -198,17 +198,14 @@ class Fields:
         if ORIGINAL in takes:
             found[ORIGINAL] = self.get(ORIGINAL) or found[ORIGINAL] or length
         whole = kind != "yarn" or rest.pop("truncate", True)
-        sound = all(type(x) in (int, float) and 0 <= x < math.inf for x in found.values())
+        sound = all(type(x) in (int, float) and x >= 0 for x in found.values())
         if len(kinds) > 1 or kind not in ROPES or not sound or any(rest.values()):
             known = "; ".join(f"'{k}' {', '.join(names)}" for k, names in ROPES.items())
             self.problems.append(f"RoPE settings {rope}: supported are the types {known}")
             return "default", ()
-        if kind == "yarn":  # what is turned is made longer, by 1 + 0.1 scale ln(factor)
-            scales = [found.pop("mscale"), found.pop("mscale_all_dim")]
-            log = 0.1 * math.log(max(found["factor"], 1))
-            longer, less = (1 + log * scale for scale in (scales if all(scales) else (1, 0)))
-            size = found.pop("attention_factor") or longer / less
-            found |= {"truncate": bool(whole), "attention_factor": size}
+        if kind == "yarn":
+            size = found["attention_factor"] or 0.1 * math.log(max(found["factor"], 1)) + 1
+            found |= {"attention_factor": size, "truncate": bool(whole)}
         return kind, tuple(found.values())
 
     def windows(self, window: int | None, sliding: list[bool]) -> tuple[int | None, ...]:
@@ -232,9 +229,8 @@ ROPES = {
     "default": {},
     "linear": {"factor": None},
     "llama3": {"factor": None, "low_freq_factor": None, "high_freq_factor": None, ORIGINAL: 0},
-    "yarn": {"factor": None, ORIGINAL: 0, "beta_fast": 32.0, "beta_slow": 1.0,
-             "attention_factor": 0, "mscale": 0, "mscale_all_dim": 0},
-}  # fmt: skip
+    "yarn": {"factor": None, ORIGINAL: 0, "beta_fast": 32, "beta_slow": 1, "attention_factor": 0},
+}
 # GPT-2 and GPT-NeoX have LayerNorms, and biases in an MLP without a gate.
 PLAIN = {"norm": "layer", "gated": False, "mlp_bias": True}
 
@@ -306,19 +302,16 @@ def read_granite(f: Fields) -> dict:
 
 def read_smollm3(f: Fields) -> dict:
     f.size("num_key_value_heads")
-    f.get("max_window_layers")
-    values = read_llama(f, tied=True)
-    n_layers, every = values["n_layers"], f.size("no_rope_layer_interval", 4)
+    f.only("use_sliding_window", False)
+    f.read |= {"sliding_window", "max_window_layers"}  # which are then of no effect
+    values, every = read_llama(f, tied=True), f.size("no_rope_layer_interval", 4)
+    n_layers = values["n_layers"]
     turned = f.get("no_rope_layers") or [(i + 1) % every for i in range(n_layers)]  # 0: not
     if len(turned) < n_layers:
         f.clashes.append(f"no_rope_layers: has {len(turned)} entries for {n_layers} blocks")
-    window = f.number("sliding_window", None, null=True)
-    window = window if f.get("use_sliding_window") else None
-    pairs = list(zip(values["ropes"], turned, strict=False))
-    return values | {
-        "windows": f.windows(window, [window is not None and not turn for _, turn in pairs]),
-        "ropes": tuple(rope if turn else None for rope, turn in pairs),
-    }
+    pairs = zip(values["ropes"], turned, strict=False)
+    ropes = tuple(rope if turn else None for rope, turn in pairs)
+    return values | {"windows": f.windows(None, [False] * n_layers), "ropes": ropes}
 
 
 def read_phi3(f: Fields) -> dict:

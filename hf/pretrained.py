@@ -27,10 +27,14 @@ from hf.families import READERS, ModelConfig
 Named = Iterable[tuple[str, Tensor]]  # a stream of (name, full CPU tensor)
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"
+OTHERS = {  # what is taken for a model, and what to do
+    "adapter_config.json": "of a LoRA adapter, not of a model: load it and its base with peft, "
+                           "merge_and_unload them, and save_pretrained the result",
+    "*.gguf": "a GGUF file, for llama.cpp: take the safetensors that it was made from",
+}  # fmt: skip
 WANTED = [
     CONFIG, INDEX, "model*.safetensors", "tokenizer*", "special_tokens_map.json", "chat_template*",
-    "generation_config.json", ADAPTER,
+    "generation_config.json", "adapter_config.json",
 ]
 # Buffers that old checkpoints carry along.
 EXTRA_KEYS = re.compile(r"\b(attn|attention)\.(masked_)?bias$|\brotary_emb\.inv_freq$")
@@ -99,27 +103,14 @@ def hf_key(config: ModelConfig, name: str) -> Key:
 def load_config(directory: str | Path, name: str = CONFIG) -> ModelConfig:
     """Read config.json. Raises ValueError where it is missing, broken or not supported."""
     file = Path(directory) / name
-    refuse_other_kinds(file)
+    if not file.is_file() or file.match("*.gguf"):
+        for pattern, words in OTHERS.items():
+            for found in file.parent.glob(pattern):
+                raise ValueError(f"{found}: {words}")
     config, problems = read_json(file), Problems()
     with problems.collecting(f"{file}: "):
         return ModelConfig.from_hf(config)
     raise problems
-
-
-def refuse_other_kinds(file: Path) -> None:
-    """Raise a ValueError if a config.json, or what is taken for one, or its folder is what people
-    take for a model: a LoRA adapter, or a GGUF file."""
-    folder = file.parent
-    whole = any((folder / name).is_file() for name in (WEIGHTS, INDEX))
-    if (folder / ADAPTER).is_file() and not whole:
-        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
-        raise ValueError(f"{folder}: a LoRA adapter of {base}, not a model: load both with peft, "
-                         "merge_and_unload them, and save_pretrained the result")  # fmt: skip
-    for found in [file] if file.is_file() else sorted(folder.glob("*.gguf"))[:1]:
-        with open(found, "rb") as opened:
-            if opened.read(4) == b"GGUF":
-                raise ValueError(f"{found}: a GGUF file, which is for llama.cpp: take the "
-                                 "safetensors that it was made from")  # fmt: skip
 
 
 def find_checkpoint(id_or_dir: str | Path, weights: bool = True) -> Path:
@@ -129,11 +120,11 @@ def find_checkpoint(id_or_dir: str | Path, weights: bool = True) -> Path:
     mean what they mean to huggingface_hub. Raises ValueError that says what to do.
     """
     path = Path(id_or_dir)
+    if path.is_file():
+        load_config(path.parent, path.name)  # may say what it is
+        raise ValueError(f"{path}: a file: expected the directory of a model")
     if path.is_dir():
         return path
-    if path.is_file():
-        refuse_other_kinds(path)
-        raise ValueError(f"{path}: a file: expected the directory of a model")
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -172,11 +163,6 @@ def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, tuple], list[s
         except (SafetensorError, OSError) as error:
             problems.append(f"{file}: missing, truncated or damaged ({error})")
     return stored, problems
-
-
-def sizes(directory: Path) -> dict[str, int]:
-    """Bytes of the files of weights, by name: they tell two versions of a model apart, mostly."""
-    return {file.name: file.stat().st_size for file in directory.glob("*.safetensors")}
 
 
 def check_weights(

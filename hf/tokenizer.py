@@ -20,13 +20,14 @@ import json
 import os
 import re
 import unicodedata
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
 
-from hf import read_json
+from hf import JSON_BYTES, open_regular, read_json
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Names to fall back on where no configuration file names the token.
@@ -37,6 +38,7 @@ TEMPLATE_TOKENS = (  # control tokens of the templates, whether or not the files
     "<start_of_turn>", "<end_of_turn>",
 )
 
+BOS = "bos_token"
 EOS = "eos_token"  # a template's word for the vocabulary's own end of text, whatever its name
 # (role, text); roles: system, user, input, assistant, given (an answer without loss), or one "text"
 Turns = list[tuple[str, str]]
@@ -146,7 +148,7 @@ def _without_special(spec: dict, special: dict[str, int]) -> dict:
             "truncation": None, "padding": None}
 
 
-@dataclass
+@dataclass(eq=False)
 class Tokenizer:
     """A codec and the control tokens beside it. Made by `load_tokenizer` or `byte_tokenizer`."""
 
@@ -159,10 +161,16 @@ class Tokenizer:
     n_vocab: int  # highest id + 1
     fingerprint: str  # hash of everything that determines ids
     path: Path | None  # directory of the source files; None for the byte tokenizer
+    rows: int | None  # of the model's embedding, as its config.json says
+    chat: str | None  # the checkpoint's own chat template, in Jinja
+    named: dict[str, str]  # what a template may name: {"bos_token": "<s>", …}
+    control_pattern: re.Pattern  # any control token, with the spaces around it that some swallow
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, all of it as text, nothing added."""
-        return self.codec.encode_batch([text])[0]
+        ids = self.codec.encode_batch([text])[0]
+        self.check(ids)
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`; control tokens and ids without a text are left out."""
@@ -170,10 +178,21 @@ class Tokenizer:
 
     def control(self, name: str) -> int:
         """Id of the control token `name`; ValueError if the vocabulary lacks it."""
-        token_id = self.eos_id if name == EOS else self.special.get(name)
+        own = {EOS: self.eos_id, self.named.get(EOS): self.eos_id, self.named.get(BOS): self.bos_id}
+        token_id = (own | self.special).get(name)
         if token_id is None:
             raise ValueError(f"{self.path}: the vocabulary lacks the control token {name}")
         return token_id
+
+    def check(self, ids: Iterable[int]) -> None:
+        """ValueError if an id has no row in the embedding: a vocabulary may have more than that."""
+        if self.rows and self.rows < self.n_vocab and (top := max(ids, default=0)) >= self.rows:
+            raise ValueError(f"the token {self.name(top)!r} has the id {top}: the embedding has "
+                             f"only {self.rows} rows")  # fmt: skip
+
+    def name(self, token_id: int) -> str:
+        """How the vocabulary spells an id."""
+        return {i: n for n, i in self.special.items()}.get(token_id) or self.decode([token_id])
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -213,7 +232,11 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         "config.json", "generation_config.json",  # tokens by id
     )
     fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
+    jinja = file.parent / "chat_template.jinja"
     try:
+        if jinja.exists():
+            with open_regular(jinja) as opened:
+                settings["chat_template"] = opened.read(JSON_BYTES).decode(errors="surrogateescape")
         return _from_spec(spec, settings, file.parent, fingerprint)
     except (LookupError, TypeError, AttributeError, UnicodeError) as error:
         raise ValueError(f"{file}: not understood: {error!r}") from None
@@ -229,6 +252,8 @@ def _from_spec(spec: dict, settings: dict, path: Path | None, fingerprint: str) 
     """The tokenizer of a tokenizer.json's content and of what the configuration files say."""
     vocab, added = _vocabulary(spec, settings)
     named = {key: settings.get(f"{key}_token") for key in ("bos", "eos", "unk", "pad")}
+    # What ends a text stays that where a template has another end for answers: see save_tokenizer.
+    named["eos"] = settings.get("scalebio_eos_token", named["eos"])
     named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
     control = {name for name, token in added.items() if token.get("special")}
     control |= {*named.values(), *KNOWN_BOS, *KNOWN_EOS, *TEMPLATE_TOKENS} - {None}
@@ -256,10 +281,28 @@ def _from_spec(spec: dict, settings: dict, path: Path | None, fingerprint: str) 
     opens = [vocab.get(p["SpecialToken"]["id"]) for p in pieces if "SpecialToken" in p]
     add_bos = bool(settings.get("add_bos_token", bos_id in opens) and bos_id is not None)
     stops = [eos_id] * (eos_id in special.values()) + configured("eos")
-    identity = json.dumps([fingerprint, bos_id, eos_id, add_bos, special])
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    return Tokenizer(codec, special, bos_id, eos_id, add_bos, tuple(dict.fromkeys(stops)),
-                     max(vocab.values()) + 1, fingerprint, path)
+    n_vocab, rows = max(vocab.values()) + 1, settings.get("vocab_size")
+    identity = [fingerprint, bos_id, eos_id, add_bos, special]
+    identity += [rows] * (rows is not None and rows < n_vocab)
+    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    chat = settings.get("chat_template")
+    if isinstance(chat, list):  # of several, each with a name
+        chat = {each["name"]: each["template"] for each in chat}.get("default")
+    of_id, ends = {i: name for name, i in vocab.items()}, {"bos": bos_id, "eos": eos_id}
+    named |= {key: of_id[i] for key, i in ends.items() if i is not None}
+    pattern = _control_pattern({*special, named["bos"], named["eos"]} - {None}, added)
+    named = {f"{key}_token": name for key, name in named.items() if name is not None}
+    return Tokenizer(codec, special, bos_id, eos_id, add_bos, tuple(dict.fromkeys(stops)), n_vocab,
+                     fingerprint, path, rows, chat, named, pattern)
+
+
+def _control_pattern(names: set[str], added: dict[str, dict]) -> re.Pattern:
+    """Any of these, the longest first, with the spaces around it that it swallows."""
+    parts = []
+    for name in sorted(names, key=len, reverse=True):
+        before, after = (added.get(name, {}).get(key) for key in ("lstrip", "rstrip"))
+        parts.append(r"\s*" * bool(before) + re.escape(name) + r"\s*" * bool(after))
+    return re.compile(f"({'|'.join(parts) or '(?!)'})")
 
 
 def _vocabulary(spec: dict, settings: dict) -> tuple[dict[str, int], dict[str, dict]]:

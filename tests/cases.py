@@ -32,7 +32,7 @@ CASES = {
     }),
     "llama-yarn": ("Llama", SIZES | {"rope_parameters": YARN}),
     "llama-yarn-scaled": ("Llama", SIZES | {"head_dim": 12, "rope_parameters": YARN | {
-        "beta_fast": 6.0, "beta_slow": 0.5, "truncate": False, "mscale": 2.0, "mscale_all_dim": 0.5,
+        "beta_fast": 6.0, "beta_slow": 0.5, "truncate": False, "attention_factor": 0.7,
     }}),
     "granite": ("Granite", SIZES | {
         "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True,
@@ -44,9 +44,8 @@ CASES = {
             "rope_type": "default", "rope_theta": 100.0,
         },
     }),
-    "smollm3-windows": ("SmolLM3", SIZES | {
-        "num_key_value_heads": 1, "no_rope_layers": [1, 0, 0], "use_sliding_window": True,
-        "sliding_window": 5, "tie_word_embeddings": False,
+    "smollm3-untied": ("SmolLM3", SIZES | {
+        "num_key_value_heads": 1, "no_rope_layers": [1, 0, 0], "tie_word_embeddings": False,
     }),
     "phi3": ("Phi3", SIZES | {"num_key_value_heads": 2, "sliding_window": 5}),
     "phi3-partial": ("Phi3", SIZES | {

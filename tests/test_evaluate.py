@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -120,7 +121,9 @@ def test_loss_table_is_the_same_on_one_process_and_two(checkpoint, records, here
             "instruction-seed3", "--micro-batch-size", 2)  # fmt: skip
     code, one, _ = here(*args)
     assert (code, one) == (0, one) == on_two_ranks(*args)
-    rows = [line.replace("±", "").split() for line in one.splitlines()[1:]]
+    notes, (_, *lines) = one.splitlines()[:2], one.splitlines()[2:]
+    assert all("template plain, which the model was trained with" in note for note in notes)
+    rows = [line.replace("±", "").split() for line in lines]
     _, _, test = tasks.task("instruction", 3)
     turns = {label: [[("text", r["text"])] for r in mixture if label in ("both", r["source"])]
              for label in ("both", "long", "short")}  # fmt: skip
@@ -140,14 +143,38 @@ def test_loss_table_is_the_same_on_one_process_and_two(checkpoint, records, here
 def test_the_template_is_told_by_the_models_files(tmp_path):
     def told(**config):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-        return templates.trained_with(tmp_path)
+        name, why = templates.trained_with(data.load_tokenizer(tmp_path))
+        return name, why.split()[-1]
 
-    assert told(scalebio_template="plain", chat_template="<|im_start|>") == "plain"
-    assert told(chat_template="{{ '<|im_start|>' + message.role }}") == "chatml"
-    assert told(chat_template=[{"name": "default", "template": "<start_of_turn>"}]) == "gemma"
-    assert told(chat_template="[INST] {{ message }}") == told() == "alpaca"
-    (tmp_path / "chat_template.jinja").write_text("<|start_header_id|>user<|end_header_id|>")
-    assert told() == "llama3"
+    templates.save_tokenizer(data.byte_tokenizer(), tmp_path, "plain")
+    assert told(scalebio_template="plain", chat_template="<|im_start|>") == ("plain", "with")
+    assert told(chat_template="{{ messages }}") == ("own", "checkpoint")
+    assert told(chat_template=[{"name": "default", "template": "x"}]) == ("own", "checkpoint")
+    assert told(chat_template=[{"name": "tools", "template": "x"}]) == told() == (None, "template")
+    (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}")
+    assert told() == ("own", "2025-01-01")
+
+
+def test_a_template_is_not_guessed_and_an_end_that_the_files_lack_is_told(checkpoint, sums, here):
+    model = shutil.copytree(checkpoint, Path("model"))
+    config = model / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {
+        "chat_template": None, "scalebio_template": None}))  # fmt: skip
+    Path("text.jsonl").write_text('{"text": "some text"}\n')
+    Path("chat.jsonl").write_text('{"instruction": "Hi", "output": "you"}\n')
+    code, out, _ = here("loss", "--model", model, "--data", "text.jsonl")  # needs no template
+    assert code == 0 and "note" not in out
+    for args in (("loss", "--data", "chat.jsonl"), ("gsm8k", "--data", sums)):
+        code, out, err = here(*args, "--model", model)
+        assert code == 2 and out == "" and "no chat template: --template says how" in err
+    say = "generate", "--model", model, "--prompt", "Hi", "--max-new-tokens", 2
+    assert here(*say)[0] == 0
+    for name in ("config.json", "generation_config.json"):
+        told = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(told | {"eos_token_id": 7}))
+    code, out, _ = here(*say, "--template", "plain")
+    assert code == 0 and "model: <eos> ends an answer, but neither config.json" in out
+    assert "note" not in here(*say)[1]
 
 
 # Generation

@@ -10,8 +10,18 @@ import unicodedata
 
 import pytest
 
-from hf.templates import TEMPLATES, encode_conversations, render_prompt, save_tokenizer, stop_ids
+from hf.templates import (
+    NAMES,
+    TEMPLATES,
+    encode_conversations,
+    fingerprint,
+    render_prompt,
+    save_tokenizer,
+    stop_ids,
+)
 from hf.tokenizer import TEMPLATE_TOKENS, BytePairCodec, byte_tokenizer, load_tokenizer
+from model import from_pretrained, save_pretrained
+from tests.cases import SIZES
 
 hf = pytest.importorskip("tokenizers")
 
@@ -253,6 +263,170 @@ def test_templates_match_transformers_chat_template(template, name, vocabulary, 
             messages[:-1], add_generation_prompt=True, return_dict=False
         )
         assert ids[: len(prompt)] == prompt  # generation continues what training showed
+
+
+# Chat templates as checkpoints have them, with marks around what is learned: a system turn that is
+# there anyway, ends of turns of which the last has another after it, one text of two turns.
+OWN = {
+    "system": "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
+    "{{ '' }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "swallowing": "{% for m in messages %}\n  {%- if m.role == 'assistant' -%}\n"
+    "{{ '<|gpt|>\n' }}{%- generation -%}{{ m.content | trim + '<|im_end|>\n' }}"
+    "{%- endgeneration %}\n{%- else -%}{{ '<start_of_turn>' + m.role + '\n' + m.content }}"
+    "{{ '<end_of_turn>\n' }}{%- endif %}"
+    "{% if not tools and loop.index > 99 %}{% break %}{% endif %}{%- endfor %}"
+    "{{ '<|gpt|>\n' if add_generation_prompt else eos_token }}",
+    "joined": "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + "
+    "m.content.strip() + ' [/INST]' }}{% elif m.role == 'assistant' %}{% generation %}"
+    "{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endgeneration %}{% endif %}{% endfor %}",
+}
+SWALLOWS = "<|gpt|>", "<|im_end|>", "<end_of_turn>"  # what follows as space
+
+
+@pytest.fixture
+def with_template(vocabulary, tmp_path):
+    """with_template(vocabulary's name, source): our tokenizer of it with its own chat template, and
+    transformers'; "swallowing" has a token more, and some that take in the spaces behind them."""
+    transformers = pytest.importorskip("transformers")
+
+    def make(name, source, **config):
+        base = vocabulary(name)
+        spec = json.loads((base.path / "tokenizer.json").read_text())
+        if "<|gpt|>" in source:
+            spec["added_tokens"].append(spec["added_tokens"][0] | {"id": base.n_vocab,
+                                                                   "content": "<|gpt|>"})
+            for token in spec["added_tokens"]:
+                token["rstrip"] = token["content"] in SWALLOWS
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+        config |= {"bos_token": "<s>", "eos_token": "</s>", "chat_template": source}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        return load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize("name, source", [("chat", "system"), ("chat", "swallowing"),
+                                          ("llama2", "joined")])  # fmt: skip
+def test_own_template_gives_the_ids_and_the_mask_of_transformers(name, source, with_template):
+    ours, theirs = with_template(name, OWN[source])
+    rng, made = random.Random(0), [TURNS[1:], *CONVERSATIONS[1:4]]
+    texts = [text for turns in CONVERSATIONS for _, text in turns if text] + ["ab  cd", "日本"]
+    for _ in range(40):
+        roles = ("user", "assistant") * rng.randint(1, 4)
+        made.append([("system", "Be brief.")] * rng.randint(0, 1 - (source == "joined")) +
+                    [(role, rng.choice(texts)) for role in roles])  # fmt: skip
+    for turns, (ids, has_loss) in zip(made, encode_conversations(ours, "own", made), strict=True):
+        wanted = theirs.apply_chat_template(as_messages(turns), return_dict=True,
+                                            return_assistant_tokens_mask=True)  # fmt: skip
+        assert ids == wanted["input_ids"]
+        if source != "swallowing":  # whose marks hold a space that is no token
+            assert has_loss == [bool(m) for m in wanted["assistant_masks"]]
+        answers = [text.strip() for role, text in turns if role == "assistant"]
+        learned = trained_text(ours, ids, has_loss)
+        assert [(text.strip(), end) for text, end in learned] == [(text, True) for text in answers]
+        prompt = render_prompt(ours, "own", turns[:-1])
+        assert prompt == ids[: len(prompt)] == theirs.apply_chat_template(
+            as_messages(turns[:-1]), add_generation_prompt=True, return_dict=False)  # fmt: skip
+    given = [TURNS[1], ("given", TURNS[2][1]), *TURNS[3:]]
+    (ids, second), (same, both) = encode_conversations(ours, "own", [given, TURNS[1:]])
+    start = len(render_prompt(ours, "own", TURNS[1:4]))
+    assert ids == same and second == [False] * start + both[start:]
+
+
+def test_text_in_an_own_template_is_no_control_token_and_an_input_joins_the_question(with_template):
+    ours, _ = with_template("chat", OWN["system"])
+    turns = [("user", "<|im_end|>\n<|im_start|>"), ("input", "\ue000"), ("assistant", "<|im_end|>")]
+    ids, has_loss = encode_conversation(ours, "own", turns)
+    assert [ids.count(ours.special[name]) for name in ("<|im_start|>", "<|im_end|>")] == [3, 3]
+    assert trained_text(ours, ids, has_loss) == [("<|im_end|>", True)]
+    assert "user\n<|im_end|>\n<|im_start|>\n\ue000\n" in ours.decode(ids)
+
+
+USER = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}"
+
+
+@pytest.mark.parametrize("source, words", [
+    # an answer changes when more turns follow; a prompt is not how an answer begins; no end
+    (USER + "{{ '!' if loop.last }}{% endfor %}", "turn 2, 'It is 4.', is not rendered alike"),
+    (USER.replace("m.content", "(m.content if loop.last else '…')") + "{% endfor %}", "turn 2"),
+    (USER + "{% endfor %}{{ '<think>' if add_generation_prompt }}", "turn 2, "),
+    ("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", "turn 2, "),
+    (USER + "{% endfor %}{{ raise_exception('no such role') }}", "no such role"),
+    (USER + "{{ m.__class__.__mro__ }}{% endfor %}", "unsafe"),
+    (USER + "{{ m.update({'role': 'x'}) }}{% endfor %}", "unsafe"),
+    (USER, "unexpected|Unexpected"),
+    (USER + "{% endfor %}{{ 1 / 0 }}", "division"),
+])  # fmt: skip
+def test_an_own_template_that_cannot_be_used_is_refused_with_what_to_take_instead(
+    source, words, with_template
+):
+    ours, _ = with_template("chat", source)
+    with pytest.raises(ValueError, match=words) as error:
+        encode_conversations(ours, "own", [TURNS[1:]], numbers=[7])
+    where, said = str(error.value).split(": ", 1)
+    assert where == "record 7" and said.endswith(
+        "take --template chatml" if "im_start" in source else "take --template alpaca")
+
+
+def test_the_own_template_decides_about_ids_and_a_date_is_always_the_same(with_template):
+    ours, _ = with_template("chat", OWN["system"])
+    assert fingerprint(ours, "plain") == ours.fingerprint != fingerprint(ours, "own")
+    dated, _ = with_template("chat", "{{ strftime_now('%d %b %Y') }}" + OWN["system"])
+    assert dated.fingerprint == ours.fingerprint and fingerprint(dated, "own") != fingerprint(
+        ours, "own")  # fmt: skip
+    assert dated.decode(render_prompt(dated, "own", TURNS[:2])).startswith("01 Jan 2025")
+    (ours.path / "tokenizer_config.json").unlink()
+    for template in ("own", None):
+        with pytest.raises(ValueError, match="has no chat template: --template says"):
+            render_prompt(load_tokenizer(ours.path), template, TURNS[:2])
+
+
+@pytest.mark.parametrize("template", NAMES)
+def test_the_saved_model_stops_in_transformers(template, with_template, tmp_path):
+    """A base whose own end is </s>, where it is told so three times, and which samples."""
+    import torch
+    import transformers
+
+    base, _ = with_template("chat", OWN["swallowing"].replace(" else eos_token", ""))
+    end = {"bos_token_id": base.bos_id, "eos_token_id": base.eos_id}
+    sizes = SIZES | {"vocab_size": base.n_vocab, "max_position_embeddings": 512}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **end))
+    model.generation_config.update(**end, top_k=7, do_sample=True)
+    model.save_pretrained(base.path)
+    save_pretrained(from_pretrained(base.path), tmp_path / "out")
+    save_tokenizer(load_tokenizer(base.path), tmp_path / "out", template)
+
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = tokenizer.apply_chat_template(as_messages(TURNS[1:2]), add_generation_prompt=True,
+                                           return_tensors="pt", return_dict=False)  # fmt: skip
+    ids, has_loss = encode_conversation(load_tokenizer(base.path), template, TURNS[1:3])
+    answer = [i for i, learned in zip(ids, has_loss, strict=True) if learned]
+    assert prompt[0].tolist() == ids[: len(prompt[0])]
+
+    def say_it(so_far, scores):  # what a model that has learned it says, and then anything
+        forced = torch.full_like(scores, -torch.inf)
+        at = so_far.shape[1] - prompt.shape[1]
+        forced[:, answer[at] if at < len(answer) else 5] = 0
+        return forced
+
+    said = saved.generate(prompt, max_new_tokens=99, logits_processor=[say_it])[0, prompt.shape[1]:]
+    assert said.tolist() == answer and saved.generation_config.top_k == 7
+    stops = list(dict.fromkeys([answer[-1], base.eos_id]))
+    for name in ("config.json", "generation_config.json"):
+        told = json.loads((tmp_path / "out" / name).read_text())["eos_token_id"]
+        assert (told if isinstance(told, list) else [told]) == stops
+    assert tokenizer.eos_token_id == answer[-1]
+    again = load_tokenizer(tmp_path / "out")
+    assert (again.eos_id, again.fingerprint) == (base.eos_id, base.fingerprint)  # of texts
+    assert fingerprint(again, template) == fingerprint(base, template)
+    assert encode_conversation(again, template, TURNS) == encode_conversation(base, template, TURNS)
+    save_tokenizer(again, tmp_path / "third", "alpaca")
+    third = transformers.AutoTokenizer.from_pretrained(tmp_path / "third")
+    assert third.eos_token_id == base.eos_id
 
 
 @pytest.mark.parametrize("scheme", ["always", "first", "never"])

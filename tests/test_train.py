@@ -112,17 +112,6 @@ def test_overlap_is_a_warning_with_counts():
     assert len(all_of.sources["a"]) == 20 and len(kept.sources["a"]) == 15
 
 
-def test_the_test_loss_between_both_ends_changes_nothing_else():
-    done("--steps", "5", "--out", "ends")
-    done("--steps", "5", "--out", "often", "--eval-every", "2")
-    ends, often = rows("ends"), rows("often")
-    found = [row.pop("test_loss", None) for row in often]
-    first, *_, last = (row.pop("test_loss", None) for row in ends)
-    assert found[0] == first and found[-1] == last and often == ends
-    assert [loss is not None for loss in found] == [True, False, True, False, True]
-    assert found[2] not in (first, last)
-
-
 def test_an_absent_source_is_null_and_rounds_raise_alpha():
     done("--steps", "4", "--outer-rounds", "2", "--tau", "3", "--batch-size", "2", "--out", "out")
     table = rows("out")
@@ -242,6 +231,67 @@ def test_sources_may_be_given_one_by_one_and_what_is_odd_is_noted(sound):
     assert any("there is one source" in note for note in found.notes)
 
 
+def chat_template(folder: Path, source: str | None) -> None:
+    """Give a checkpoint this chat template, and no other."""
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config.pop("scalebio_template", None)
+    file.write_text(json.dumps(config | {"chat_template": source}))
+
+
+OWN = "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}" \
+      "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+
+
+@pytest.mark.parametrize("source, template, why", [
+    (..., "alpaca", "which the model was trained with"),  # as write_model says
+    (OWN, "own", "the chat template of the checkpoint"),
+    (None, "alpaca", "as the checkpoint has no chat template"),
+])  # fmt: skip
+def test_the_template_is_the_models_own_and_the_run_says_so(sound, source, template, why):
+    sound |= {"--train": ["a=chat.json"], "--template": "auto", "--max-length": "256"}
+    write_model(Path("checkpoint"), max_position_embeddings=256)
+    if source is not ...:
+        chat_template(Path(sound["--model"]), source)
+    write_json(Path("chat.json"), [{"instruction": "Count.", "output": "one two"}] * 9)
+    short = "--steps 2 --batch-size 4 --val-batch-size 4 --lisa-layers 1".split()
+    said = done(*flags(sound), *short, flags=[])
+    assert f"note: --template auto: {template}, {why}" in said
+    saved = json.loads(Path("out/model/tokenizer_config.json").read_text())
+    assert saved["scalebio_template"] == template
+    assert (saved["chat_template"] == OWN) == (template == "own")
+    assert json.loads(Path("out/config.json").read_text())["flags"]["template"] == template
+
+
+def test_a_run_goes_on_with_the_template_it_began_with(sound, refusal):
+    model = Path(sound["--model"])
+    chat_template(model, OWN)
+    sound["--template"] = "auto"
+    done(*flags(sound), *"--steps 2 --save-every 1 --lisa-layers 1".split(), flags=[])
+    shutil.rmtree("out/model")
+    more = [*flags(sound), *"--steps 2 --save-every 1 --lisa-layers 1".split()]
+    assert "goes on from" in done(*more, flags=[])
+    shutil.rmtree("out/model")
+    chat_template(model, "{# anew #}" + OWN)
+    assert [line.split(": ")[1] for line in refusal(more)] == ["the tokenizer has changed"]
+    chat_template(model, None)
+    assert "--template was own, now alpaca" in refusal(more)[0]
+
+
+def test_a_vocabulary_may_have_more_ids_than_the_embedding_if_none_is_used(sound, refusal):
+    model = Path(sound["--model"])
+    spec = json.loads((model / "tokenizer.json").read_text())
+    more = {"id": 258, "content": "zebra", "special": False, "single_word": False,
+            "lstrip": False, "rstrip": False, "normalized": False}  # fmt: skip
+    (model / "tokenizer.json").write_text(json.dumps(spec | {
+        "added_tokens": [*spec["added_tokens"], more]}))  # fmt: skip
+    prepare(parse(flags(sound)), 1)
+    Path("train_a.jsonl").write_text('{"text": "a horse"}\n\n{"text": "a zebra"}\n')
+    assert refusal(flags(sound)) == [
+        "train_a.jsonl: the token 'zebra' has the id 258: the embedding has only 258 rows"
+    ]
+
+
 def spoil_tensors(folder: Path) -> None:
     """One is missing, one too many, and one of another shape."""
     file = folder / "model.safetensors"
@@ -255,7 +305,7 @@ def spoil_tensors(folder: Path) -> None:
     (lambda folder: (folder / "model.safetensors").unlink(), ["safetensors"]),
     (lambda folder: (folder / "config.json").write_text("{"), ["config.json"]),
     (lambda folder: write_model(folder, vocab_size=200),
-     ["the tokenizer has 258 ids, the embedding only 200 rows"]),
+     ["the embedding has only 200 rows"]),
 ])  # fmt: skip
 def test_spoilt_checkpoints(sound, refusal, spoil, expected):
     spoil(Path(sound["--model"]))

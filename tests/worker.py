@@ -27,7 +27,6 @@ import data
 import shard
 import train
 from bilevel import PenaltyStep, Slopes, SourceWeights
-from cli.inputs import prepare
 from hf import pretrained
 from hf.families import ModelConfig
 from lisa import Lisa, local
@@ -71,14 +70,14 @@ def trajectory(
         f"--micro-batch-size {micro} --out {out}".split()
         + list(flags)
     )
-    inputs = prepare(args, dist.get_world_size())
+    inputs = train.prepare(args, dist.get_world_size())
     dist.barrier()  # no rank writes before all have looked
     out.mkdir(exist_ok=True)
     with mock.patch("data.padding", lambda: pad_to):
         if flags:  # stopped after the first step, and gone on with
             with contextlib.suppress(train.Stopped):
                 train.train(args, inputs, torch.device("cpu"), signals=[signal.SIGTERM])
-        penalty = train.train(args, inputs, torch.device("cpu"), signals=[])
+        penalty = train.train(args, inputs, torch.device("cpu"))
     parameters = {}
     for which, model in ("w", penalty.w), ("u", penalty.u):
         shard.move_to_device(model)
