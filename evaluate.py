@@ -16,13 +16,17 @@ n samples, b of one micro-batch.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cli import begin
+
+    begin()
+
 import argparse
 import math
-import os
 import re
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -168,7 +172,8 @@ def loss_command(args: argparse.Namespace, device: torch.device) -> int:
             for c in checkpoints:
                 length = min(args.max_length, c.config.max_positions)
                 datasets[c.name, label] = open_records(path, c, length)
-    problems.raise_if_any()
+    shard.jointly(problems.raise_if_any)
+    shard.check_same({f"--data {label}": d.sha256 for (_, label), d in datasets.items()})
     sources = {label: source_of_record(path) for label, path in paths.items()}
     rows = []  # (number of the file, source or "", cells)
     for c in checkpoints:
@@ -205,7 +210,8 @@ def loss_row(title: str, model: str, r: Loss) -> list[str]:
 
 def generate_command(args: argparse.Namespace, device: torch.device) -> int:
     """What the model says to each prompt."""
-    c = replies.open_model(args.model, args.template, talks=bool(args.template))
+    talks = bool(args.template)
+    c = shard.jointly(lambda: replies.open_model(args.model, args.template, talks))
     tok, room = c.tokenizer, c.config.max_positions
     if args.template:
         prompts = [templates.render_prompt(tok, args.template, [("user", p)]) for p in args.prompt]
@@ -265,7 +271,7 @@ def answer_problems(args: argparse.Namespace, device: torch.device) -> list[dict
             exemplars = answers.read_problems(local_file(args.exemplars))
         if args.shots > len(exemplars):
             raise ValueError(f"--shots {args.shots}: there are {len(exemplars)} exemplars")
-    problems.raise_if_any()
+    shard.jointly(problems.raise_if_any)
     before = []
     for question, solution, *_ in exemplars[: args.shots]:
         before += [("user", f"{question}\n{args.instruction}"), ("assistant", solution)]
@@ -303,7 +309,7 @@ def mtbench_command(args: argparse.Namespace, device: torch.device) -> int:
             judge = mtbench.Judge(args.judge_url, args.judge_model, args.judge_timeout,
                                   args.judge_tries, args.judge_concurrency, args.judge_max_tokens,
                                   args.judge_temperature)  # fmt: skip
-    problems.raise_if_any()
+    shard.jointly(problems.raise_if_any)
     if not args.answers:
         about = [{"question_id": q.id, "model_id": c.name, "questions": q.turns,
                   "temperature": mtbench.TEMPERATURES.get(q.category, 0.7)} for q in every]
@@ -470,19 +476,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a judge that failed, 2 bad input."""
     args = parse(argv)
     command, _ = COMMANDS[args.command]
-    try:  # a picture needs no ranks, and no room on a GPU that is in use
-        device = None if command is plot_command else shard.start(shard.FILES_TIMEOUT)
-        return command(args, device)
-    except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)  # all ranks find it: torchrun ends the others when rank 0 leaves
-        hf.say(*Problems.of(error), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        shard.exit_now(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    # A picture needs no ranks, and no room on a GPU that is in use.
+    return shard.command(partial(command, args), group=command is not plot_command)
 
 
 if __name__ == "__main__":

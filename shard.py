@@ -12,14 +12,17 @@ import contextlib
 import itertools
 import json
 import os
+import platform
 import re
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,7 +34,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf import open_regular, pretrained, read_json
+from hf import Problems, open_regular, pretrained, read_json, say
 from hf.families import ModelConfig
 from hf.pretrained import CONFIG
 from lisa import local
@@ -43,29 +46,64 @@ GATHER_ONCE_BYTES = 1_000_000_000
 # Seconds that ranks wait for one another while a disk is read or written.
 FILES_TIMEOUT = 4 * 3600.0
 FILE_BYTES = 1_000_000_000  # of a checkpoint's files, but for one tensor
+START_TIMEOUT = 300.0  # seconds that ranks wait for one another to start
 CHECKSUMS = "checksums.json"
+T = TypeVar("T")
 
 
-# The process group
+# The process group, and how its ranks agree
 
 def start(timeout: float) -> torch.device:
     """Join torchrun's process group, or make one of a single process. Returns this rank's device.
-    A collective that is not through after `timeout` seconds ends the run."""
-    device, backend = torch.device("cpu"), "gloo"
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
+    Ranks that do not come in START_TIMEOUT, or a collective that then takes longer than `timeout`
+    seconds, end the run."""
+    limit = timedelta(seconds=START_TIMEOUT)
     if "RANK" in os.environ:
-        store, rank, world = next(dist.rendezvous("env://"))
+        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
         # After a restart the store may still hold the addresses of ranks that are gone.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt {attempt}", store)
     else:
         store, rank, world = dist.HashStore(), 0, 1
-    limit = timedelta(seconds=timeout)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
+    set_timeout(timeout)
+    check_same({"whether there is a GPU": torch.cuda.is_available()})
+    return jointly(own_device)
+
+
+def own_device() -> torch.device:
+    """This rank's GPU, or the CPU. ValueError if there are GPUs, but fewer than ranks."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if ranks > gpus:
+        raise ValueError(f"{ranks} ranks on a machine of {gpus} GPUs: take as many as there are "
+                         "GPUs, or hide them with CUDA_VISIBLE_DEVICES=")  # fmt: skip
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
     return device
+
+
+def command(work: Callable[[torch.device | None], int], group: bool = True) -> int:
+    """The exit code of `work`, which runs in a process group; 2 for bad input, a ValueError or
+    OSError, which the first rank of each node prints; 1 on a rank that lost another."""
+    try:
+        return work(start(FILES_TIMEOUT) if group else None)
+    except (ValueError, OSError) as error:
+        if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0":
+            time.sleep(3)  # torchrun ends the other ranks when the first one leaves
+        say(*Problems.of(error), file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        say(f"rank {os.environ['RANK']} ends: another rank is gone, or did not come in time",
+            file=sys.stderr)  # fmt: skip
+        exit_now(1)  # taking the process group down would wait for it
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def set_timeout(seconds: float) -> None:
@@ -74,11 +112,43 @@ def set_timeout(seconds: float) -> None:
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
-def broadcast_from_rank0(make: Callable[[], object]) -> object:
-    """What rank 0 makes, on all ranks. Collective: every rank calls it."""
-    box = [make() if dist.get_rank() == 0 else None]
+def jointly(work: Callable[[], T]) -> T:
+    """What `work` gives on this rank, once it is through on all of them. If it raises a ValueError
+    or OSError on some, all ranks raise one with the lines of all. Collective.
+
+    Ranks agree by this and what is built on it alone: none decides from its own disk, clock or
+    environment what it does in a collective.
+    """
+    mine, own, problems, heard = None, Problems(), Problems(), set()
+    try:
+        mine = work()
+    except (ValueError, OSError) as error:
+        own = Problems.of(error)
+    said = [None] * dist.get_world_size()
+    dist.all_gather_object(said, (platform.node(), own.lines, own.count))
+    for rank, (node, lines, _) in enumerate(said):
+        for line in lines:
+            if line not in heard:
+                problems.add(f"rank {rank} on {node}: {line}" if rank else line)
+        heard.update(lines)
+    problems.count = max(problems.count, *(count for *_, count in said))
+    problems.raise_if_any()
+    return mine
+
+
+def broadcast_from_rank0(make: Callable[[], T]) -> T:
+    """What rank 0 makes, on all ranks; or its ValueError or OSError. Collective."""
+    box = [jointly(lambda: make() if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def check_same(own: dict[str, object]) -> None:
+    """ValueError on all ranks if something that they must have in common, by name, is not the same
+    as on rank 0. Collective."""
+    first = broadcast_from_rank0(lambda: own)
+    other = [name for name in sorted(own.keys() | first.keys()) if own.get(name) != first.get(name)]
+    jointly(Problems(f"not as on rank 0: {name}" for name in other).raise_if_any)
 
 
 def lost_peer(error: BaseException) -> bool:

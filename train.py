@@ -12,14 +12,17 @@ The training loop; the algorithm is in bilevel.py and lisa.py, the flags in cli/
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cli import begin
+
+    begin()
+
 import contextlib
 import functools
 import math
-import os
 import signal
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -37,13 +40,12 @@ from cli.inputs import (
     Inputs,
     about,
     checkpoints,
-    lock_directory,
     mixture_jsonl,
+    open_run,
     plan_inputs,
-    prepare,
     record,
 )
-from hf import Problems, say, templates
+from hf import say, templates
 from lisa import Lisa
 from model import Transformer, dtype_of, random_weights, read_tensors
 
@@ -57,6 +59,9 @@ def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
     return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
         schedule
     ]
+
+
+STOPPING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 class Failed(Exception):
@@ -128,12 +133,10 @@ def make_batches(flags: Flags, inputs: Inputs) -> data.Batches:
     return data.Batches(sources, inputs.val, flags.batch_size, flags.val_batch_size, *common)
 
 
-def train(
-    flags: Flags, inputs: Inputs, device: torch.device, signals: list[int] | None = None
-) -> Trainer:
+def train(flags: Flags, inputs: Inputs, device: torch.device, signals: list[int]) -> Trainer:
     """The loop of both modes, from loading to the saved model. Collective: every rank calls it.
 
-    signals: grows when this process is asked to stop; one rank's is enough
+    signals: takes in those that ask this process to stop; one rank's is enough
     """
     trainer = make_trainer(flags, inputs, device)
     batches = make_batches(flags, inputs)
@@ -148,6 +151,7 @@ def train(
     learned = learned if flags.mode == "bilevel" else None
     log = report.Log(flags.out, learned, start, total, dist.get_rank() == 0, origin)
     shard.set_timeout(flags.timeout)
+    catch_signals(signals)  # before, there was nothing to save
 
     for step, batch in data.prefetch(batches, range(start, total)):
         # λ's rate does not fall: its weights go on following u and w to the end.
@@ -223,7 +227,9 @@ def save(flags: Flags, inputs: Inputs, trainer: Trainer, done: int) -> str:
 def resume(flags: Flags, trainer: Trainer) -> tuple[int, Path]:
     """Go on from the newest whole checkpoint; returns the steps done, and the directory of the run
     that did them. Collective."""
-    checkpoint, complaints = shard.newest_checkpoint(checkpoints(flags))
+    checkpoint, complaints = shard.newest_checkpoint(
+        shard.broadcast_from_rank0(lambda: checkpoints(flags))
+    )
     if dist.get_rank() == 0:
         say(*complaints)
     if checkpoint is None:
@@ -231,7 +237,7 @@ def resume(flags: Flags, trainer: Trainer) -> tuple[int, Path]:
             raise Failed("no checkpoint is whole: '--resume never' starts anew, beside this run")
         return 0, flags.out
     try:
-        done = shard.steps_done(checkpoint)
+        done = shard.broadcast_from_rank0(lambda: shard.steps_done(checkpoint))
         for _, opt in trainer.copies.values():
             opt.switch(done - 1)  # the blocks that were active when it was saved
         state = state_of(trainer)
@@ -248,8 +254,10 @@ def held_out_losses(
     flags: Flags, inputs: Inputs, w: Transformer, done: int, total: int
 ) -> dict:
     """The mean sample losses that are due after `done` steps: on the test records before and after
-    the run; in a fine-tuning run on the validation records, also now and then. Collective."""
-    due = {"test_loss": (inputs.test, done in (0, total))}
+    the run, and every --eval-every steps; in a fine-tuning run on the validation records, also now
+    and then. Collective."""
+    often = flags.eval_every and done % flags.eval_every == 0
+    due = {"test_loss": (inputs.test, done in (0, total) or often)}
     if flags.mode == "finetune":
         # Ten times at most, and so often that it takes no more than a tenth of the run's time: a
         # sample takes three times as long to train on as to evaluate.
@@ -268,37 +276,28 @@ def held_out_losses(
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a run that failed or a plan that does not fit, 2 bad input,
     128 + n stopped by signal n."""
-    flags, first = parse(argv), os.environ.get("RANK", "0") == "0"
+    flags = parse(argv)
     for stream in (sys.stdout, sys.stderr):
         outlive(stream)
+    if flags.plan:
+        return shard.command(lambda _: plan.command(flags, plan_inputs(flags)), group=False)
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
     try:
-        if flags.plan:
-            return plan.command(flags, plan_inputs(flags))
-        inputs = prepare(flags, int(os.environ.get("WORLD_SIZE", 1)))
-        if (flags.out / "model").is_dir():
-            if first:
-                say(*report.retold(flags.out), "", f"{flags.out} is a finished run.")
-            return 0
-        if first:
-            lock_directory(flags.out)
-    except (ValueError, OSError) as error:
-        if first:
-            say(*Problems.of(error), file=sys.stderr)
-        else:
-            time.sleep(10)  # torchrun ends the other ranks when rank 0 leaves
-        return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return run(flags, inputs)
+        return shard.command(partial(run, flags))
+    finally:  # this may be a notebook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def run(flags: Flags, inputs: Inputs) -> int:
-    """Train in a process group, and say how it ended. Returns the exit code."""
-    device, signals = shard.start(shard.FILES_TIMEOUT), catch_signals()
-    # --resume never: a late rank finds rank 0's taken.
-    flags = replace(flags, out=shard.broadcast_from_rank0(lambda: flags.out))
+def run(flags: Flags, device: torch.device) -> int:
+    """Train, and say how it ended. Returns the exit code. Collective: every rank calls it."""
+    flags, inputs = open_run(flags)
+    if inputs is None:
+        if dist.get_rank() == 0:
+            say(*report.retold(flags.out), "", f"{flags.out} is a finished run.")
+        return 0
     memory = report.Memory(inputs.config, device.type, plan_settings(flags, inputs, device))
-    rank, code, last_words = dist.get_rank(), 0, []
+    rank, code, last_words, signals = dist.get_rank(), 0, [], []
     try:
         if rank == 0:
             announce(flags, inputs, memory)
@@ -313,13 +312,13 @@ def run(flags: Flags, inputs: Inputs) -> int:
     except Failed as error:
         code, last_words = 1, [str(error)]
     except Exception as error:
-        # Leave at once: where a rank is gone, taking the process group down would wait for it.
         what = report.why(error, flags.out, flags.timeout, memory, rank)
         say(f"rank {rank} ends: {what}", file=sys.stderr)
-        shard.exit_now(1)
+        if dist.get_world_size() > 1:
+            shard.exit_now(1)  # taking the process group down would wait for a rank that is gone
+        return 1
     if rank == 0:
         say(*last_words, file=sys.stderr if code == 1 else sys.stdout)
-    dist.destroy_process_group()
     return code
 
 
@@ -342,20 +341,18 @@ def plan_settings(flags: Flags, inputs: Inputs, device: torch.device) -> dict:
     return settings | {"max_length": min(flags.max_length, padded)}
 
 
-def catch_signals() -> list[int]:
-    """A list that the first signal to stop is put into. A second Ctrl-C has its usual effect; the
+def catch_signals(received: list[int]) -> None:
+    """From here on, signals to stop are put into a list. A second Ctrl-C has its usual effect; the
     others may come twice, from a cluster's manager and from torchrun."""
-    received = []
 
     def note(number: int, _) -> None:
         received.append(number)
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
             signal.signal(number, note)
-    return received
 
 
 def outlive(stream: TextIO) -> None:
@@ -366,6 +363,8 @@ def outlive(stream: TextIO) -> None:
         with contextlib.suppress(OSError):
             return method(*args, **kwargs)
 
+    if not hasattr(stream, "reconfigure"):
+        return  # a notebook's
     attempt(stream.reconfigure, errors="replace")
     stream.write = functools.partial(attempt, stream.write)
     stream.flush = functools.partial(attempt, stream.flush)

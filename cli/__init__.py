@@ -1,1 +1,15 @@
-"""What surrounds a run: its flags and their checks, the memory plan, the report."""
+"""What surrounds a run: its flags and their checks, the memory plan, the report; how it begins."""
+
+import ctypes
+import os
+import signal
+
+
+def begin() -> None:
+    """What a program does first, for importing torch takes seconds: from here on Ctrl-C ends it
+    without a traceback, and a rank whose torchrun is gone, even killed, gets SIGTERM."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        PR_SET_PDEATHSIG = 1  # see prctl(2)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

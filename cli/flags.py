@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import math
 import os
 import shutil
@@ -35,7 +34,6 @@ WEIGHTS = "a weights.json, uniform, proportional, or NAME=WEIGHT,..."  # what --
 # How far λ_k can go in a run, at Adam's full speed: weights that start equal can end at a ratio of
 # exp(2 REACH).
 REACH = 8.0
-LOCK = ".lock"  # in --out, with the process that launched the run
 
 
 class Range(NamedTuple):
@@ -107,6 +105,8 @@ class Flags:
                          "template; auto is own where it has one, else alpaca", tiny="plain",
                          choices=("auto", *templates.NAMES))
     max_length: int = DATA(512, "tokens at which a sample is cut", tiny=64, permitted=COUNT)
+    eval_every: int = DATA(0, "steps between two losses on the test records; 0 = before and after "
+                           "the run alone", permitted=STEPS, same_run=False)
     drop_overlap: bool = DATA(False, "remove training records that are validation or test records")
 
     epochs: float = STEP(1.0, "passes over as many samples as all sources hold, or over the "
@@ -242,8 +242,6 @@ def parse(argv: list[str] | None) -> Flags:
     about = values["task"] if tiny and not values["train"] else Path(values["model"]).name
     about += "-finetune" * (stub.mode == "finetune")
     out = values["out"] or Path(f"runs/{about}-seed{values['seed']}")
-    if values["resume"] == "never":
-        out = first_free_name(out)
     return Flags(**values | {"out": out})
 
 
@@ -286,8 +284,7 @@ def as_json(flags: Flags) -> dict:
 
 
 def check_flags(flags: Flags, world: int) -> list[str]:
-    """A line for each flag that is out of range, contradicts another or does not suit the machine.
-    """
+    """A line for each flag that is out of range, contradicts another or does not suit the ranks."""
     problems, learns = [], flags.mode == "bilevel"
     for f in dataclasses.fields(Flags):
         value, only, permitted = getattr(flags, f.name), f.metadata["only"], f.metadata["permitted"]
@@ -313,31 +310,12 @@ def check_flags(flags: Flags, world: int) -> list[str]:
                             "where everything trains")
     if learns and flags.train and not flags.val:
         problems.append("--val is missing: --train needs validation records beside it")
+    if flags.eval_every and flags.train and not flags.test:
+        problems.append(f"--eval-every {flags.eval_every}: needs --test")
     if not flags.train and (flags.val or flags.test):
         problems.append("--train is missing: --val and --test do not go with a built-in task")
     if flags.mode == "finetune" and not flags.weights and not flags.plan:
         problems.append(f"--weights is missing: --mode finetune needs {WEIGHTS}")
     if flags.compile and not flags.plan and not shutil.which(os.environ.get("CXX", "g++")):
         problems.append("--compile needs a C++ compiler: install g++, or name one in CXX")
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if torch.cuda.is_available() and local > torch.cuda.device_count():
-        problems.append(f"{local} ranks on a machine of {torch.cuda.device_count()} GPUs: take as "
-                        "many as there are GPUs, or hide them with CUDA_VISIBLE_DEVICES=")
     return problems
-
-
-def first_free_name(out: Path) -> Path:
-    """The first of out, out-2, ... that does not exist, or that this run made before torchrun
-    started its ranks anew."""
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    paths = itertools.chain([out], (out.with_name(f"{out.name}-{n}") for n in itertools.count(2)))
-
-    def ours(lock: Path) -> bool:
-        return restarted and lock.is_file() and lock.read_text() == launcher()
-
-    return next(path for path in paths if not os.path.exists(path) or ours(path / LOCK))
-
-
-def launcher() -> str:
-    """What stays the same when torchrun starts the ranks anew: its own process."""
-    return str(os.getppid())

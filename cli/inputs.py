@@ -1,14 +1,16 @@
 """What a run is made of: model, tokenizer, records and --out, opened and checked before a model is
 loaded.
 
-    inputs = prepare(flags, world=8)
+    flags, inputs = open_run(flags)
 
-Every problem is collected, so that one ValueError shows them together, a line each.
+Every problem is collected, so that one ValueError shows them together, a line each. On several
+ranks each looks at what it will read itself, and rank 0 alone at --out.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import filecmp
 import itertools
@@ -17,17 +19,21 @@ import math
 import os
 import platform
 import shutil
-from dataclasses import dataclass, replace
+import time
+import uuid
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import data
 import shard
-from cli.flags import HARMLESS, LOCK, WEIGHTS, Flags, as_json, check_flags, launcher, spelt
+from cli.flags import HARMLESS, WEIGHTS, Flags, as_json, check_flags, spelt
 from data import cache_dir
-from hf import Problems, pretrained, read_json, templates, tokenizer
+from hf import Problems, open_regular, pretrained, read_json, say, templates, tokenizer
 from model import ModelConfig, dtype_of, open_checkpoint, parameter_shapes
 from sources import tasks
 from sources.records import read_records, source_paths
@@ -49,6 +55,7 @@ TINY = {  # a llama of 0.9M parameters; the vocabulary is the byte tokenizer's
     "initializer_range": 0.088,
     "rope_theta": 10000.0,
 }
+LOCK = ".lock"  # in --out: locked while a run writes there
 # Things of `identity` whose values say nothing to a user.
 HASHED = "the data of", "the tokenizer"
 
@@ -67,6 +74,7 @@ class Inputs:
     template: str  # as --template says, or as it was chosen
     weights: dict[str, float] | None = None  # of the sources, as --weights states them
     mixture: dict[str, data.Dataset] | None = None  # what is drawn from the sources by them
+    lock: BinaryIO | None = None  # on rank 0: open as long as the run may write to --out
 
     @property
     def all(self) -> dict[str, data.Dataset]:
@@ -80,9 +88,39 @@ class Inputs:
         return self.sources if self.mixture is None else self.mixture
 
 
-def prepare(flags: Flags, world: int) -> Inputs:
-    """Check flags, model and data. Raises one ValueError with a line for each problem."""
-    problems = Problems([*check_flags(flags, world), *check_out(flags)])
+def open_run(flags: Flags) -> tuple[Flags, Inputs | None]:
+    """The flags, with the directory that --resume never chose, and the inputs; None for a finished
+    run. Else the directory is this run's until it ends. ValueError with all problems. Collective.
+    """
+    world, first = int(os.environ.get("WORLD_SIZE", 1)), dist.get_rank() == 0
+    if flags.resume == "never":
+        out = shard.broadcast_from_rank0(lambda: first_free_name(flags.out))
+        flags = dataclasses.replace(flags, out=out)
+    inputs = shard.jointly(lambda: prepare(flags, world, first))
+    shard.check_same(common_ground(flags, inputs))
+
+    def finished() -> bool:
+        return shard.broadcast_from_rank0(lambda: (flags.out / "model").is_dir())
+
+    if finished():
+        return flags, None
+    token = shard.broadcast_from_rank0(lambda: f"{launcher()} {uuid.uuid4()}")
+    inputs.lock = shard.jointly(lambda: lock_directory(flags.out, token) if first else None)
+    try:
+        shard.jointly(lambda: find_token(flags.out, token))
+    except ValueError:
+        if first:  # leave nothing behind, but a run to go on with
+            (flags.out / LOCK).unlink()
+            with contextlib.suppress(OSError):
+                flags.out.rmdir()
+        raise
+    return flags, None if finished() else inputs  # by a run that was waited for
+
+
+def prepare(flags: Flags, world: int, first: bool = True) -> Inputs:
+    """Check flags, model and data, and --out if this is the first rank. Raises one ValueError with
+    a line for each problem."""
+    problems = Problems([*check_flags(flags, world), *(check_out(flags) if first else ())])
     config, checkpoint, tok, weights, notes = None, None, None, None, []
     if flags.weights and flags.mode == "finetune":
         with problems.collecting():
@@ -91,7 +129,7 @@ def prepare(flags: Flags, world: int) -> Inputs:
         config, checkpoint, tok = open_model(flags)
         if flags.template == "auto":
             found, why = templates.trained_with(tok)
-            flags = replace(flags, template=found or "alpaca")
+            flags = dataclasses.replace(flags, template=found or "alpaca")
             notes.append(f"--template auto: {flags.template}, {why}")
         check_fit(flags, config, tok)
     with problems.collecting():  # where something is wrong, records are only checked, not tokenised
@@ -107,8 +145,9 @@ def prepare(flags: Flags, world: int) -> Inputs:
             problems.add(f"{name}: no record is left{after}")
     if flags.mode == "finetune" and not problems.count:
         draw_mixture(flags, inputs, weights)
-    for problem in [*check_space(flags, config), *changes(flags, record(flags, inputs))]:
-        problems.add(problem)
+    if first:
+        for problem in [*check_space(flags, config), *changes(flags, record(flags, inputs))]:
+            problems.add(problem)
     problems.raise_if_any()
     return inputs
 
@@ -400,6 +439,16 @@ def identity(record: dict) -> dict[str, object]:
     }
 
 
+def common_ground(flags: Flags, inputs: Inputs) -> dict[str, object]:
+    """What all ranks of a run must have in common, by the names that a user knows."""
+    mine = record(flags, inputs)
+    named = {f"the version of {name}": version for name, version in mine["versions"].items()}
+    named |= {spelt(name): value for name, value in mine["flags"].items()}
+    if inputs.checkpoint:
+        named |= pretrained.sizes(inputs.checkpoint)
+    return named | identity(mine)
+
+
 def held_run(directory: Path) -> dict | None:
     """The record of the run that a directory, or a checkpoint, holds; None if it holds none."""
     try:
@@ -463,20 +512,66 @@ def check_out(flags: Flags) -> list[str]:
     return problems
 
 
-def lock_directory(out: Path) -> None:
-    """Make a directory and keep other runs out of it until this process ends, however it ends.
-    ValueError if another run is in it."""
+def first_free_name(out: Path) -> Path:
+    """The first of out, out-2, ... that does not exist, or that this run made before torchrun
+    started its ranks anew."""
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    paths = itertools.chain([out], (out.with_name(f"{out.name}-{n}") for n in itertools.count(2)))
+
+    def ours(lock: Path) -> bool:
+        return restarted and lock.is_file() and lock.read_text().split(" ")[0] == launcher()
+
+    return next(path for path in paths if not os.path.exists(path) or ours(path / LOCK))
+
+
+def launcher() -> str:
+    """What stays the same when torchrun starts the ranks anew: its own process."""
+    return f"{platform.node()}:{os.getppid()}"
+
+
+def lock_directory(out: Path, token: str) -> BinaryIO:
+    """Make a directory, and keep other runs out of it until the file returned is closed, or this
+    process ends, however it ends; the file holds the token. ValueError if it cannot be written, or
+    another run is in it. One whose launcher is gone is about to save and end: it is waited for."""
+    end, waits = time.monotonic() + shard.START_TIMEOUT, False
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / LOCK, os.O_RDWR | os.O_CREAT)
+        lock = open_regular(out / LOCK, "a+b")
+        while not try_lock(lock):
+            lock.seek(0)
+            node, _, process = lock.read().decode().split(" ")[0].rpartition(":")
+            alive = node != platform.node() or Path("/proc", process).exists()
+            if alive or time.monotonic() > end:
+                raise ValueError(f"--out {out}: another run is writing to it")
+            if not waits:
+                say(f"waits for the run in {out}, which lost its launcher, to end")
+            waits = True
+            time.sleep(0.1)
+        lock.truncate(0)
+        lock.write(token.encode())
+        lock.flush()
     except OSError as error:
         raise ValueError(f"--out {out}: {error.strerror}") from None
+    return lock
+
+
+def try_lock(lock: BinaryIO) -> bool:
+    """Lock a file, unless another process has done so."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"--out {out}: another run is writing to it") from None
-    except OSError:
-        pass  # a file system without locks
-    with contextlib.suppress(OSError):  # a full disk is noticed by what matters more
-        os.truncate(lock, 0)
-        os.write(lock, launcher().encode())
+        return False
+    except OSError as error:
+        say(f"note: nothing keeps another run out: {lock.name} cannot be locked ({error.strerror})")
+    return True
+
+
+def find_token(out: Path, token: str) -> None:
+    """See that this is the directory in which rank 0 holds the lock. A network's file system may
+    take some time to show it. ValueError if it is another one."""
+    end = time.monotonic() + 5
+    while not (out / LOCK).is_file() or (out / LOCK).read_text() != token:
+        if time.monotonic() > end:
+            raise ValueError(f"--out {out}: not the directory that rank 0 writes to: it must be on "
+                             "a disk that all machines share")  # fmt: skip
+        time.sleep(0.1)

@@ -449,7 +449,8 @@ def draw_row(figure, runs: list[Run]) -> None:
         draw_curves(left, runs, "weight", weights)
     else:
         draw_curves(left, runs, what, [train, val, test])
-    draw_curves(middle, runs, what, [*losses, val])
+    between = run.shares is None and np.isfinite(run.series("test_loss")).sum() > 2
+    draw_curves(middle, runs, what, [*losses, val, *[test] * int(between)])
     draw_bars(right, runs, colours)
 
 

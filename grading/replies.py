@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import shard
-from hf import Problems, open_regular, parse_json, say, templates, tokenizer
+from hf import Problems, open_regular, parse_json, pretrained, say, templates, tokenizer
 from hf.tokenizer import Turns
 from model import ModelConfig, Transformer, dtype_of, generate, open_checkpoint, read_tensors
 from sources.records import located_values
@@ -57,8 +57,10 @@ def open_model(name: str, template: str | None = None, talks: bool = True) -> Ch
 
 
 def load(c: Checkpoint, dtype: str, device: torch.device) -> Transformer:
-    """The model, sharded where there are several ranks; says what is to be known of it. Collective:
-    every rank calls it."""
+    """The model, sharded where there are several ranks; says what is to be known of it. ValueError
+    if they have different ones. Collective: every rank calls it."""
+    about = pretrained.sizes(c.directory) | {"its tokenizer": c.tokenizer.fingerprint}
+    shard.check_same({f"--model {c.name}: {name}": of for name, of in about.items()})
     if dist.get_rank() == 0:
         say(*(f"note: {c.name}: {note}" for note in c.notes))
     model = shard.build(c.config, dtype_of(dtype, device.type), device)
@@ -99,15 +101,16 @@ def answer(
         "max_new_tokens": max_new_tokens, "exemplars": fingerprint(before),
         "questions": fingerprint([q.turns for q in asked]),
     } | ({"seed": seed} if any(q.temperature for q in asked) else {})  # fmt: skip
-    rows = read(file)
+    shard.check_same({name: of for name, of in settings.items() if name != "weights"})
+    settings, rows = shard.broadcast_from_rank0(lambda: (settings, read(file)))
     old = rows[-1].get("settings", {}) if rows else settings
     if other := [key for key in settings if old.get(key) != settings[key]]:
         raise ValueError(f"{file} holds replies of other settings ({', '.join(other)}): take "
                          "another --out")  # fmt: skip
     name = next(iter(asked[0].about))
-    done = shard.broadcast_from_rank0(lambda: {row[name] for row in rows})
+    done = {row[name] for row in rows}
     todo = [q for q in asked[:limit] if q.about[name] not in done]
-    with Journal(file) as journal:
+    with shard.jointly(lambda: Journal(file)) as journal:
         model = load(c, dtype, device) if todo else None
         answered = respond(model, c, todo, before, max_new_tokens, batch_size, seed)
         quiet = not todo or dist.get_rank() > 0

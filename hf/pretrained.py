@@ -165,6 +165,11 @@ def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, tuple], list[s
     return stored, problems
 
 
+def sizes(directory: Path) -> dict[str, int]:
+    """Bytes of the files of weights, by name: they tell two versions of a model apart, mostly."""
+    return {file.name: file.stat().st_size for file in directory.glob("*.safetensors")}
+
+
 def check_weights(
     directory: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> list[str]:

@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -108,11 +109,51 @@ def _run(argv: list[str], env: dict, log: Path, fault: Fault | None) -> None:
     os.dup2(file, 2)
     torch.set_num_threads(1)
     # In the background or under nohup these are ignored, and what is ignored is inherited.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if fault:
         fault()
     shard.exit_now(train.main(argv))
+
+
+def launch(argv: list[str], ranks: int, *options: str) -> subprocess.Popen:
+    """torchrun and the ranks that it starts, as from a shell. What they print goes to a file."""
+    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={ranks}".split()
+    program = str(Path(__file__).parents[1] / "train.py")
+    with open(tempfile.mktemp(prefix="log", dir=os.getcwd()), "w") as log:
+        process = subprocess.Popen([sys.executable, *torchrun, *options, program, *FLAGS, *argv],
+                                   stdout=log, stderr=subprocess.STDOUT)  # fmt: skip
+    process.log = Path(log.name)
+    return process
+
+
+def wait_until(reached: Callable[[], object], process: subprocess.Popen) -> object:
+    """What `reached` gives, once it is true of a process that goes on until then."""
+    end = time.time() + 240
+    while not (found := reached()):
+        assert process.poll() is None and time.time() < end, process.log.read_text()
+        time.sleep(0.005)
+    return found
+
+
+def wait_until_it_says(process: subprocess.Popen, *lines: str) -> None:
+    """Until one of these is in what a process printed."""
+    wait_until(lambda: any(line in process.log.read_text() for line in lines), process)
+
+
+def ranks_of(process: subprocess.Popen, ranks: int) -> list[int]:
+    """The processes that a launcher has started, once there are so many."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    found = wait_until(lambda: len(ids := children.read_text().split()) == ranks and ids, process)
+    return [int(child) for child in found]
+
+
+def wait_for_end(processes: list[int]) -> None:
+    """Until none of these is there any more: they were children of one that is gone."""
+    end = time.time() + 60
+    while any(os.path.exists(f"/proc/{process}/exe") for process in processes):  # not of zombies
+        assert time.time() < end, "a rank lives on without its launcher"
+        time.sleep(0.01)
 
 
 def finish(processes: Runs, frozen: int | None = None) -> tuple[int, str]:
@@ -211,7 +252,7 @@ def saved(out: str) -> list[str]:
     return sorted(p.name for p in (Path(out) / "checkpoints").iterdir())
 
 
-def assert_same(a: str, b: str) -> None:
+def assert_same(a: str, b: str, checkpoints: bool = True) -> None:
     """Equal to the last bit: the steps, the weights, the model, and the newest checkpoint."""
     assert rows(a) == rows(b)
     for name in ("weights", "gap", "test_loss", "step"):
@@ -219,6 +260,8 @@ def assert_same(a: str, b: str) -> None:
         assert old[name] == new[name]
     old, new = ((Path(out) / "model/model.safetensors").read_bytes() for out in (a, b))
     assert old == new
+    if not checkpoints:
+        return
     newest = [shard.whole_checkpoints(Path(out) / "checkpoints")[0] for out in (a, b)]
     assert newest[0].name == newest[1].name
     old, new = map(state, newest)

@@ -219,12 +219,14 @@ def main(paths):
         references = [p.answer for p in read_problems(path)]
         formulas = [a for a in dict.fromkeys(references) if number(a) is None]
         for what, cases in (
-            (f"{len(references)} references in other spellings, known", respelled(references)),
-            (f"{len(formulas)} formulas with a character changed, accepted", changed(formulas)),
+            ("in other spellings", respelled(references)),
+            ("but for plain numbers with a character changed", changed(formulas)),
         ):
             counts = Counter((kind, equal(a, b)) for kind, a, b in cases)
             right, n = sum(counts[key] for key in counts if key[1]), sum(counts.values())
-            print(f"{path}: {what}: {right} of {n}", *sorted(counts.items()), sep="\n    ")
+            print(f"{path}: {len(references)} references {what}: {right} of {n} taken for right")
+            print(*(f"    {kind}: {n} {verdict}" for (kind, verdict), n in sorted(counts.items())),
+                  sep="\n")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -91,6 +91,20 @@ def test_what_a_bar_says(tmp_path):
     assert report.bar([tuned], "c") == (0.5, None, [])
 
 
+@pytest.mark.parametrize("every", [0, 5])
+def test_the_curve_of_the_test_loss_is_drawn_where_there_is_one(tmp_path, every):
+    path = write_run(tmp_path / "x", ["a", "b"])
+    table = report.read_rows(path)
+    for row in (table[0], table[-1], *(table[5::every] if every else ())):
+        row["test_loss"] = 7.0
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    (part,) = report.figure_of([report.read_run(path)]).subfigs
+    curves = {line.get_label(): line.get_ydata() for line in part.axes[1].get_lines()}
+    assert ("test" in curves) == bool(every)
+    if every:
+        assert curves["test"].tolist() == [7.0] * 13
+
+
 def test_plot_writes_a_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "x", ["a", "b"])

@@ -4,9 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +14,6 @@ import shard
 from tests import forked, kill_trial
 from tests.forked import at, done, rows, run, saved, send, state
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
@@ -62,22 +58,29 @@ def test_one_rank_asked_to_stop_is_enough():
     assert len(saved("out")) == 1
 
 
-def test_torchrun_restarts_after_a_rank_dies():
-    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=1".split()
-    flags = [*forked.FLAGS, "--out", "out", "--save-every", "2"]
-    process = subprocess.Popen([sys.executable, *launcher, str(ROOT / "train.py"), *flags],
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    metrics, weights, end = Path("out/metrics.jsonl"), Path("out/weights.json"), time.time() + 200
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
-        assert process.poll() is None and time.time() < end
-        if weights.exists():
-            json.loads(weights.read_text())  # it is whole at any time
-        time.sleep(0.005)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said
-    assert "goes on from out/checkpoints/step-" in said and "another rank is gone" in said
+def steps_done() -> int:
+    """Of a run that goes on; its weights.json is whole at any time."""
+    if Path("out/weights.json").exists():
+        json.loads(Path("out/weights.json").read_text())
+    metrics = Path("out/metrics.jsonl")
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+def test_torchrun_restarts_after_a_rank_dies_and_ranks_end_when_torchrun_dies():
+    argv = ["--out", "out", "--save-every", "2"]
+    process = forked.launch(argv, 2, "--max-restarts=1")
+    first = forked.ranks_of(process, 2)
+    forked.wait_until(lambda: steps_done() >= 3, process)
+    os.kill(first[-1], signal.SIGKILL)
+    forked.wait_until_it_says(process, "goes on from out")
+    second = forked.ranks_of(process, 2)
+    forked.wait_until(lambda: steps_done() >= 5, process)
+    process.kill()
+    process.wait()
+    forked.wait_for_end(second)
+    said = process.log.read_text()
+    assert "another rank is gone" in said and "stopped after" in said
+    assert "goes on from out/checkpoints/step-" in done(*argv, ranks=2)
     done("--out", "whole", "--save-every", "2", ranks=2)
     forked.assert_same("out", "whole")
 
@@ -115,15 +118,10 @@ def test_a_finished_run_says_so_and_resume_never_leaves_it_alone(whole):
     assert {p: p.stat().st_mtime_ns for p in Path(whole).rglob("*")} == before
 
 
-def wait_for_out() -> None:
-    while not Path("out").exists():
-        time.sleep(0.05)
-
-
-def test_a_rank_that_starts_late_takes_the_same_fresh_out():
-    argv = ["--out", "out", "--resume", "never", "--steps", "2", "--save-every", "1"]
-    done(*argv, ranks=2, fault=wait_for_out)
-    assert saved("out") == ["step-1"] and not Path("out-2").exists()
+def test_all_ranks_take_the_fresh_out_that_rank_0_chose():
+    Path("out").mkdir()
+    done("--out", "out", "--resume", "never", "--steps", "2", "--save-every", "1", ranks=2)
+    assert saved("out-2") == ["step-1"] and not any(Path("out").iterdir())
 
 
 def test_after_a_restart_the_fresh_out_is_the_one_that_this_run_made(monkeypatch):

@@ -112,6 +112,17 @@ def test_overlap_is_a_warning_with_counts():
     assert len(all_of.sources["a"]) == 20 and len(kept.sources["a"]) == 15
 
 
+def test_the_test_loss_between_both_ends_changes_nothing_else():
+    done("--steps", "5", "--out", "ends")
+    done("--steps", "5", "--out", "often", "--eval-every", "2")
+    ends, often = rows("ends"), rows("often")
+    found = [row.pop("test_loss", None) for row in often]
+    first, *_, last = (row.pop("test_loss", None) for row in ends)
+    assert found[0] == first and found[-1] == last and often == ends
+    assert [loss is not None for loss in found] == [True, False, True, False, True]
+    assert found[2] not in (first, last)
+
+
 def test_an_absent_source_is_null_and_rounds_raise_alpha():
     done("--steps", "4", "--outer-rounds", "2", "--tau", "3", "--batch-size", "2", "--out", "out")
     table = rows("out")

@@ -27,6 +27,7 @@ import data
 import shard
 import train
 from bilevel import PenaltyStep, Slopes, SourceWeights
+from cli.inputs import prepare
 from hf import pretrained
 from hf.families import ModelConfig
 from lisa import Lisa, local
@@ -70,14 +71,14 @@ def trajectory(
         f"--micro-batch-size {micro} --out {out}".split()
         + list(flags)
     )
-    inputs = train.prepare(args, dist.get_world_size())
+    inputs = prepare(args, dist.get_world_size())
     dist.barrier()  # no rank writes before all have looked
     out.mkdir(exist_ok=True)
     with mock.patch("data.padding", lambda: pad_to):
         if flags:  # stopped after the first step, and gone on with
             with contextlib.suppress(train.Stopped):
                 train.train(args, inputs, torch.device("cpu"), signals=[signal.SIGTERM])
-        penalty = train.train(args, inputs, torch.device("cpu"))
+        penalty = train.train(args, inputs, torch.device("cpu"), signals=[])
     parameters = {}
     for which, model in ("w", penalty.w), ("u", penalty.u):
         shard.move_to_device(model)

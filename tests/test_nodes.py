@@ -1,0 +1,126 @@
+"""Several machines, each stood for by a folder that a rank works in: what is wrong on one is said
+on all, and no rank waits for another that will not come."""
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import shard
+import train
+from tests import forked
+from tests.forked import FLAGS, done, finish, send, start, write_model
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+def machine(name: str, spoil: str) -> None:
+    """Work in a copy of the records, with a cache of its own, and `spoil` it in a shell's words."""
+    Path(name).mkdir()
+    for file in Path().glob("*.jsonl"):
+        shutil.copy(file, name)
+    os.chdir(name)
+    os.environ["XDG_CACHE_HOME"] = os.path.abspath("cache")
+    subprocess.run(spoil, shell=True, check=True)
+
+
+def on_two(spoil: str = "true") -> str:
+    """A run of two machines that must be refused: what the first of them says."""
+    code, said = finish(start(["--out", "out"], 2, {1: partial(machine, "other", spoil)}))
+    first, *others = said.splitlines()
+    assert code == 2 and set(others) == {first}, said  # the other one says it too
+    assert not Path("out").exists() and not Path("other/out").exists()
+    return first.split(" on ")[0] + first[first.index(": ") :]
+
+
+def test_an_out_that_is_not_shared_is_refused():
+    assert on_two() == ("rank 1: --out out: not the directory that rank 0 writes to: it must be on "
+                        "a disk that all machines share")  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil, problem", [
+    ("rm val.jsonl", "val.jsonl: No such file or directory"),
+    ("(echo; echo {) >> train_b.jsonl", "train_b.jsonl:41: "),
+    ("echo >> train_b.jsonl", "not as on rank 0: the data of train b"),
+    ("cp train_b.jsonl train_d.jsonl", "not as on rank 0: the data of train d"),
+])  # fmt: skip
+def test_what_is_wrong_on_one_machine_is_said_on_both(spoil, problem):
+    assert on_two(spoil).startswith(f"rank 1: {problem}")
+
+
+def evaluates(machine: Callable[[], None] = lambda: None) -> None:
+    """It is evaluate.py that this rank runs, on a machine."""
+    machine()
+    train.main = evaluate.main
+
+
+def test_evaluation_says_it_too():
+    model = write_model(Path("model")).absolute()
+    flags = f"loss --model {model} --data val.jsonl --template plain --max-length 32".split()
+    other = partial(evaluates, partial(machine, "other", "rm val.jsonl"))
+    code, said = finish(start([], 2, {0: evaluates, 1: other}, flags))
+    assert code == 2 and said.count("rank 1 on ") == said.count("No such file") == 2
+    assert finish(start([], 2, {0: evaluates, 1: evaluates}, flags))[0] == 0
+
+
+def cache_elsewhere() -> None:
+    os.environ["XDG_CACHE_HOME"] = os.path.abspath("other-cache")
+
+
+def test_each_machine_may_have_its_own_cache():
+    done("--out", "own", "--save-every", "6", ranks=2, fault=cache_elsewhere)
+    done("--out", "shared", "--save-every", "6", ranks=2)
+    forked.assert_same("own", "shared")
+    assert len(list(Path("cache").rglob("*.bin"))) == len(list(Path("other-cache").rglob("*.bin")))
+
+
+def be_impatient() -> None:
+    shard.START_TIMEOUT = 3
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_ranks_wait_for_one_that_does_not_come_and_then_say_so(missing):
+    """The first rank is where the others meet."""
+    faults = {missing: partial(send, signal.SIGSTOP), 1 - missing: be_impatient}
+    started = start(["--out", "out"], 2, faults)
+    _, said = finish(started, frozen=missing)
+    last = said.splitlines()[-1]
+    assert last == f"rank {1 - missing} ends: another rank is gone, or did not come in time"
+    assert [process.exitcode for process in started][1 - missing] == 1
+
+
+def test_ctrl_c_while_torch_is_imported_is_silent():
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *FLAGS],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == (b"", None) and process.returncode == -signal.SIGINT
+
+
+def as_in_a_notebook() -> None:
+    """Its own handlers of signals are there again afterwards; its output is no file."""
+    inner, sys.stdout = train.main, io.StringIO()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def main(argv):
+        before = [signal.getsignal(number) for number in train.STOPPING]
+        assert inner(argv) == 0 and "held-out test loss" in sys.stdout.getvalue()
+        assert [signal.getsignal(number) for number in train.STOPPING] == before
+        return inner(argv)  # what the first one took is free again
+
+    train.main = main
+
+
+def test_a_run_in_a_notebook_leaves_it_as_it_was():
+    done("--out", "out", fault=as_in_a_notebook)
