@@ -122,7 +122,9 @@ def test_start_up_is_measured_from_any_folder(tmp_path, monkeypatch):
     assert [len(took) for took in results.values()] == [1, 1]
 
 
-@pytest.mark.parametrize("args", [["--only", "x"], ["memory", "--device", "cuda"]])
+@pytest.mark.parametrize("args", [
+    ["--only", "x"], ["memory", "--only", "x"], ["memory", "--device", "cuda"],
+])  # fmt: skip
 def test_wrong_flags_are_a_line(args, capsys):
     with pytest.raises(SystemExit) as left:
         speed.main(args)

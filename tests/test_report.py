@@ -18,7 +18,7 @@ from cli import report
 LONG = [
     "GPTeacher-General-Instruct", "orca-math-word-problems-200k", "code_contests_$python$_filtered",
     "a-very-long-name-of-a-source-which-nobody-would-type-twice-in-a-row",
-    *(f"Magicoder-Evol-Instruct-{i}K-filtered" for i in range(8)),
+    *(f"Magicoder-Evol-Instruct-{i}K-filtered" for i in range(14)),
 ]  # fmt: skip
 
 
@@ -65,9 +65,9 @@ def written(figure, monkeypatch) -> list:
     return boxes
 
 
-@pytest.mark.parametrize("case", ["twelve", "several", "one source, one step"])
+@pytest.mark.parametrize("case", ["eighteen", "several", "one source, one step"])
 def test_no_two_texts_overlap(tmp_path, monkeypatch, case):
-    if case == "twelve":
+    if case == "eighteen":
         paths = [write_run(tmp_path / "/".join(["directory"] * 30), LONG, absent=0.5)]
     elif case == "several":
         paths = [write_run(tmp_path / str(seed), LONG[:3], seed=seed) for seed in range(3)]

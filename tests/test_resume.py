@@ -75,6 +75,7 @@ def test_torchrun_restarts_after_a_rank_dies_and_ranks_end_when_torchrun_dies():
     forked.wait_until_it_says(process, "goes on from out")
     second = forked.ranks_of(process, 2)
     forked.wait_until(lambda: steps_done() >= 5, process)
+    assert json.loads(Path("out/weights.json").read_text())["step"] > 0
     process.kill()
     process.wait()
     forked.wait_for_end(second)
