@@ -193,9 +193,16 @@ def test_generation_goes_on_from_each_prompt(checkpoint, here):
 
 
 def test_a_story_by_a_real_model(asset, here):
-    _, out, _ = here("generate", "--model", asset("model/stories260K-hf"), "--prompt",
-                     "Once upon a time", "--max-new-tokens", 30)  # fmt: skip
-    assert "there was a little girl named Lily" in out
+    model, start = asset("model/stories260K-hf"), "Once upon a time"
+    _, out, _ = here("generate", "--model", model, "--prompt", start, "--max-new-tokens", 30)
+    story = f"{start}, there was a little girl named Lily."
+    assert story in out
+    for name, text in (("told", story), ("backwards", story[::-1])):
+        record = {"text": f"{text} She loved to play."}
+        Path(f"{name}.json").write_text(json.dumps([record]))
+    _, out, _ = here("loss", "--model", model, "--data", "told.json", "backwards.json")
+    told, backwards = (float(line.split()[3]) for line in out.splitlines()[1:3])
+    assert told < 2 < 4 < backwards
 
 
 # GSM8K and MATH

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lisa
-from lisa import Lisa, draw, round_stochastically
+from lisa import ENDS, Lisa, draw, round_stochastically
 from model import ModelConfig, Transformer, build, random_weights
 from tests.worker import FAMILIES, SGD
 
@@ -91,15 +91,17 @@ def test_state_after_ten_switches_is_that_of_the_active_parameters(dtype):
 
 
 @DTYPES
-def test_inactive_blocks_do_not_change_by_a_bit(dtype):
+@pytest.mark.parametrize("ends", ENDS)
+def test_what_is_inactive_does_not_change_by_a_bit_and_costs_no_gradient(ends, dtype):
     model = make(dtype)
-    opt = Lisa(model, n_active=2, interval=5, lr=1e-2)
+    opt = Lisa(model, n_active=2, interval=5, ends=ends, lr=1e-2)
     for period in range(6):
         opt.switch(period * 5)
-        before = copy.deepcopy(model)
+        before = {p: p.detach().clone() for p in model.parameters()}
         train(model, opt, 5, period * 5)
-        for i, (old, new) in enumerate(zip(before.blocks, model.blocks, strict=True)):
-            assert equal(old, new) == (i not in opt.active), i
+        for i, unit in enumerate(opt.units):
+            assert all(torch.equal(p, before[p]) for p in unit) == (i not in opt.active), i
+            assert {p.requires_grad for p in unit} == {i in opt.active}
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -42,7 +42,7 @@ def test_a_signal_in_the_midst_of_a_step_saves_and_the_same_command_goes_on(whol
     assert code == 128 + number
     steps = len(rows("out"))
     assert f"stopped after {steps} of 12 steps" in said and 1 <= steps < 12
-    assert saved("out") == [f"step-{steps}"]
+    assert saved("out") == [f"step-{steps}"] and f"saved out/checkpoints/step-{steps} in " in said
     if number == signal.SIGTERM:
         with open("out/metrics.jsonl", "a") as file:
             file.write('{"step": 11, "val_l')  # torn

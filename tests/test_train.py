@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import train
 from cli.flags import parse
 from cli.inputs import prepare
+from cli.plan import RESERVED
 from model import build, from_pretrained, random_weights
 from tests.forked import FLAGS, done, rows, run, saved, write_model
 
@@ -374,8 +375,9 @@ def test_plan_from_a_config_alone(capsys, refusal):
     assert "fits" in text and "AdamW moments" in text and "peak" in text
     answer = json.loads(plan("--gpu-memory", "24", "--json", code=1))
     assert answer["fits"] is False and answer["peak"] > answer["persistent"] > 25e9
-    text = plan("--gpu-memory", "24", code=1)
-    assert "does not fit" in text and "would fit with: --gpus" in text
+    text, short = plan("--gpu-memory", "24", code=1), answer["peak"] + RESERVED - 24e9
+    assert f"does not fit, {short / 1e9:.2f} GB too much" in text
+    assert "would fit with: --gpus" in text
     assert len(refusal(["--plan", "--model", "nowhere.json"])) == 1
 
 
