@@ -442,11 +442,9 @@ def identity(record: dict) -> dict[str, object]:
 def common_ground(flags: Flags, inputs: Inputs) -> dict[str, object]:
     """What all ranks of a run must have in common, by the names that a user knows."""
     mine = record(flags, inputs)
-    named = {f"the version of {name}": version for name, version in mine["versions"].items()}
-    named |= {spelt(name): value for name, value in mine["flags"].items()}
-    if inputs.checkpoint:
-        named |= pretrained.sizes(inputs.checkpoint)
-    return named | identity(mine)
+    files = pretrained.sizes(inputs.checkpoint) if inputs.checkpoint else {}
+    named = {spelt(name): value for name, value in mine["flags"].items()}
+    return named | identity(mine) | files | {"torch": mine["versions"]["torch"]}
 
 
 def held_run(directory: Path) -> dict | None:
@@ -539,7 +537,8 @@ def lock_directory(out: Path, token: str) -> BinaryIO:
         lock = open_regular(out / LOCK, "a+b")
         while not try_lock(lock):
             lock.seek(0)
-            node, _, process = lock.read().decode().split(" ")[0].rpartition(":")
+            holder = lock.read(1000).decode(errors="replace").split(" ")[0]
+            node, _, process = holder.rpartition(":")
             alive = node != platform.node() or Path("/proc", process).exists()
             if alive or time.monotonic() > end:
                 raise ValueError(f"--out {out}: another run is writing to it")
@@ -551,7 +550,7 @@ def lock_directory(out: Path, token: str) -> BinaryIO:
         lock.write(token.encode())
         lock.flush()
     except OSError as error:
-        raise ValueError(f"--out {out}: {error.strerror}") from None
+        raise ValueError(f"--out {error.filename or out}: {error.strerror}") from None
     return lock
 
 

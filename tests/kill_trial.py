@@ -80,9 +80,10 @@ def launcher_trial(n: int, ranks: int, dtype: str, seed: int) -> None:
     assert whole.wait() == 0
     lasts, argv = took + time.time() - began, [*argv, "--out", "killed"]
     print(f"at work after {took:.1f} s, through after {lasts:.1f} s")
-    for _ in range(n):
+    while n:
         moment = rng.uniform(0, lasts)
         orphans = kill_launcher(forked.launch(argv, ranks), ranks, moment)
+        n -= bool(orphans)
         again, seconds = at_work(argv, ranks)
         what = "killed" if orphans else "it was through"
         print(f"{what} after {moment:.1f} s; at work again after {seconds:.1f} s", flush=True)
