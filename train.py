@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
         return shard.command(partial(run, flags))
     finally:  # this may be a notebook
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not set by Python
 
 
 def run(flags: Flags, device: torch.device) -> int:

@@ -1,8 +1,10 @@
 """What can go wrong around a run: it ends with a clear line, or goes on, and never hangs."""
 
 import contextlib
+import fcntl
 import json
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -196,6 +198,18 @@ def test_a_second_run_on_the_same_out_is_refused(out):
     first[0].kill()
     first[0].join()
     done("--out", "out")
+
+
+def test_a_run_that_lost_its_launcher_is_waited_for(out):
+    with open(out / ".lock", "w") as lock:  # for the run: its launcher is no process of today
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        print(f"{platform.node()}:{2**22 + 1} token", file=lock, flush=True)
+        (process,) = started = forked.start(["--out", "out"])
+        while not (process.log.exists() and "waits for the run in out" in process.log.read_text()):
+            assert process.is_alive()
+            time.sleep(0.05)
+    code, said = forked.finish(started)
+    assert code == 0 and "goes on from out/checkpoints/step-4" in said
 
 
 def close_output() -> None:
