@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -30,9 +30,9 @@ import torch
 from hf import Problems, open_regular, read_json
 from hf.templates import encode_conversations, fingerprint
 from hf.tokenizer import Tokenizer, Turns, byte_tokenizer, load_tokenizer  # noqa: F401 (public)
-from sources.records import ANSWERS, iter_records
+from sources.records import ANSWERS, Source, iter_records, locate
 
-FORMAT_VERSION = 3  # of a cache entry; raise it when the arrays or the tokenisation change
+FORMAT_VERSION = 4  # of a cache entry; raise it when the arrays or the tokenisation change
 IGNORE = -100  # label of a position without loss
 
 
@@ -51,13 +51,23 @@ class Dataset:
     path: str = ""
     sha256: str = ""  # of the file's contents
     dropped: dict[str, int] = field(default_factory=dict)  # records left out, by reason
+    notes: dict[str, dict[str, int]] = field(default_factory=dict)  # {what: {thing: records}}
     duplicates: int = 0  # records that repeat an earlier one; they are kept
+    of: int = 0  # samples that these were drawn from, if they were
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def stored(self, i: int) -> np.ndarray:
         return self.tokens[self.starts[i] : self.starts[i] + self.lengths[i]]
+
+    def remarks(self) -> list[str]:
+        """What should be known of how the records were read, a line each."""
+        lines = [f"{n} records dropped: {reason}" for reason, n in self.dropped.items() if n]
+        for what, counts in self.notes.items():
+            parts = [f"{thing} ({n} records)" for thing, n in Counter(counts).most_common(20)]
+            lines += [f"{what}: {', '.join(parts)}{', …' * (len(counts) > 20)}"] * bool(parts)
+        return lines + [f"{self.duplicates} records are repetitions"] * (self.duplicates > 0)
 
     def select(self, which: np.ndarray) -> Dataset:
         """The samples of an index or boolean array, sharing the tokens."""
@@ -69,17 +79,18 @@ class Dataset:
         cls, records: Iterable[Turns], tokenizer: Tokenizer, template: str, max_length: int
     ) -> Dataset:
         """Tokenise records in memory."""
-        dropped, numbered = Counter(), enumerate(records, start=1)
-        parts = list(_tokenise(numbered, tokenizer, template, max_length, dropped))
-        arrays = {name: np.concatenate([part[name] for part in parts]) for name in ARRAYS}
+        counts, numbered = defaultdict(Counter), enumerate(records, start=1)
+        arrays = _joined(_tokenise(numbered, tokenizer, template, max_length, counts))
         digest = hashlib.sha256(arrays["hashes"].tobytes()).hexdigest()
-        return cls._of_arrays(arrays, max_length, sha256=digest, dropped=dict(dropped))
+        return cls._of_arrays(arrays, counts, max_length=max_length, sha256=digest)
 
     @classmethod
-    def _of_arrays(cls, arrays: dict[str, np.ndarray], max_length: int, **rest) -> Dataset:
+    def _of_arrays(cls, arrays: dict[str, np.ndarray], counts: Counts, **rest) -> Dataset:
         starts = np.cumsum(arrays["lengths"]) - arrays["lengths"]
         rest["duplicates"] = len(starts) - len(np.unique(arrays["hashes"]))
-        return cls(starts=starts, max_length=max_length, **arrays, **rest)
+        rest["dropped"], rest["notes"] = counts["dropped"], {**counts}
+        del rest["notes"]["dropped"]
+        return cls(starts=starts, **arrays, **rest)
 
 
 def _unpack(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -87,15 +98,22 @@ def _unpack(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(stored < 0, ~stored, stored), np.where(stored < 0, IGNORE, stored)
 
 
+Counts = dict[str, dict[str, int]]  # {what: {thing: records}}: those "dropped", and notes
 ARRAYS = {"tokens": np.int32, "lengths": np.int64, "hashes": np.uint64, "numbers": np.int64}
 
 
+def _joined(parts: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    parts = list(parts)
+    return {name: np.concatenate([part[name] for part in parts]) for name in ARRAYS}
+
+
 def _tokenise(
-    records: Iterable[tuple[int, Turns]], tokenizer: Tokenizer, template: str, max_length: int,
-    dropped: Counter,
+    records: Iterable[tuple[int, Turns]], tokenizer: Tokenizer | None, template: str,
+    max_length: int, counts: Counts,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The arrays of a Dataset, in parts; counts in `dropped` what is left out."""
-    records = iter(records)
+    """The arrays of a Dataset, in parts; counts what is left out, and what is to be noted. Without
+    a tokenizer every record is two tokens: it can be counted, compared and drawn."""
+    records, dropped = iter(records), counts["dropped"]
     yield {name: np.zeros(0, dtype) for name, dtype in ARRAYS.items()}  # there may be no records
     while part := list(itertools.islice(records, 4096)):
         answered = []
@@ -105,18 +123,42 @@ def _tokenise(
             if turns and all(text.strip() for role, text in turns if role in ANSWERS):
                 answered.append((number, turns))
         dropped["empty answer"] += len(part) - len(answered)
-        numbers, conversations = [n for n, _ in answered], [turns for _, turns in answered]
-        settings = tokenizer, template, conversations, max_length
-        samples = encode_conversations(*settings, numbers=numbers)
-        kept = [n for n, (_, has_loss) in enumerate(samples) if any(has_loss)]
-        dropped["no response token left after truncation"] += len(answered) - len(kept)
-        stored = [np.where(samples[n][1], samples[n][0], ~np.array(samples[n][0])) for n in kept]
+        samples = [([0, 0], [False, True])] * len(answered)
+        if tokenizer and answered:
+            numbers, conversations = zip(*answered, strict=True)
+            samples = encode_conversations(tokenizer, template, conversations, numbers=numbers)
+        stored, hashes, numbers = [], [], []
+        for (number, turns), sample in zip(answered, samples, strict=True):
+            (role, text), *_ = turns
+            pieces = _pieces(*sample, max_length, role == "text")
+            dropped["no response token left after truncation"] += not pieces
+            if tokenizer and role == "text" and (spelt := tokenizer.control_pattern.findall(text)):
+                counts["text that spells control tokens, taken as text"].update(set(spelt))
+            if len(pieces) > 1:
+                counts[f"longer than {max_length} tokens, cut to pieces"]["text"] += 1
+            stored += pieces
+            hashes += [_hash(turns + [("piece", str(n))] * (n > 0)) for n in range(len(pieces))]
+            numbers += [number] * len(pieces)
         yield {
             "tokens": np.concatenate([np.zeros(0, np.int32), *stored]).astype(np.int32),
             "lengths": np.array([len(tokens) for tokens in stored], np.int64),
-            "hashes": np.array([_hash(answered[n][1]) for n in kept], np.uint64),
-            "numbers": np.array([answered[n][0] for n in kept], np.int64),
+            "hashes": np.array(hashes, np.uint64),
+            "numbers": np.array(numbers, np.int64),
         }
+
+
+def _pieces(
+    ids: list[int], has_loss: list[bool], max_length: int, is_text: bool
+) -> list[np.ndarray]:
+    """A sample as it is stored, cut off at `max_length`, if loss is left; of text, the rest as more
+    samples. Each opens with the last token of the one before: every token is predicted once."""
+    ids = np.array(ids, np.int64)
+    stored = np.where(has_loss[: len(ids)], ids, ~ids)
+    starts = range(0, max(1, len(ids) - 1), max(1, max_length - 1)) if is_text else [0]
+    pieces = [stored[start : start + max_length].copy() for start in starts]
+    for piece in pieces[1:]:
+        piece[0] = ~piece[0]
+    return [piece for piece in pieces if (piece >= 0).any()]
 
 
 def _hash(turns: Turns) -> int:
@@ -137,18 +179,24 @@ def cache_dir() -> Path:
 
 
 def load_dataset(
-    path: str | os.PathLike, tokenizer: Tokenizer, template: str, max_length: int,
+    path: str | os.PathLike, tokenizer: Tokenizer | None, template: str, max_length: int,
     cache_dir: str | os.PathLike,
 ) -> Dataset:
-    """Tokenise a file, or map what an earlier call left in `cache_dir`.
+    """Tokenise the records at `path`, see sources.records.locate, or map what an earlier call left
+    in `cache_dir`; without a tokenizer, nothing is kept there (see `_tokenise`).
 
     Any number of processes may call this at once: one builds, the others wait for it. ValueError
     with a line for each problem; then nothing is cached.
     """
+    source = locate(path)
     try:
-        digest = _sha256(path)
+        digest = _digest(source)
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+        raise ValueError(f"{error.filename}: {error.strerror}") from None
+    settings, counts = (tokenizer, template, max_length), defaultdict(Counter)
+    about = {"max_length": max_length, "path": str(path), "sha256": digest}
+    if not tokenizer:
+        return Dataset._of_arrays(_joined(_parts(source, settings, counts)), counts, **about)
     of_ids = fingerprint(tokenizer, template)
     key = json.dumps([FORMAT_VERSION, digest, of_ids, template, max_length])
     entry = Path(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:32]
@@ -159,55 +207,62 @@ def load_dataset(
                 fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes
                 found = _map_entry(entry)  # another process may have built it meanwhile
                 if not found:
-                    found = _build_entry(entry, path, digest, tokenizer, template, max_length)
+                    found = _build_entry(entry, source, digest, settings, counts)
         except OSError as error:
             raise ValueError(f"{cache_dir}: cannot write the cache: {error.strerror} (its place is "
                              "in XDG_CACHE_HOME)") from None  # fmt: skip
-    arrays, dropped = found
-    return Dataset._of_arrays(arrays, max_length, path=str(path), sha256=digest, dropped=dropped)
+    arrays, counts = found
+    return Dataset._of_arrays(arrays, counts, **about)
 
 
-Entry = tuple[dict[str, np.ndarray], dict[str, int]]  # arrays, memory-mapped, and what was dropped
+Entry = tuple[dict[str, np.ndarray], Counts]  # arrays, memory-mapped, and counts
+
+
+def _parts(source: Source, settings: tuple, counts: Counts) -> Iterator[dict]:
+    """The arrays of a source's records, in parts. ValueError with a line for each problem."""
+    problems, n_samples = Problems(), 0
+    records = ((number, turns) for number, turns, _ in iter_records(source, problems, counts))
+    with problems.collecting(f"{source.path}: "):
+        for part in _tokenise(records, *settings, counts):
+            n_samples += len(part["lengths"])
+            yield part
+    problems.raise_if_any()
+    if not n_samples:
+        dropped = ", ".join(f"{n} dropped: {why}" for why, n in counts["dropped"].items() if n)
+        at = f" (at --max-length {settings[2]})" if settings[0] else ""
+        raise ValueError(f"{source.path}: no records left: {dropped}{at}")
 
 
 def _build_entry(
-    entry: Path, path, digest: str, tokenizer: Tokenizer, template: str, max_length: int
+    entry: Path, source: Source, digest: str, settings: tuple, counts: Counts
 ) -> Entry:
     """Write the arrays under a temporary name, then rename: an entry is whole or absent."""
-    problems, dropped, n_samples = Problems(), Counter(), 0
     temporary = entry.with_suffix(".tmp")
     for stale in (temporary, entry):  # of a build that died; damaged
         shutil.rmtree(stale, ignore_errors=True)
     temporary.mkdir()
     try:
-        records = iter_records(path, problems)
-        with problems.collecting(f"{path}: "):
-            for part in _tokenise(records, tokenizer, template, max_length, dropped):
-                n_samples += len(part["lengths"])
-                for name, array in part.items():
-                    with open(temporary / f"{name}.bin", "ab") as file:
-                        file.write(array.tobytes())
-        problems.raise_if_any()
-        if not n_samples:
-            reasons = ", ".join(f"{n} dropped: {reason}" for reason, n in dropped.items() if n)
-            raise ValueError(f"{path}: no records left: {reasons} (at --max-length {max_length})")
-        if _sha256(path) != digest:
-            raise ValueError(f"{path}: was written to while it was read")
+        for part in _parts(source, settings, counts):
+            for name, array in part.items():
+                with open(temporary / f"{name}.bin", "ab") as file:
+                    file.write(array.tobytes())
+        if _digest(source) != digest:
+            raise ValueError(f"{source.path}: was written to while it was read")
         arrays = _map_arrays(temporary)
-        content = {"dropped": dropped, "checks": _checks(arrays, dropped)}
+        content = {"counts": counts, "checks": _checks(arrays, counts)}
         (temporary / "meta.json").write_text(json.dumps(content))
         temporary.rename(entry)  # the maps stay
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return arrays, dict(dropped)
+    return arrays, counts
 
 
 def _map_entry(entry: Path) -> Entry | None:
     """An entry of the cache; None if it is absent or damaged."""
     try:
         content = read_json(entry / "meta.json")
-        arrays, dropped = _map_arrays(entry), content["dropped"]
-        return (arrays, dropped) if content["checks"] == _checks(arrays, dropped) else None
+        arrays, counts = _map_arrays(entry), content["counts"]
+        return (arrays, counts) if content["checks"] == _checks(arrays, counts) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -216,9 +271,15 @@ def _map_arrays(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.memmap(folder / f"{name}.bin", d, "r") for name, d in ARRAYS.items()}
 
 
-def _checks(arrays: dict[str, np.ndarray], dropped: dict[str, int]) -> list[int]:
+def _checks(arrays: dict[str, np.ndarray], counts: Counts) -> list[int]:
     """CRC-32 of all that an entry holds."""
-    return [zlib.crc32(part) for part in (*arrays.values(), json.dumps(dropped).encode())]
+    return [zlib.crc32(part) for part in (*arrays.values(), json.dumps(counts).encode())]
+
+
+def _digest(source: Source) -> str:
+    """SHA-256 of a file; of those of several files, and of a format that is stated."""
+    parts = [*map(_sha256, source.files), *([str(source.form)] if source.form else [])]
+    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def _sha256(path: str | os.PathLike) -> str:

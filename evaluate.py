@@ -23,7 +23,6 @@ if __name__ == "__main__":
 
 import argparse
 import math
-import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -40,11 +39,12 @@ import data
 import hf
 import shard
 from cli.flags import Parser
+from cli.inputs import source_paths
 from grading import mtbench, replies
 from hf import Problems, templates
 from model import DTYPES, Transformer, generate
 from sources import tasks
-from sources.records import located_values, source_paths
+from sources.records import located_values
 
 # What ScaleBiO's evaluation puts after a question of GSM8K or MATH.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -122,24 +122,6 @@ def loss(model: Transformer, dataset: data.Dataset, micro_batch_size: int = 8) -
     return summarise(*sample_losses(model, dataset, micro_batch_size))
 
 
-def data_paths(items: list[str]) -> dict[str, Path]:
-    """{label: path} from [NAME=]PATH …; a directory or glob stands for its train_*.json(l)."""
-    paths, problems = {}, Problems()
-    for item in items:
-        name, _, path = item.rpartition("=")
-        several = not name and (Path(path).is_dir() or re.search(r"[*?[]", path))
-        try:
-            found = source_paths([path]) if several else {name or Path(path).stem: Path(path)}
-        except ValueError as error:
-            problems.add(str(error).replace("--train", "--data"))
-            continue
-        for label in found.keys() & paths.keys():
-            problems.add(f"--data {item}: the name {label} is used twice: give NAME=PATH")
-        paths |= found
-    problems.raise_if_any()
-    return paths
-
-
 def open_records(path: Path, c: replies.Checkpoint, max_length: int) -> data.Dataset:
     """The records of a file; or TASK or TASK-seedN, the test records of a built-in task."""
     name, _, seed = path.name.partition("-seed")
@@ -163,7 +145,7 @@ def loss_command(args: argparse.Namespace, device: torch.device) -> int:
     """Each model's losses on every file, and on every source within a file."""
     problems, paths, checkpoints, datasets = Problems(), {}, [], {}
     with problems.collecting():
-        paths = data_paths(args.data)
+        paths = source_paths(args.data, "--data")
     for name in dict.fromkeys(args.model):
         with problems.collecting():
             checkpoints.append(replies.open_model(name, args.template, talks=False))
@@ -191,9 +173,10 @@ def loss_command(args: argparse.Namespace, device: torch.device) -> int:
     header = ["data", "model", "samples", "mean sample loss", "perplexity"]
     say(*aligned([header, *(cells for *_, cells in rows)]))
     for (name, label), dataset in datasets.items():
-        for reason, count in dataset.dropped.items():
-            if count:
-                say(f"note: {name}, {label}: {count} records left out: {reason}")
+        if sources[label]:
+            dataset.notes["keys that are not read"].pop("source")
+        for remark in dataset.remarks():
+            say(f"note: {name}, {label}: {remark}")
     if len({c.template for c in checkpoints}) > 1:
         used = ", ".join(f"{c.name} {c.template}" for c in checkpoints)
         say(f"note: the templates differ: {used}; --template sets one for all")

@@ -44,6 +44,7 @@ from cli.inputs import (
     open_run,
     plan_inputs,
     record,
+    write_records,
 )
 from hf import say, templates
 from lisa import Lisa
@@ -296,6 +297,11 @@ def run(flags: Flags, device: torch.device) -> int:
         if dist.get_rank() == 0:
             say(*report.retold(flags.out), "", f"{flags.out} is a finished run.")
         return 0
+    if flags.mode == "draw":
+        if dist.get_rank() == 0:
+            announce(flags, inputs)
+            say(*write_records(flags.out, inputs.mixture), *report.render(flags.out))
+        return 0
     memory = report.Memory(inputs.config, device.type, plan_settings(flags, inputs, device))
     rank, code, last_words, signals = dist.get_rank(), 0, [], []
     try:
@@ -370,17 +376,19 @@ def outlive(stream: TextIO) -> None:
     stream.flush = functools.partial(attempt, stream.flush)
 
 
-def announce(flags: Flags, inputs: Inputs, memory: report.Memory) -> None:
+def announce(flags: Flags, inputs: Inputs, memory: report.Memory | None = None) -> None:
     """Say and write down what the run is made of, and say what should be known of it."""
     sizes = ", ".join(f"{name} {len(source)}" for name, source in inputs.used.items())
     validation = f"; validation {len(inputs.val)}" if inputs.val else ""
-    say(f"ScaleBiO: {flags.mode} of {flags.model}, {dist.get_world_size()} rank(s); "
+    of = f" of {flags.model}, {dist.get_world_size()} rank(s)" if memory else ""
+    say(f"ScaleBiO: {flags.mode}{of}; "
         f"{'mixture' if inputs.mixture else 'sources'}: {sizes}{validation}; {flags.out}",
         *(f"note: {note}" for note in inputs.notes))  # fmt: skip
     if flags.compile and memory.settings["slopes"]:
         say("note: --compile leaves the blocks that train as they are, for the gap from gradients"
             + ("" if flags.lisa_layers else ": which are all, so that nothing is compiled"))
-    say(f"memory: {memory.planned}")
+    if memory:
+        say(f"memory: {memory.planned}")
     report.write_json(flags.out / "config.json", record(flags, inputs))
     if inputs.mixture:
         report.replace(flags.out / "mixture.jsonl", mixture_jsonl(inputs.mixture))

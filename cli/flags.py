@@ -34,6 +34,8 @@ WEIGHTS = "a weights.json, uniform, proportional, or NAME=WEIGHT,..."  # what --
 # How far λ_k can go in a run, at Adam's full speed: weights that start equal can end at a ratio of
 # exp(2 REACH).
 REACH = 8.0
+MODES = "bilevel", "finetune", "draw", "plan"
+TRAINS, DRAWS, LEARNS = MODES[:2], MODES[1:3], MODES[:1]
 
 
 class Range(NamedTuple):
@@ -53,14 +55,14 @@ STEPS = Range(lambda x: x >= 0, "a number of steps, or 0")
 MEMORY = Range(lambda x: plan.room(x) > 0, f"more than the {plan.RESERVED / plan.GB:g} kept back")
 
 
-def flag(group, default, text, *, tiny=None, permitted=None, choices=None, only=None, same_run=True,
-         metavar=None):  # fmt: skip
+def flag(group, default, text, *, tiny=None, permitted=None, choices=None, only=MODES,
+         same_run=True, metavar=None):  # fmt: skip
     """A field of Flags.
 
     group      its heading in --help
     tiny       its default for the built-in model, if that is another
     permitted  Range of its values, or `choices`
-    only       the mode that it belongs to: the others refuse it, and it is None there
+    only       the modes that it belongs to: the others refuse it, and it is None there
     same_run   whether a run that goes on must have the value it began with
     """
     about = {"group": group, "text": text, "tiny": default if tiny is None else tiny, "only": only,
@@ -70,11 +72,11 @@ def flag(group, default, text, *, tiny=None, permitted=None, choices=None, only=
 
 MOST = partial(flag, "what most runs need")
 DATA = partial(flag, "model and data")
-STEP = partial(flag, "optimisation")
-LISA = partial(flag, "LISA, memory and devices")
-TUNE = partial(flag, "--mode finetune", only="finetune")
+STEP = partial(flag, "optimisation", only=TRAINS)
+LISA = partial(flag, "LISA, memory and devices", only=TRAINS)
+TUNE = partial(flag, "--mode finetune and draw", only=DRAWS)
 KEEP = partial(flag, "saving and going on", same_run=False)
-PLAN = partial(flag, "--plan", only="plan", same_run=False)
+PLAN = partial(flag, "--plan", only=("plan",), same_run=False)
 
 
 @dataclass(frozen=True)
@@ -82,54 +84,62 @@ class Flags:
     """Every flag, by its name with underscores. One that belongs to another mode is None."""
 
     mode: str = MOST("bilevel", "'bilevel' learns source weights; 'finetune' trains on samples "
-                     "drawn by --weights", choices=("bilevel", "finetune"))
-    model: str = MOST("tiny", "'tiny', a local Hugging Face directory, or a hub id")
+                     "drawn by --weights; 'draw' writes these samples to files, and trains nothing",
+                     choices=MODES[:3])
+    model: str = MOST("tiny", "'tiny', a local Hugging Face directory, or a hub id", only=TRAINS)
     train: list | None = MOST(None, "sources, as NAME=PATH ..., or one directory or quoted glob of "
-                              "train_*.json(l)", metavar="NAME=PATH", same_run=False)
-    val: str | None = MOST(None, "validation records, JSON or JSONL: the weights minimise their "
-                           "loss; finetune watches it", same_run=False)
+                              "train_* files; or of the hub, NAME=OWNER/NAME[:SPLIT[CONFIG]]. "
+                              ":prompt=KEY,answer=KEY after either names the keys to read",
+                              metavar="NAME=PATH", same_run=False)
+    val: str | None = MOST(None, "validation records: the weights minimise their loss; finetune "
+                           "watches it", same_run=False)
     test: str | None = MOST(None, "held-out records, for the report", same_run=False)
-    weights: str | None = MOST(None, "what --mode finetune draws samples by: " + WEIGHTS,
-                               only="finetune", same_run=False)  # the numbers are compared
+    weights: str | None = MOST(None, "what finetune and draw draw samples by: " + WEIGHTS,
+                               only=DRAWS, same_run=False)  # the numbers are compared
     out: Path = MOST(None, "directory of the run [runs/<task or model>-seed<seed>; finetune: "
                      "runs/<task or model>-finetune-seed<seed>]", same_run=False)
     steps: int | None = MOST(None, "steps of an outer round, instead of --epochs", tiny=200,
-                             permitted=COUNT)
-    batch_size: int = MOST(64, "training samples of a step, over all ranks", permitted=COUNT)
+                             permitted=COUNT, only=TRAINS)
+    batch_size: int = MOST(64, "training samples of a step, over all ranks", permitted=COUNT,
+                           only=TRAINS)
     plan: bool = MOST(False, "print the bytes that each GPU needs, and end: needs no GPU and no "
                       "weights, --model may be a config.json; exit 1 if they do not fit",
-                      same_run=False)
+                      same_run=False, only=TRAINS)
 
-    task: str = DATA("denoising", "built-in data, used without --train", choices=tuple(tasks.TASKS))
+    task: str = DATA("denoising", "built-in data, used without --train", only=TRAINS,
+                     choices=tuple(tasks.TASKS))
     template: str = DATA("auto", "how a conversation becomes text; own is the model's chat "
                          "template; auto is own where it has one, else alpaca", tiny="plain",
-                         choices=("auto", *templates.NAMES))
-    max_length: int = DATA(512, "tokens at which a sample is cut", tiny=64, permitted=COUNT)
+                         choices=("auto", *templates.NAMES), only=TRAINS)
+    max_length: int = DATA(512, "tokens at which a sample is cut; the rest of a text makes more",
+                           tiny=64, permitted=COUNT, only=TRAINS)
     eval_every: int = DATA(0, "steps between two losses on the test records; 0 = before and after "
-                           "the run alone", permitted=STEPS, same_run=False)
+                           "the run alone", permitted=STEPS, same_run=False, only=TRAINS)
+    per_source: int | None = DATA(None, "samples to draw of each source, before anything else",
+                                  permitted=COUNT)
     drop_overlap: bool = DATA(False, "remove training records that are validation or test records")
 
     epochs: float = STEP(1.0, "passes over as many samples as all sources hold, or over the "
                          "mixture", permitted=SCALE)
     val_batch_size: int = STEP(64, "validation samples of a step, over all ranks", permitted=COUNT,
-                               only="bilevel")
+                               only=LEARNS)
     micro_batch_size: int = STEP(8, "samples of one forward on one rank", tiny=32, permitted=COUNT)
-    alpha: float = STEP(10.0, "penalty multiplier", permitted=SCALE, only="bilevel")
+    alpha: float = STEP(10.0, "penalty multiplier", permitted=SCALE, only=LEARNS)
     tau: float = STEP(1.0, "factor on alpha from one outer round to the next", permitted=SCALE,
-                      only="bilevel")
-    outer_rounds: int = STEP(1, "rounds of --epochs or --steps", permitted=COUNT, only="bilevel")
+                      only=LEARNS)
+    outer_rounds: int = STEP(1, "rounds of --epochs or --steps", permitted=COUNT, only=LEARNS)
     lr_w: float = STEP(1e-5, "learning rate of w", tiny=1e-3, permitted=RATE)
-    lr_u: float = STEP(1e-5, "learning rate of u", tiny=1e-3, permitted=RATE, only="bilevel")
+    lr_u: float = STEP(1e-5, "learning rate of u", tiny=1e-3, permitted=RATE, only=LEARNS)
     lr_lambda: float | None = STEP(None, "learning rate of the source weights' logits; auto: such "
                                    "that each can move by 8 in a whole run [auto]",
-                                   permitted=RATE, only="bilevel", metavar="auto|RATE")
+                                   permitted=RATE, only=LEARNS, metavar="auto|RATE")
     gap: str = STEP("auto", "how the gap of a sample between w and u is had: from gradients, which "
                     "bf16 does not drown, or as the difference of two losses; auto is gradient "
                     "where parameters are bf16",
-                    choices=("auto", "gradient", "difference"), only="bilevel")
+                    choices=("auto", "gradient", "difference"), only=LEARNS)
     lambda_z: float = STEP(3.0, "standard errors that a source's gradient must be from 0 for its "
                            "weight to move; 0: Adam steps whatever the error, as in the paper",
-                           permitted=RATE, only="bilevel")
+                           permitted=RATE, only=LEARNS)
     warmup: float = STEP(0.03, "share of all steps in which learning rates rise", permitted=SHARE)
     schedule: str = STEP("cosine", "what follows the warm-up",
                          choices=("cosine", "linear", "constant"))
@@ -137,7 +147,7 @@ class Flags:
     clip: float = STEP(0.0, "largest gradient norm of w and of u (gradients are divided by alpha); "
                        "0 = off", permitted=RATE)
     seed: int = STEP(0, "of the data order, LISA's draws, and the built-in task and model",
-                     permitted=SEED)
+                     permitted=SEED, only=MODES)
     skip_nonfinite: bool = STEP(False, "pass over a step whose loss or gradient is not finite, and "
                                 "count it", same_run=False)
 
@@ -145,6 +155,8 @@ class Flags:
                         permitted=COUNT)
     repeat: bool = TUNE(False, "repeat the records of a source that is short, instead of taking "
                         "more of the others")
+    also: list | None = TUNE(None, "sources of which all records join the mixture, beside --samples"
+                             " (validation records too)", metavar="NAME=PATH", same_run=False)
 
     lisa_layers: int = LISA(2, "blocks that train at a time; 0 = train everything",
                             permitted=BLOCKS)
@@ -152,13 +164,13 @@ class Flags:
     lisa_ends: str = LISA("always", "embedding, final norm and head: trained always, drawn like a "
                           "block, never", choices=ENDS)
     lisa_coupling: str = LISA("shared", "w and u train the same blocks, or draw their own",
-                              choices=("shared", "independent"), only="bilevel")
+                              choices=("shared", "independent"), only=LEARNS)
     dtype: str = LISA("auto", "storage of parameters; auto is bf16 on CUDA and fp32 on CPU",
                       choices=("auto", *DTYPES))
     activation_checkpointing: bool = LISA(False, "keep only the inputs of blocks for backward, and "
                                           "compute the rest again", same_run=False)
     cpu_offload: bool = LISA(False, "the copy that is not at work, u while w is and w while u is, "
-                             "waits in host memory", only="bilevel", same_run=False)
+                             "waits in host memory", only=LEARNS, same_run=False)
     compile: bool = LISA(False, "fuse what each block does, with torch.compile; needs a C++ "
                          "compiler")
 
@@ -199,9 +211,9 @@ class Flags:
             self.gap == "gradient" or dtype.itemsize < 4)
 
     @property
-    def modes(self) -> tuple[str, ...]:
-        """What `only` of a flag may be."""
-        return (self.mode, "plan") if self.plan else (self.mode,)
+    def modes(self) -> set[str]:
+        """What a flag's `only` must have one of."""
+        return {self.mode, "plan"} if self.plan else {self.mode}
 
 
 # Flags that a run may change when it goes on: they do not decide what it computes.
@@ -231,17 +243,17 @@ def parse(argv: list[str] | None) -> Flags:
         groups[title].add_argument(spelt(f.name), help=help_of(f), **reading(hints[f.name], f))
     given = vars(parser.parse_args(argv))
     stub = Flags(**{name: given[name] for name in ("mode", "plan", "model") if name in given})
-    tiny = stub.model == "tiny"
+    tiny = stub.model == "tiny" and stub.mode != "draw"
     values = {
         f.name: (f.metadata["tiny"] if tiny else f.default)
-        if f.metadata["only"] in (None, *stub.modes) else None
+        if stub.modes & {*f.metadata["only"]} else None
         for f in fields
     } | given  # fmt: skip
     if "epochs" in given and "steps" not in given:
         values["steps"] = None
-    about = values["task"] if tiny and not values["train"] else Path(values["model"]).name
-    about += "-finetune" * (stub.mode == "finetune")
-    out = values["out"] or Path(f"runs/{about}-seed{values['seed']}")
+    about = values["task"] if tiny and not values["train"] else Path(values["model"] or "").name
+    about += f"-{stub.mode}".replace("-bilevel", "")
+    out = values["out"] or Path(f"runs/{about.lstrip('-')}-seed{values['seed']}")
     return Flags(**values | {"out": out})
 
 
@@ -288,13 +300,13 @@ def check_flags(flags: Flags, world: int) -> list[str]:
     problems, learns = [], flags.mode == "bilevel"
     for f in dataclasses.fields(Flags):
         value, only, permitted = getattr(flags, f.name), f.metadata["only"], f.metadata["permitted"]
-        if value is not None and only not in (None, *flags.modes):
-            of = "--plan" if only == "plan" else f"--mode {only}"
+        if value is not None and not flags.modes & {*only}:
+            of = "--plan" if only == ("plan",) else f"--mode {' or '.join(only)}"
             problems.append(f"{spelt(f.name)} goes with {of} alone")
         elif value is not None and permitted and not permitted.within(value):
             problems.append(f"{spelt(f.name)} {value}: permitted is {permitted.words}")
-    for name in ("batch_size", "val_batch_size")[: 1 + learns]:
-        value = getattr(flags, name)
+    for name in ("batch_size", "val_batch_size"):
+        value = getattr(flags, name) or 0
         if value > 0 and value % world:
             below, above = value // world * world, -(-value // world) * world
             near = " or ".join(str(v) for v in (below, above) if v)
@@ -312,10 +324,11 @@ def check_flags(flags: Flags, world: int) -> list[str]:
         problems.append("--val is missing: --train needs validation records beside it")
     if flags.eval_every and flags.train and not flags.test:
         problems.append(f"--eval-every {flags.eval_every}: needs --test")
-    if not flags.train and (flags.val or flags.test):
-        problems.append("--train is missing: --val and --test do not go with a built-in task")
-    if flags.mode == "finetune" and not flags.weights and not flags.plan:
-        problems.append(f"--weights is missing: --mode finetune needs {WEIGHTS}")
+    if not flags.train and (flags.val or flags.test or flags.also or flags.mode == "draw"):
+        problems.append("--train is missing: a built-in task goes without --val, --test, --also "
+                        "and --mode draw")
+    if not learns and not flags.weights and not flags.plan:
+        problems.append(f"--weights is missing: --mode {flags.mode} needs {WEIGHTS}")
     if flags.compile and not flags.plan and not shutil.which(os.environ.get("CXX", "g++")):
         problems.append("--compile needs a C++ compiler: install g++, or name one in CXX")
     return problems

@@ -13,14 +13,17 @@ import contextlib
 import dataclasses
 import fcntl
 import filecmp
+import glob
 import itertools
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import time
 import uuid
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -34,9 +37,10 @@ import shard
 from cli.flags import HARMLESS, WEIGHTS, Flags, as_json, check_flags, spelt
 from data import cache_dir
 from hf import Problems, open_regular, pretrained, read_json, say, templates, tokenizer
+from hf.tokenizer import Turns
 from model import ModelConfig, dtype_of, open_checkpoint, parameter_shapes
 from sources import tasks
-from sources.records import read_records, source_paths
+from sources.records import SUFFIXES, iter_records, locate
 
 TINY = {  # a llama of 0.9M parameters; the vocabulary is the byte tokenizer's
     "model_type": "llama",
@@ -64,14 +68,14 @@ HASHED = "the data of", "the tokenizer"
 class Inputs:
     """Everything a run is made of, checked."""
 
-    config: ModelConfig
+    config: ModelConfig | None  # None, like the tokenizer: records are drawn, no more
     checkpoint: Path | None  # None: random weights
-    tokenizer: tokenizer.Tokenizer
+    tokenizer: tokenizer.Tokenizer | None
     sources: dict[str, data.Dataset]
     val: data.Dataset | None
     test: data.Dataset | None
     notes: list[str]  # warnings that do not stop the run
-    template: str  # as --template says, or as it was chosen
+    template: str | None  # as --template says, or as it was chosen
     weights: dict[str, float] | None = None  # of the sources, as --weights states them
     mixture: dict[str, data.Dataset] | None = None  # what is drawn from the sources by them
     lock: BinaryIO | None = None  # on rank 0: open as long as the run may write to --out
@@ -122,28 +126,33 @@ def prepare(flags: Flags, world: int, first: bool = True) -> Inputs:
     a line for each problem."""
     problems = Problems([*check_flags(flags, world), *(check_out(flags) if first else ())])
     config, checkpoint, tok, weights, notes = None, None, None, None, []
-    if flags.weights and flags.mode == "finetune":
+    if flags.weights and flags.mode != "bilevel":
         with problems.collecting():
             weights = source_weights(flags)
     with problems.collecting():
-        config, checkpoint, tok = open_model(flags)
-        if flags.template == "auto":
-            found, why = templates.trained_with(tok)
-            flags = dataclasses.replace(flags, template=found or "alpaca")
-            notes.append(f"--template auto: {flags.template}, {why}")
-        check_fit(flags, config, tok)
+        if flags.mode != "draw":
+            config, checkpoint, tok = open_model(flags)
+            if flags.template == "auto":
+                found, why = templates.trained_with(tok)
+                flags = dataclasses.replace(flags, template=found or "alpaca")
+                notes.append(f"--template auto: {flags.template}, {why}")
+            check_fit(flags, config, tok)
     with problems.collecting():  # where something is wrong, records are only checked, not tokenised
         named = open_data(flags, None if problems.count else tok)
     problems.raise_if_any()
-    sources = {k.removeprefix("train "): v for k, v in named.items() if k.startswith("train ")}
+    sources, also = ({k.removeprefix(kind): v for k, v in named.items() if k.startswith(kind)}
+                     for kind in ("train ", "also "))  # fmt: skip
     held = named.get("val"), named.get("test")
     inputs = Inputs(config, checkpoint, tok, sources, *held, notes, flags.template)
     describe(flags, inputs)
+    inputs.sources |= also
     for name, dataset in inputs.all.items():
         if not len(dataset):
             after = " after --drop-overlap" if flags.drop_overlap else ""
             problems.add(f"{name}: no record is left{after}")
-    if flags.mode == "finetune" and not problems.count:
+    if flags.per_source:
+        draw_per_source(flags, inputs)
+    if flags.mode != "bilevel" and not problems.count:
         draw_mixture(flags, inputs, weights)
     if first:
         for problem in [*check_space(flags, config), *changes(flags, record(flags, inputs))]:
@@ -155,6 +164,8 @@ def prepare(flags: Flags, world: int, first: bool = True) -> Inputs:
 def plan_inputs(flags: Flags) -> ModelConfig:
     """The configuration that --plan asks about. Raises one ValueError with all problems."""
     problems = Problems(check_flags(flags, max(1, flags.gpus)))
+    if flags.mode == "draw":  # there is no model
+        problems.raise_if_any()
     with problems.collecting():
         config = read_config(flags.model)
         check_fit(flags, config)
@@ -197,8 +208,10 @@ def check_fit(flags: Flags, config: ModelConfig, tok: tokenizer.Tokenizer | None
     problems.raise_if_any()
 
 
-def check_space(flags: Flags, config: ModelConfig) -> list[str]:
+def check_space(flags: Flags, config: ModelConfig | None) -> list[str]:
     """Whether the model that the run will leave finds room on the disk, if it is not there yet."""
+    if config is None:
+        return []
     dtype = dtype_of(flags.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     needed = dtype.itemsize * sum(map(math.prod, parameter_shapes(config).values()))
     free = shutil.disk_usage(nearest(flags.out)).free
@@ -227,6 +240,12 @@ def open_data(flags: Flags, tok: tokenizer.Tokenizer | None) -> dict[str, data.D
     problems, paths, datasets = Problems(), {}, {}
     with problems.collecting():
         paths = {f"train {name}": path for name, path in source_paths(flags.train).items()}
+        # Where nothing is trained, nothing is lost if these are validation records.
+        kind = "also" if flags.mode == "draw" else "train"
+        for name, path in source_paths(flags.also or [], "--also").items():
+            if f"train {name}" in paths:
+                problems.add(f"--also {name}={path}: --train has a source of this name")
+            paths[f"{kind} {name}"] = path
     paths |= {k: Path(v) for k, v in (("val", flags.val), ("test", flags.test)) if v}
     for held, (name, path) in itertools.product({"val", "test"} & paths.keys(), paths.items()):
         there = path.is_file() and paths[held].is_file()
@@ -234,11 +253,8 @@ def open_data(flags: Flags, tok: tokenizer.Tokenizer | None) -> dict[str, data.D
             problems.add(f"--{held} {paths[held]} is the same file as --{name}")
     for name, path in paths.items():
         with problems.collecting():
-            if tok is None:
-                read_records(path)
-            else:
-                settings = tok, flags.template, flags.max_length, cache_dir()
-                datasets[name] = data.load_dataset(path, *settings)
+            settings = tok, flags.template, flags.max_length if tok else 2, cache_dir()
+            datasets[name] = data.load_dataset(path, *settings)
     problems.raise_if_any()
     return datasets
 
@@ -246,15 +262,11 @@ def open_data(flags: Flags, tok: tokenizer.Tokenizer | None) -> dict[str, data.D
 def describe(flags: Flags, inputs: Inputs) -> None:
     """Collect the notes on the inputs, and apply --drop-overlap."""
     notes = inputs.notes
-    if inputs.config.ignored_dropout:
+    if inputs.config and inputs.config.ignored_dropout:
         fields = ", ".join(inputs.config.ignored_dropout)
         notes.append(f"the checkpoint's dropout is ignored ({fields}): training uses none")
     for name, dataset in inputs.all.items():
-        for reason, count in dataset.dropped.items():
-            if count:
-                notes.append(f"{name}: {count} records dropped: {reason}")
-        if dataset.duplicates:
-            notes.append(f"{name}: {dataset.duplicates} records are repetitions")
+        notes += [f"{name}: {remark}" for remark in dataset.remarks()]
     if flags.mode == "bilevel" and len(inputs.sources) == 1:
         notes.append("there is one source: its weight is 1, whatever is learned")
     for (a, one), (b, other) in itertools.combinations(inputs.sources.items(), 2):
@@ -275,24 +287,68 @@ def describe(flags: Flags, inputs: Inputs) -> None:
                 notes[-1] += ": dropped from training"
 
 
+def source_paths(items: list[str], flag: str = "--train") -> dict[str, Path]:
+    """{name: path} of [NAME=]PATH ...; a directory stands for its train_* files, a glob for all."""
+    problems, paths = Problems(), {}
+    for item in items:
+        name, path = re.fullmatch("(?:([^=/:]*)=)?(.*)", item, re.S).groups()
+        folder, found = Path(path).is_dir(), [path]
+        if name is None and (folder or re.search(r"[*?]", path)):
+            pattern = f"{glob.escape(path)}/train_*" if folder else path
+            found = sorted(p for p in glob.glob(pattern) if p.endswith(SUFFIXES) or not folder)
+            if not found:
+                problems.add(f"{flag} {item}: no file matches {pattern}")
+        for p in found:
+            bare = re.sub(r"(\.jsonl?|\.parquet|\.gz)+$", "", Path(p).name)
+            label = bare.removeprefix("train_" * (p != path)) if name is None else name
+            if not (label and p):
+                problems.add(f"{flag} {item}: expected NAME=PATH")
+            elif not label.isprintable() or set(label) & set("/,") or len(label) > 100:
+                problems.add(f"{flag} {label}={p}: a name may have no comma, as in --weights, and "
+                             "what a file name may have: at most 100 characters, all printable")
+            elif label in paths:
+                problems.add(f"{flag} {p}: the name {label} is used twice: give NAME=PATH")
+            paths[label] = Path(p)
+    problems.raise_if_any()
+    return paths
+
+
 def source_weights(flags: Flags) -> dict[str, float] | None:
     """The weights that --weights states; None for "proportional"."""
     try:
-        names = list(source_paths(flags.train) if flags.train else tasks.task(flags.task, 0)[0])
+        names = source_names(flags)
     except ValueError:  # which `open_data` reports
         return None
     return parse_source_weights(flags.weights, names)
 
 
+def source_names(flags: Flags) -> list[str]:
+    """Of what is weighted."""
+    return list(source_paths(flags.train) if flags.train else tasks.task(flags.task, 0)[0])
+
+
+def draw_per_source(flags: Flags, inputs: Inputs) -> None:
+    """Cut the sources that are longer down to --per-source samples."""
+    for name in source_names(flags):
+        source = inputs.sources[name]
+        if len(source) > flags.per_source:
+            drawn = draw(source, name, flags.per_source, flags.seed)
+            inputs.sources[name] = dataclasses.replace(drawn, of=len(source))
+            inputs.notes.append(f"{name}: {len(drawn)} of {len(source)} samples are drawn")
+
+
 def draw_mixture(flags: Flags, inputs: Inputs, weights: dict | None) -> None:
-    """Draw --samples by the weights."""
+    """Draw --samples by the weights, and take all of --also."""
+    sources = {name: inputs.sources[name] for name in source_names(flags)}
     if weights is None:
-        total = sum(map(len, inputs.sources.values()))
-        weights = {name: len(source) / total for name, source in inputs.sources.items()}
-    inputs.weights = weights
+        total = sum(map(len, sources.values()))
+        weights = {name: len(source) / total for name, source in sources.items()}
     inputs.mixture, notes = draw_samples(
-        inputs.sources, weights, flags.samples, flags.repeat, flags.seed
+        sources, weights, flags.samples, flags.repeat, flags.seed
     )
+    also = {name: source for name, source in inputs.sources.items() if name not in sources}
+    inputs.mixture |= also
+    inputs.weights = weights | dict.fromkeys(also)
     inputs.notes += notes
 
 
@@ -380,13 +436,15 @@ def draw_samples(
     """
     sizes = {name: len(source) for name, source in sources.items()}
     parts, notes = count_samples(weights, sizes, samples, repeat)
-    drawn = {}
-    for name, n in parts.items():
-        if n:
-            rng = np.random.default_rng([seed, *name.encode()])
-            picked = [rng.permutation(sizes[name]) for _ in range(math.ceil(n / sizes[name]))]
-            drawn[name] = sources[name].select(np.sort(np.concatenate(picked)[:n]))
+    drawn = {name: draw(sources[name], name, n, seed) for name, n in parts.items() if n}
     return drawn, notes
+
+
+def draw(source: data.Dataset, name: str, n: int, seed: int) -> data.Dataset:
+    """n samples of a source, in its order."""
+    rng = np.random.default_rng([seed, *name.encode()])
+    picked = [rng.permutation(len(source)) for _ in range(math.ceil(n / len(source)))]
+    return source.select(np.sort(np.concatenate(picked)[:n]))
 
 
 def mixture_jsonl(drawn: dict[str, data.Dataset]) -> str:
@@ -397,13 +455,57 @@ def mixture_jsonl(drawn: dict[str, data.Dataset]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+# How LLaMA-Factory is told of messages.jsonl.
+DATASET_INFO = {"mixture": {
+    "file_name": "messages.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages"},
+    "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user",
+             "assistant_tag": "assistant", "system_tag": "system"},
+}}  # fmt: skip
+
+
+def write_records(out: Path, drawn: dict[str, data.Dataset]) -> list[str]:
+    """Write the records of a mixture, in the order of mixture.jsonl, as they are in their files,
+    and the conversations as messages. Returns notes. ValueError if a file cannot be read any more.
+    """
+    records, chats, problems = [], [], Problems()
+    for source in drawn.values():
+        found = dict.fromkeys(source.numbers.tolist())
+        for n, *record in iter_records(locate(source.path), problems, defaultdict(Counter)):
+            if n in found:
+                found[n] = record
+        problems.raise_if_any()
+        for turns, record in (found[n] for n in source.numbers.tolist()):
+            records.append(record)
+            if messages := as_messages(turns):
+                chats.append({"messages": messages})
+    for name, rows in ("records.jsonl", records), ("messages.jsonl", chats):
+        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        (out / name).write_text("".join(lines), encoding="utf-8")
+    (out / "dataset_info.json").write_text(json.dumps(DATASET_INFO, indent=1))
+    texts = len(records) - len(chats)
+    return [f"note: {texts} records are text: messages.jsonl lacks them"] * (texts > 0)
+
+
+def as_messages(turns: Turns) -> list[dict]:
+    """A conversation in OpenAI's format; [] for text. An input joins the question."""
+    messages = []
+    for role, text in turns:
+        if role == "input":
+            messages[-1]["content"] += f"\n{text}"
+        elif role != "text":
+            weight = {"weight": 0} if role == "given" else {}
+            role = "assistant" if weight else role
+            messages.append({"role": role, "content": text} | weight)
+    return messages
+
+
 # --------------------------------------------------------------------------------------------------
 # The directory of a run
 
 
 def record(flags: Flags, inputs: Inputs) -> dict:
     """config.json: everything that decides what the run computes, and where it ran."""
-    drawn = None
+    drawn, tok = None, inputs.tokenizer
     if inputs.mixture is not None:
         drawn = {
             name: {"weight": p, "samples": len(inputs.mixture.get(name, ()))}
@@ -412,7 +514,7 @@ def record(flags: Flags, inputs: Inputs) -> dict:
     return {
         "flags": as_json(flags) | {"template": inputs.template},
         "data": about(inputs.all),
-        "tokenizer": templates.fingerprint(inputs.tokenizer, inputs.template),
+        "tokenizer": tok and templates.fingerprint(tok, inputs.template),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "mixture": drawn,
@@ -422,7 +524,8 @@ def record(flags: Flags, inputs: Inputs) -> dict:
 def about(datasets: dict[str, data.Dataset]) -> dict[str, dict]:
     """What the files of a run say of data."""
     return {
-        name: {"path": str(d.path), "samples": len(d), "sha256": d.sha256, "dropped": d.dropped}
+        name: {"path": str(d.path), "samples": len(d), "of": d.of or len(d), "sha256": d.sha256,
+               "dropped": d.dropped}
         for name, d in datasets.items()
     }
 

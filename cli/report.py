@@ -17,6 +17,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import sys
 import traceback
 import warnings
@@ -33,7 +34,7 @@ import shard
 from bilevel import StepStats
 from cli import plan
 from cli.flags import HARMLESS
-from cli.inputs import apportion
+from cli.inputs import apportion, count_samples
 from hf import JSON_BYTES, Problems, open_regular, parse_json, read_json, say, shown
 
 SHORT = 50  # steps
@@ -295,13 +296,15 @@ def render(out: Path) -> list[str]:
         result = read_json(out / "weights.json")
         lines = [*weight_lines(result), ""]
     for what, key in ("validation loss:", "val_loss"), ("held-out test loss:", "test_loss"):
-        before, after = rows[0].get(key), rows[-1].get(key)
+        before, after = (row.get(key) for row in (rows[:1] + rows[-1:] or [{}, {}]))
         if (shares or key == "test_loss") and None not in (before, after):
             lines.append(f"{what:19} {before:.4f} before, {after:.4f} after")
     if skipped := sum(not row["finite"] for row in rows):
         lines.append(f"steps passed over because something was not finite: {skipped}")
-    if not shares:
-        lines += elsewhere(result)
+    if not shares and (train := record["flags"]["train"]):
+        lines += elsewhere(result, train, out)
+    if (out / "messages.jsonl").exists():
+        lines += ["", "Elsewhere:", *recipes(out)]
     left_out = [f"{n} of {name}: {reason}" for name, dataset in record["data"].items()
                 for reason, n in dataset["dropped"].items() if n]  # fmt: skip
     if left_out:
@@ -310,13 +313,14 @@ def render(out: Path) -> list[str]:
     return [*lines, "", f"Files in {out}: {files}"]
 
 
-def table(rows: dict[str, tuple[float, int, str]], last: str) -> list[str]:
+def table(rows: dict[str, tuple[float | None, int, str]], last: str) -> list[str]:
     """Of each source its weight, as a number and as a bar, its samples, and what is `last`."""
     width = max(len("source"), *map(len, rows))
     lines = [f"{'source':{width}}  weight  {'':30}  samples{last}"]
     for name, (p, samples, rest) in rows.items():
-        bar = "█" * round(30 * min(p, 1)) or "▏"
-        lines.append(f"{name:{width}}  {p:6.4f}  {bar:30}  {samples:7}{rest}")
+        bar = "" if p is None else "█" * round(30 * min(p, 1)) or "▏"
+        weight = "-" if p is None else f"{p:.4f}"
+        lines.append(f"{name:{width}}  {weight:6}  {bar:30}  {samples:7}{rest}")
     return lines
 
 
@@ -333,23 +337,39 @@ def weight_lines(result: dict) -> list[str]:
     return [*lines, "", *verdict(result)]
 
 
-def elsewhere(result: dict) -> list[str]:
-    """The learned mixture as other tools are told it."""
+def elsewhere(result: dict, train: list[str], out: Path) -> list[str]:
+    """How other tools get the learned mixture, how much of it, and which source limits that."""
     weights = result["weights"]
+    sizes = {name: about.get("of", about["samples"]) for name, about in result["sources"].items()}
+    counts, short = count_samples(weights, sizes, MIXTURE)
+    command = ["--train", *train, "--weights", str(out / "weights.json"), "--out", "mix"]
     parts = apportion(weights, MIXTURE)  # so that the printed probabilities sum to one
-    probs = ",".join(f"{n / MIXTURE:.4f}" for n in parts.values())
-    # Of a source with weight p, n p samples are asked: as large an n as the sources permit. A count
-    # of 1 would be read as all of a source.
-    most = [result["sources"][name]["samples"] / p for name, p in weights.items() if p > 0]
-    counts = apportion(weights, int(min(MIXTURE, *most)))
-    mixer = json.dumps({name: n for name, n in counts.items() if n > 1})
+    parts = {name: n / MIXTURE for name, n in parts.items() if n}
+    drawn = {name: sizes[name] / p for name, p in parts.items()}  # until a source is used up
+    first, last = (choose(drawn, key=drawn.get) for choose in (min, max))
+    way = "under" if 2 * drawn[first] >= sum(counts.values()) else "over"
     return [
-        "",
-        "The same mixture elsewhere:",
-        f"  LLaMA-Factory   dataset: {','.join(weights)}",
-        "                  mix_strategy: interleave_under",
-        f"                  interleave_probs: {probs}",
-        f"  open-instruct   dataset_mixer: {mixer}",
+        "", f"The same mixture elsewhere, {sum(counts.values())} records:", *short,
+        f"  python train.py --mode draw {shlex.join(command)}",
+        *recipes(Path("mix")),
+        "or mixed at random while loading, in LLaMA-Factory:",
+        f"  dataset: {','.join(parts)}",
+        f"  mix_strategy: interleave_{way}",
+        f"  interleave_probs: {','.join(f'{p:.4f}' for p in parts.values())}",
+        f"interleave_under (first_exhausted of datasets.interleave_datasets) yields about "
+        f"{drawn[first]:.0f} samples, until {first} is used up; interleave_over (all_exhausted) "
+        f"about {drawn[last]:.0f}, until {last} is.",
+    ]  # fmt: skip
+
+
+def recipes(folder: Path) -> list[str]:
+    """How other tools are told of what --mode draw wrote into a folder."""
+    file = folder / "messages.jsonl"
+    return [
+        f"  open-instruct   --dataset_mixer_list {file} 1.0",
+        f"  LLaMA-Factory   dataset_dir: {folder}, dataset: mixture",
+        f"  axolotl         datasets: [{{path: {file}, type: chat_template}}]",
+        f"  TRL             datasets: [{{path: json, data_files: {file}}}]",
     ]
 
 

@@ -8,6 +8,7 @@ side, the family's in the files: see MODULES and KEYS, which name Llama's for an
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 import shutil
@@ -125,17 +126,46 @@ def find_checkpoint(id_or_dir: str | Path, weights: bool = True) -> Path:
         raise ValueError(f"{path}: a file: expected the directory of a model")
     if path.is_dir():
         return path
+    return _snapshot(str(id_or_dir), "model", WANTED if weights else [CONFIG])
+
+
+def _snapshot(name: str, kind: str, patterns: list[str], revision: str | None = None) -> Path:
+    """The folder with those files of a hub repository that match."""
     from huggingface_hub import errors, snapshot_download
 
     try:
-        patterns = WANTED if weights else [CONFIG]
-        return Path(snapshot_download(str(id_or_dir), allow_patterns=patterns))
+        return Path(snapshot_download(
+            name, repo_type=kind, revision=revision, allow_patterns=patterns
+        ))  # fmt: skip
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        local = "directory" if kind == "model" else "file"
         raise ValueError(
-            f"{id_or_dir}: neither a directory nor a model that the hub gives out "
+            f"{name}: neither a {local} nor a {kind} that the hub gives out "
             f"({type(error).__name__}): check the spelling; of a gated one accept its terms on the "
-            f"hub and set HF_TOKEN; without a network, 'hf download {id_or_dir}' where there is one"
+            f"hub and set HF_TOKEN; without a network, 'hf download --repo-type {kind} {name}' "
+            "where there is one"
         ) from None
+
+
+def find_dataset(name: str, split: str | None, config: str | None, ends: tuple) -> list[Path]:
+    """The files of a split [train] of a hub data set, in a configuration [default]: of the hub's
+    own conversion to Parquet, or else those with one of the `ends` and a name with both. Raises
+    ValueError."""
+    config, split, converted = config or "default", split or "train", "refs/convert/parquet"
+    named, problems = f"*{config.replace('default', '*')}*{split}*", Problems()
+    places = [(converted, f"{config}/{part}{split}/*") for part in ("", "partial-")]
+    places += [(None, named + end) for end in ends]
+    for revision, pattern in places:
+        with problems.collecting():
+            folder = _snapshot(name, "dataset", [pattern], revision)
+            # The cache may hold other files, which were asked for earlier.
+            files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*.*"))]
+            if wanted := fnmatch.filter(files, pattern):
+                return [folder / file for file in wanted]
+    raise ValueError(problems.lines[-1] if problems.count == len(places) else (
+        f"{name}: no file is named after split {split} in configuration {config}: "
+        f"{name}:SPLIT[CONFIG] asks for another"
+    ))  # fmt: skip
 
 
 def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, tuple], list[str]]:

@@ -1,19 +1,22 @@
-"""Files of records to turns, with a line for each problem.
+"""Sources to turns, with a line for each problem.
 
-    read_records("a.json")           # [(1, [("user", "Name a colour."), ("assistant", "Red")]), …]
+    for number, turns, record in iter_records(locate("a.json"), problems, notes): …
+    # 1, [("user", "Name a colour."), ("assistant", "Red")], {"instruction": …}
 
-A file is a JSON array or JSON Lines, gzipped or not; the keys of its first record tell the format.
-A record goes by its number in an array, and by its line in JSON Lines. A new record format is a row
-of FORMATS.
+A source is a local file or a data set of the hub: a JSON array, JSON Lines, gzipped or not, or
+Parquet. The keys of its first record tell the format: a new format is a row of FORMATS. All that a
+record holds is read, or counted as unread, or refused. A record goes by its line in JSON Lines, by
+its number elsewhere.
 """
 
 from __future__ import annotations
 
-import glob
 import gzip
 import json
 import os
+import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,128 +24,271 @@ from typing import NamedTuple
 from hf import Problems, open_regular
 from hf.tokenizer import Turns
 
-ROLE_OF = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
-         "gpt": "assistant", "model": "assistant"}
-ANSWERS = ("assistant", "text")  # the roles whose text has loss
-
-
-class Keys(NamedTuple):
-    """A format of records that have a key for each turn."""
-
-    keys: dict[str, str]  # {role: key}, in the order of the turns
-    optional: str = ""  # the key that may be absent, null or empty: then there is no such turn
-
-    def fits(self, record: dict) -> bool:
-        return record.keys() >= {*self.keys.values()} - {self.optional}
-
-    def turns(self, record: dict) -> Turns:
-        absent = self.optional if record.get(self.optional) in (None, "") else None
-        return [(role, _string(record, k)) for role, k in self.keys.items() if k != absent]
-
-
-class Messages(NamedTuple):
-    """A format of records that have a list of messages, each with a role of ROLE_OF and a text."""
-
-    key: str  # of the list
-    role: str  # key of a message's role
-    text: str  # key of its text
-
-    def fits(self, record: dict) -> bool:
-        """Whether the first message has the role's key: formats may share the list's."""
-        messages = record.get(self.key)
-        first = messages[0] if isinstance(messages, list) and messages else None
-        return self.key in record and (not isinstance(first, dict) or self.role in first)
-
-    def turns(self, record: dict) -> Turns:
-        messages = record.get(self.key)
-        if not isinstance(messages, list) or not messages:
-            raise ValueError(f"'{self.key}' is not a list of messages")
-        turns = []
-        for n, message in enumerate(messages):
-            place = f"{self.key}[{n}]"
-            role = _string(message, self.role, f"{place}.")
-            if role not in ROLE_OF:
-                known = ", ".join(ROLE_OF)
-                raise ValueError(f"'{place}.{self.role}' is {role[:40]!r}, not one of {known}")
-            turns.append((ROLE_OF[role], _string(message, self.text, f"{place}.")))
-        return turns
-
-
-# A row for each record format; the first that fits a file's first record is that of the file.
-FORMATS = (
-    Keys({"user": "instruction", "input": "input", "assistant": "output"}, optional="input"),
-    Messages("conversations", role="from", text="value"),  # ShareGPT
-    Messages("items", role="from", text="value"),
-    Messages("messages", role="role", text="content"),  # chat
-    Keys({"text": "text"}),
+# A row for each format: {role: key} of the turns in their order, of which an input may be absent;
+# or the key of a list of messages. The first that fits a source's first record is that of all.
+Format = dict[str, str] | str
+FORMATS: tuple[Format, ...] = (
+    {"user": "instruction", "input": "input", "assistant": "output"},  # Alpaca
+    {"user": "instruction", "input": "context", "assistant": "response"},  # Dolly
+    "conversations",  # ShareGPT
+    "conversation",
+    "items",
+    "messages",  # chat
+    "data",  # UltraChat: texts, a question and an answer in turn
+    {"user": "prompt", "assistant": "completion"},
+    {"user": "prompt", "assistant": "response"},
+    {"user": "question", "assistant": "answer"},
+    {"user": "question", "assistant": "response"},  # OpenOrca
+    {"user": "query", "assistant": "response"},
+    {"user": "input", "assistant": "output"},  # LMFlow
+    {"text": "text"},
 )
+ROLES = {
+    "system": "system developer",
+    "user": "user human tool observation",
+    "assistant": "assistant gpt chatgpt model function_call",
+}
+ROLE_OF = {name: role for role, names in ROLES.items() for name in names.split()}
+ANSWERS = ("assistant", "text")  # the roles whose text has loss
+# Keys of records and messages whose content has no place among turns of text.
+REFUSED = {"tools", "functions", "tool_calls", "function_call", "images", "image", "videos",
+           "audios", "chosen", "rejected", "reasoning_content", "thinking"}  # fmt: skip
+WEIGHTS = {"weight", "train", "loss_weight"}  # of a message: at 0 an answer has no loss
+SUFFIXES = (".parquet", ".jsonl", ".json", ".gz")  # of files; no hub id ends with one
 
 
-def _string(record: object, key: str, place: str = "") -> str:
-    if not isinstance(record, dict) or key not in record:
+# A record
+
+def fits(form: Format, record: object) -> bool:
+    """Whether a record has what the format says, or nothing in the place of messages."""
+    if not isinstance(record, dict):
+        return False
+    if isinstance(form, dict):
+        return record.keys() >= {key for role, key in form.items() if role != "input"}
+    value = record.get(form, "absent")
+    if isinstance(value, list) and value:
+        return isinstance(value[0], dict) or form == "data"
+    return _nothing(value) and form != "data"
+
+
+def turns_of(form: Format | None, record: object) -> tuple[Turns, list[str]]:
+    """The turns of a record, and the keys that hold something but were not read. ValueError if it
+    has something else, or in another shape, than `form` says."""
+    if not isinstance(record, dict):
+        raise ValueError(f"the record is {type(record).__name__}, not an object")
+    record, beside = dict(record), {"label"} if isinstance(form, str) else set()
+    _refuse(record, REFUSED | beside | ({"role"} if form == {"text": "text"} else set()))
+    if not form:
+        found = ", ".join(map(repr, record))[:100] or "none"
+        raise ValueError(f"unknown record, of keys {found}: none of README.md's formats; "
+                         "PATH:prompt=KEY,answer=KEY may name two")  # fmt: skip
+    turns = _take_turns(form, record)
+    return turns, [key for key, value in record.items() if not _nothing(value)]
+
+
+def _take_turns(form: Format, record: dict) -> Turns:
+    """The turns, which are taken out of the record."""
+    systems = [key for key in ("system", "system_prompt") if not _nothing(record.get(key))]
+    turns = [("system", _take(record, key)) for key in systems[: "text" not in form]]
+    if isinstance(form, str):
+        for n, message in enumerate(_take_list(record, form)):
+            turn, rest = _turn(message, f"{form}[{n}]", n)
+            if n == 0 and turns and turn[0] == "system" and turn != turns[0]:
+                raise ValueError(f"'{systems[0]}' and '{form}[0]' are two system texts")
+            turns += [turn] if n or turn not in turns else []
+            record |= {f"{form}[].{key}": value for key, value in rest.items()}
+        return turns
+    for n, pair in enumerate(_take_list(record, "history")):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"'history[{n}]' is not a question and its answer")
+        texts = (_text(text, f"history[{n}]") for text in pair)
+        turns += zip(("user", "assistant"), texts, strict=True)
+    for role, key in form.items():
+        if role != "input" or not _nothing(record.get(key)):
+            turns.append((role, _take(record, key)))
+    return turns
+
+
+def _turn(message: object, place: str, n: int) -> tuple[tuple[str, str], dict]:
+    """The turn of message n, and what it holds beside."""
+    if isinstance(message, str):
+        return (("user", "assistant")[n % 2], _text(message, place)), {}
+    if not isinstance(message, dict):
+        raise ValueError(f"'{place}' is {type(message).__name__}, not a message")
+    rest = dict(message)
+    _refuse(rest, REFUSED, f"{place}.")
+    names = ("from", "value") if "from" in rest else ("role", "content")
+    name, text = (_take(rest, key, f"{place}.") for key in names)
+    if name not in ROLE_OF:
+        known = ", ".join(ROLE_OF)
+        raise ValueError(f"'{place}.{names[0]}' is {name[:40]!r}, not one of {known}")
+    role = ROLE_OF[name]
+    for key in WEIGHTS & rest.keys():
+        if ROLE_OF[name] == "assistant" or not rest[key]:  # no other turn can have loss
+            weight = rest.pop(key)
+            if not _nothing(weight) and weight not in (0, 1):
+                raise ValueError(f"'{place}.{key}' is {weight!r}: permitted are 0 and 1")
+            role = "given" if weight == 0 and role == "assistant" else role
+    return (role, text), rest
+
+
+def _nothing(value: object) -> bool:
+    """Whether there is nothing in a value: null, NaN, or empty."""
+    return value is None or value != value or value in ("", [], {})
+
+
+def _refuse(record: dict, keys: set[str], place: str = "") -> None:
+    for key in keys & record.keys():
+        if not _nothing(record[key]):
+            raise ValueError(f"'{place}{key}' would be lost: put what it holds into the text of a "
+                             "turn, or take out the key or the record")  # fmt: skip
+
+
+def _take_list(record: dict, key: str) -> list:
+    value = record.pop(key, None)
+    if not isinstance(value, list) and not _nothing(value):
+        raise ValueError(f"'{key}' is {type(value).__name__}, not a list")
+    return [] if _nothing(value) else value
+
+
+def _take(record: dict, key: str, place: str = "") -> str:
+    if key not in record:
         raise ValueError(f"lacks '{place}{key}'")
-    value = record[key]
-    if not isinstance(value, str):
-        raise ValueError(f"'{place}{key}' is {type(value).__name__}, not a string")
+    return _text(record.pop(key), place + key)
+
+
+def _text(value: object, name: str) -> str:
+    """A text, or a list of parts of it as one; nothing is the empty text."""
+    text = ""
+    for part in value if isinstance(value, list) else [value]:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        part = part.get("text") if kind == "text" else part
+        if not isinstance(part, str) and not _nothing(part):
+            raise ValueError(f"'{name}' is {str(kind)[:40]}, not a string")
+        text += part if isinstance(part, str) else ""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"'{place}{key}' holds a lone surrogate or broken UTF-8") from None
-    return value
+        raise ValueError(f"'{name}' holds a lone surrogate or broken UTF-8") from None
+    return text
 
 
-def read_records(path: str | os.PathLike) -> list[tuple[int, Turns]]:
-    """(number or line, turns) of each record; a ValueError has a line for each problem."""
-    problems = Problems()
-    records = list(iter_records(path, problems))
-    problems.raise_if_any()
-    return records
+# A source
+
+class Source(NamedTuple):
+    """Where records are, as it was said; files, read one after another; a format, if stated."""
+
+    path: str
+    files: list[Path]
+    form: Format | None = None
 
 
-def iter_records(path: str | os.PathLike, problems: Problems) -> Iterator[tuple[int, Turns]]:
-    """(number or line, turns) of each record of a file."""
-    form = None  # the format of the first record that has a known one: it holds for the file
-    for number, where, record in located_values(path, problems):
-        try:
-            if not isinstance(record, dict):
-                raise ValueError(f"the record is {type(record).__name__}, not an object")
-            form = form or next((form for form in FORMATS if form.fits(record)), None)
-            if not form:
-                found = ", ".join(map(repr, record))[:100] or "none"
-                raise ValueError(f"unknown record, of keys {found}: neither Alpaca, ShareGPT, chat "
-                                 "nor text, as in README.md")
-            yield number, form.turns(record)
-        except ValueError as error:
-            problems.add(f"{where}: {error}")
+def locate(path: str | os.PathLike) -> Source:
+    """The files of PATH, or of a data set OWNER/NAME[:SPLIT][[CONFIG]] of the hub, downloaded if
+    they are not cached; either may end with :prompt=KEY,answer=KEY. Raises ValueError."""
+    stated = re.fullmatch(r"(.*?)(?::prompt=([^,]+),answer=([^,]+))?", str(path), re.S)
+    place, user, assistant = stated.groups()
+    form = {"user": user, "assistant": assistant} if user else None
+    on_hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:\[([^]]+)\])?", place)
+    if not on_hub or os.path.isdir(place.split("/")[0]) or place.endswith(SUFFIXES):
+        return Source(str(path), [Path(place)], form)
+    from hf.pretrained import find_dataset
+
+    return Source(str(path), find_dataset(*on_hub.groups(), SUFFIXES), form)
+
+
+def iter_records(
+    source: Source, problems: Problems, notes: dict[str, Counter]
+) -> Iterator[tuple[int, Turns, dict]]:
+    """(number or line, turns, record) of each record; files are numbered on from one to the next.
+    Counts in `notes` the keys that are not read, and what is read from files with names unsaid."""
+    form, last = source.form, 0  # the format of the first record that has one is that of all
+    for file in source.files:
+        before = last
+        for number, where, record in located_values(file, problems):
+            last = before + number
+            try:
+                form = form or next((form for form in FORMATS if fits(form, record)), None)
+                turns, unread = turns_of(form, record)
+            except ValueError as error:
+                problems.add(f"{where}: {error}")
+                continue
+            if unread:
+                notes["keys that are not read"].update(unread)
+            if str(file) not in source.path:
+                notes["read from"]["/".join(file.parts[-3:])] += 1
+            yield last, turns, record
     if not form and not problems.count:
-        problems.add(f"{path}: no records")
+        problems.add(f"{source.path}: no records")
+
+
+# What a file is that opens so, and what to make of it.
+FOREIGN = {
+    rb"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it with zstd -d",
+    rb"PK\x03\x04|BZh|\xfd7zXZ": "a zip archive, or compressed by bzip2 or xz: unpack it",
+    rb"\xff\xfe|\xfe\xff|[\[{]\0|\0[\[{]": "in UTF-16: iconv -f UTF-16 -t UTF-8 makes it UTF-8",
+    rb"ARROW1|\xff{4}": "in Arrow's format: to_parquet() of datasets makes Parquet of it",
+}
 
 
 def located_values(
     path: str | os.PathLike, problems: Problems
 ) -> Iterator[tuple[int, str, object]]:
-    """(n, "path: record n", value) of each record of a JSON array, which is read whole, or
-    (line, "path:line", value) of JSON Lines, which are streamed."""
+    """(n, "path: record n", value) of each record of a JSON array, which is read whole, or of
+    Parquet, which is streamed; (line, "path:line", value) of JSON Lines, streamed too."""
     try:
         with open_regular(path) as file:
-            opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
-        # Bytes that are not UTF-8 become lone surrogates, which `_string` refuses.
+            start = file.read(8)
+        for opening, what in FOREIGN.items():
+            if re.match(opening, start):
+                raise OSError(f"is {what}")
+        if start.startswith(b"PAR1"):
+            for n, value in enumerate(_parquet(path), start=1):
+                yield n, f"{path}: record {n}", value
+            return
+        opener = gzip.open if start.startswith(b"\x1f\x8b") else open
+        # Bytes that are not UTF-8 become lone surrogates, which `_text` refuses.
         with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
-            first = next((text.strip()[:2] for text in file if text.strip()), "")
+            first = next((text.strip() for text in file if text.strip()), "")
             file.seek(0)
-            if first == "{":
-                problems.add(f"{path}:1: an object over several lines: expected a JSON array of "
-                             "records, or a record on each line")  # fmt: skip
-            elif first.startswith("["):
-                for array in _parsed(file.read(), path, 1, problems):
-                    for n, value in enumerate(array, start=1):
-                        yield n, f"{path}: record {n}", value
+            line = [] if first.startswith("[") else _parsed(first, path, 1, Problems())
+            if first.startswith("[") or first.endswith(("{", "[", ",")) or any(map(_wrapped, line)):
+                for value in _parsed(file.read(), path, 1, problems):
+                    records = value if isinstance(value, list) else _wrapped(value) or [value]
+                    for n, record in enumerate(records, start=1):
+                        yield n, f"{path}: record {n}", record
+            elif not line and not first.startswith("{") and re.search("[,;\t]", first):
+                raise OSError("is neither JSON nor Parquet: if it is CSV, to_json(…, "
+                              "orient='records', lines=True) of pandas makes JSON Lines of it")
             else:
-                for line, text in enumerate(file, start=1):
-                    for value in _parsed(text, path, line, problems) if text.strip() else ():
-                        yield line, f"{path}:{line}", value
+                for n, text in enumerate(file, start=1):
+                    for value in _parsed(text, path, n, problems) if text.strip() else ():
+                        yield n, f"{path}:{n}", value
     except (OSError, EOFError, zlib.error) as error:
         problems.add(f"{path}: {getattr(error, 'strerror', None) or error}")
+
+
+def _wrapped(value: object) -> list | None:
+    """The records that an object has as a list, as LMFlow's {"type": …, "instances": […]} does."""
+    for key in ("instances", "data"):
+        records = value.get(key) if isinstance(value, dict) else None
+        if isinstance(records, list) and records and isinstance(records[0], dict):
+            return records if not records[0].keys() & {"from", "role"} else None
+    return None
+
+
+def _parquet(path: str | os.PathLike) -> Iterator[dict]:
+    """The rows of a Parquet file, of which a piece at a time is in memory. Raises OSError."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise OSError("Parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            for piece in file.iter_batches(1024):
+                yield from piece.to_pylist()
+    except (ArrowException, ValueError) as error:
+        raise OSError(f"damaged Parquet: {error}") from None
 
 
 def _parsed(text: str, path: str | os.PathLike, line: int, problems: Problems) -> list:
@@ -156,27 +302,3 @@ def _parsed(text: str, path: str | os.PathLike, line: int, problems: Problems) -
         what = f"broken JSON: {getattr(error, 'msg', error)}"
     problems.add(f"{path}:{line}: {what}")
     return []
-
-
-def source_paths(train: list[str]) -> dict[str, Path]:
-    """{name: path} from NAME=PATH ..., or from one directory or glob of train_*.json(l)."""
-    pairs = [item.partition("=")[::2] for item in train]
-    if len(train) == 1 and "=" not in train[0]:
-        folder = Path(train[0]).is_dir()
-        pattern = f"{glob.escape(train[0])}/train_*.json*" if folder else train[0]
-        found = sorted(glob.glob(pattern))
-        pairs = [(Path(p).name.split(".json")[0].removeprefix("train_"), p) for p in found]
-        if not pairs:
-            raise ValueError(f"--train {train[0]}: no file matches {pattern}")
-    problems, paths = Problems(), {}
-    for name, path in pairs:
-        if not (name and path):
-            problems.add(f"--train {name}{'=' * bool(path)}{path}: expected NAME=PATH")
-        elif not name.isprintable() or set(name) & set("/,") or len(name) > 100:
-            problems.add(f"--train {name}={path}: a name may have no comma, as in --weights, and "
-                         "what a file name may have: at most 100 characters, all printable, no /")
-        elif name in paths:
-            problems.add(f"--train {path}: the name {name} is used twice")
-        paths[name] = Path(path)
-    problems.raise_if_any()
-    return paths

@@ -4,7 +4,7 @@ import gzip
 import json
 import multiprocessing
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 import data
 from data import Batches, Dataset, eval_batches, load_dataset, overlap
+from hf import Problems
 from hf.templates import encode_conversations
 from hf.tokenizer import byte_tokenizer
-from sources.records import FORMATS, ROLE_OF, Keys, Messages, Problems, iter_records, read_records
+from sources.records import FORMATS, ROLE_OF, iter_records, locate
 from sources.tasks import NOISE, TASKS, task
 from tests.cases import example
 
@@ -48,6 +49,15 @@ def load(path, cache_dir, template="plain", max_length=64):
     return load_dataset(path, TOKENIZER, template, max_length, cache_dir)
 
 
+def read_records(path):
+    """(number or line, turns) of each record."""
+    problems = Problems()
+    records = iter_records(locate(path), problems, defaultdict(Counter))
+    records = [(number, turns) for number, turns, _ in records]
+    problems.raise_if_any()
+    return records
+
+
 # Reading
 
 SHAREGPT = [{"from": "human", "value": "Say hi"}, {"from": "gpt", "value": "hi"}]
@@ -69,10 +79,9 @@ def test_formats_are_recognised_by_their_keys(record, turns, write):
 
 
 def test_a_new_format_is_a_row(write, monkeypatch):
-    rows = (Messages("conversations", "role", "content"),  # its list is called as ShareGPT's is
-            Keys({"user": "question", "assistant": "answer"}))  # fmt: skip
+    rows = "talk", {"user": "asked", "assistant": "said"}
     monkeypatch.setattr("sources.records.FORMATS", FORMATS + rows)
-    for record in ({"conversations": CHAT["messages"]}, {"question": "Say hi", "answer": "hi"}):
+    for record in ({"talk": CHAT["messages"]}, {"asked": "Say hi", "said": "hi"}):
         assert read_records(write([record])) == [(1, TURNS)]
 
 
@@ -98,23 +107,24 @@ def test_arrays_and_lines_are_recognised_by_content(write):
     (f"[{GOOD},]", ":1", "broken JSON"),
     (f"[{GOOD}]\n{GOOD}", ":2", "broken JSON: Extra data"),
     (f'{GOOD}\n{{"question": "x", "answer": "y"}}', ":2", "lacks 'instruction'"),
-    ('\n{"question": "x", "answer": "y"}', ":2", "unknown record, of keys 'question', 'answer'"),
+    ('\n{"asked": "x", "said": "y"}', ":2", "unknown record, of keys 'asked', 'said'"),
     (f'[{GOOD}, {GOOD}, {{"instruction": "a"}}]', ": record 3", "lacks 'output'"),
     (f"{GOOD}\n17", ":2", "the record is int, not an object"),
     ("17\n", ":1", "the record is int, not an object"),
     ("{}", ":1", "unknown record, of keys none"),
-    (json.dumps({"data": [ALPACA]}, indent=1), ":1", "an object over several lines"),
+    (f'{GOOD[:-1]},\n"id": 1}}\n{GOOD}', ":3", "broken JSON: Extra data"),
     (f'{GOOD}\n{{"instruction": 3, "output": "x"}}', ":2", "'instruction' is int, not a string"),
-    (f'{GOOD}\n{{"instruction": "a", "output": null}}', ":2", "'output' is NoneType"),
-    (f'{GOOD}\n{{"instruction": "a", "input": [], "output": "b"}}', ":2", "'input' is list"),
+    (f'{GOOD}\n{{"instruction": "a", "output": true}}', ":2", "'output' is bool"),
+    (f'{GOOD}\n{{"instruction": "a", "input": [7], "output": "b"}}', ":2", "'input' is int"),
     ('{"text": "\\ud800"}', ":1", "lone surrogate"),
     (b'{"text": "a"}\n{"text": "\xff"}', ":2", "broken UTF-8"),
-    ('{"conversations": []}', ":1", "'conversations' is not a list of messages"),
-    ('{"messages": {"role": 1}}', ":1", "'messages' is not a list of messages"),
-    ('{"messages": [7]}', ":1", "lacks 'messages[0].role'"),
+    ('{"messages": {"role": 1}}', ":1", "unknown record, of keys 'messages'"),
+    ('{"messages": [7]}', ":1", "unknown record, of keys 'messages'"),
     ('{"messages": [{"role": "user"}]}', ":1", "lacks 'messages[0].content'"),
-    ('{"messages": [{"role": "user", "content": [{}]}]}', ":1", "'messages[0].content' is list"),
-    ('{"items": [{"from": "tool", "value": "x"}]}', ":1", "'items[0].from' is 'tool', not one of"),
+    (f'{json.dumps(CHAT)}\n{{"messages": "x"}}', ":2", "'messages' is str, not a list"),
+    (f'{json.dumps(CHAT)}\n{{"messages": [7]}}', ":2", "'messages[0]' is int, not a message"),
+    ('{"messages": [{"role": "user", "content": 5}]}', ":1", "'messages[0].content' is int, not a"),
+    ('{"items": [{"from": "bird", "value": "x"}]}', ":1", "'items[0].from' is 'bird', not one of"),
     (f'{GOOD}\n{{"text": {DEEP}}}', ":2", "nested too deep"),
     (f"[{GOOD},\n{DEEP}", ":1", "nested too deep"),
     (f'{GOOD}\n{{"text": {"1" * 5000}}}', ":2", "broken JSON: Exceeds the limit"),
@@ -171,7 +181,8 @@ role = st.sampled_from([*ROLE_OF, "tool"]) | anything
 message = st.fixed_dictionaries(
     {}, optional={"role": role, "from": role, "content": text | anything, "value": text | anything}
 )
-keys = ("instruction", "input", "output", "text", "conversations", "items", "messages")
+keys = ("instruction", "input", "output", "text", "conversations", "items", "messages", "history",
+        "system", "tools", "question", "answer")  # fmt: skip
 record = st.fixed_dictionaries(
     {}, optional={key: text | st.lists(message, max_size=3) | anything for key in keys}
 )
@@ -188,10 +199,11 @@ def test_any_record_is_kept_counted_or_named(tmp_path_factory, records, as_array
     with problems.collecting():
         dataset = load(path, directory / "cache", template, max_length=40)
     assert all(line.startswith(str(path)) for line in problems.lines)
-    read = len(list(iter_records(path, again)))
+    read = len(list(iter_records(locate(path), again, defaultdict(Counter))))
     assert read + again.count == max(1, len(records))  # "no records" is a problem
     if dataset is not None:
-        assert len(dataset) + sum(dataset.dropped.values()) == read == len(records)
+        kept = len(set(dataset.numbers.tolist()))
+        assert kept + sum(dataset.dropped.values()) == read == len(records)
 
 
 # Datasets and the cache

@@ -1,6 +1,7 @@
 """From weights to a mixture: what --weights may say, and what is drawn."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
-from cli import inputs
+import train
+from cli import inputs, report
+from cli.flags import parse
 
 NAMES = ["a", "b", "c"]
 
@@ -123,3 +126,154 @@ def test_a_draw_is_without_replacement_and_depends_on_its_own_source_alone():
     samples = [json.loads(line) for line in inputs.mixture_jsonl(drawn).splitlines()]
     assert samples[0] == {"source": "a", "record": drawn["a"].numbers[0]}
     assert [sample["source"] for sample in samples] == ["a"] * 20 + ["b"] * 20
+
+
+# --mode draw, --per-source, --also, and how other tools are told of a mixture
+
+def qa(word: str, n: int) -> list[dict]:
+    return [{"question": f"{word} {i}?", "answer": f"{i}", "id": i} for i in range(n)]
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A folder with a.json (40 records), b.jsonl (30 of Alpaca's), few.json (3) and val.json."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    content = {"a": qa("a", 40), "few": qa("few", 3), "val": [*qa("val", 4), qa("a", 1)[0]]}
+    for name, records in content.items():
+        Path(f"{name}.json").write_text(json.dumps(records))
+    rows = [{"instruction": f"b {i}", "input": "z", "output": f"{i}"} for i in range(30)]
+    Path("b.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return content | {"b": rows}
+
+
+DRAW = "--mode draw --train a=a.json b=b.jsonl --out mix --seed 3".split()
+
+
+def lines_of(file: str) -> list[dict]:
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+def test_draw_writes_the_records_themselves_and_trains_nothing(files, capsys):
+    argv = [*DRAW, "--weights", "a=3,b=1", "--samples", "16", "--also", "val=val.json"]
+    assert train.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "mixture: a 12, b 4, val 5" in said and "keys that are not read: id (40 records)" in said
+    where, records = lines_of("mix/mixture.jsonl"), lines_of("mix/records.jsonl")
+    assert [row["source"] for row in where] == ["a"] * 12 + ["b"] * 4 + ["val"] * 5
+    assert records == [files[row["source"]][row["record"] - 1] for row in where]
+    assert records[16:] == files["val"] and len({json.dumps(r) for r in records[:16]}) == 16
+    chats = [row["messages"] for row in lines_of("mix/messages.jsonl")]
+    assert [m["content"] for m in chats[0]] == [records[0]["question"], records[0]["answer"]]
+    assert chats[12][0] == {"role": "user", "content": f"{records[12]['instruction']}\nz"}
+    assert all([m["role"] for m in chat] == ["user", "assistant"] for chat in chats)
+    assert {p.name for p in Path("mix").iterdir()} == {
+        ".lock", "config.json", "dataset_info.json", "messages.jsonl", "mixture.jsonl",
+        "records.jsonl",
+    }  # fmt: skip
+    before = Path("mix/records.jsonl").read_bytes()
+    assert train.main(argv) == 0 and Path("mix/records.jsonl").read_bytes() == before
+    assert train.main([*argv, "--samples", "17"]) == 2  # another run is in this place
+    assert "--samples was 16, now 17" in capsys.readouterr().err
+
+
+def test_a_draw_is_that_of_a_fine_tuning_run(files):
+    common = [*DRAW[2:], "--weights", "a=0.5,b=0.5", "--samples", "20", "--per-source", "15"]
+    drawn = [inputs.prepare(parse(["--mode", mode, *common]), 1) for mode in ("draw", "finetune")]
+    assert inputs.mixture_jsonl(drawn[0].mixture) == inputs.mixture_jsonl(drawn[1].mixture)
+    assert [len(source) for source in drawn[0].sources.values()] == [15, 15]
+
+
+def test_overlap_is_dropped_before_validation_records_are_appended(files):
+    argv = [*DRAW, "--weights", "proportional", "--samples", "70", "--val", "val.json",
+            "--drop-overlap", "--also", "val=val.json"]  # fmt: skip
+    drawn = inputs.prepare(parse(argv), 1).mixture
+    assert {name: len(part) for name, part in drawn.items()} == {"a": 39, "b": 30, "val": 5}
+    assert 1 not in drawn["a"].numbers
+
+
+def test_texts_are_drawn_but_are_no_messages(files, capsys):
+    Path("b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert train.main([*DRAW, "--weights", "uniform", "--samples", "4"]) == 0
+    assert "note: 2 records are text: messages.jsonl lacks them" in capsys.readouterr().out
+    assert len(lines_of("mix/records.jsonl")) == 4 and len(lines_of("mix/messages.jsonl")) == 2
+
+
+def test_per_source_draws_as_many_of_each(files):
+    flags = [*DRAW[2:], "--val", "val.json", "--train", "few=few.json", "--per-source", "10"]
+    found = inputs.prepare(parse(flags), 1)
+    assert {name: len(part) for name, part in found.sources.items()} == {"a": 10, "b": 10, "few": 3}
+    assert found.notes[-2:] == ["a: 10 of 40 samples are drawn", "b: 10 of 30 samples are drawn"]
+    same, other = (inputs.prepare(parse([*flags, "--seed", seed]), 1) for seed in "34")
+    assert same.sources["a"].numbers.tolist() == found.sources["a"].numbers.tolist()
+    assert other.sources["a"].numbers.tolist() != found.sources["a"].numbers.tolist()
+    about = inputs.about(found.sources)
+    assert [(about[name]["samples"], about[name]["of"]) for name in ("a", "few")] == [
+        (10, 40), (3, 3)
+    ]  # fmt: skip
+
+
+def test_what_draw_cannot_do_is_refused(files, refusal):
+    lines = refusal(["--mode", "draw", "--lr-w", "1", "--max-length", "9", "--plan"])
+    expected = ["--plan goes with --mode bilevel or finetune alone", "--max-length goes with",
+                "--lr-w goes with", "--train is missing"]  # fmt: skip
+    assert [line.startswith(what) for line, what in zip(lines, expected, strict=True)] == [True] * 4
+    (line,) = refusal(DRAW)
+    assert line.startswith("--weights is missing: --mode draw needs")
+    (line,) = refusal([*DRAW, "--weights", "uniform", "--also", "a=val.json"])
+    assert line == "--also a=val.json: --train has a source of this name"
+    (line,) = refusal([*DRAW[2:], "--val", "val.json", "--also", "c=few.json"])
+    assert line == "--also goes with --mode finetune or draw alone"
+
+
+def mixture_elsewhere(sizes: dict[str, int], weights: list[float]) -> str:
+    about = {name: {"samples": n} for name, n in sizes.items()}
+    result = {"weights": dict(zip(sizes, weights, strict=True)), "sources": about}
+    train = [f"{name}={name}.json" for name in sizes]
+    return "\n".join(report.elsewhere(result, train, Path("runs/x")))
+
+
+def test_the_size_of_a_recipe_and_what_limits_it_are_said():
+    said = mixture_elsewhere({"a": 9000, "b": 9000}, [0.6, 0.4])
+    assert "elsewhere, 10000 records:\n  python train.py --mode draw --train a=a.json" in said
+    assert "interleave_under\n  interleave_probs: 0.6000,0.4000\n" in said
+    assert "about 15000 samples, until a is used up" in said and "22500, until b is" in said
+    collapsed = mixture_elsewhere({"a": 12000, "few": 3, "none": 50}, [0.7, 0.3, 0.0])
+    assert "few is short: 3000 samples by its weight, but it has 3; the mixture has" in collapsed
+    assert "dataset: a,few\n  mix_strategy: interleave_over\n" in collapsed
+    assert "yields about 10 samples, until few is used up" in collapsed
+
+
+@pytest.mark.parametrize("sizes, weights", [
+    ((900, 100), (0.5, 0.5)), ((800, 30, 70), (0.5, 0.3, 0.2)),
+])  # fmt: skip
+def test_interleaving_yields_what_is_said(sizes, weights):
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    said = mixture_elsewhere(dict(zip("abc", sizes, strict=False)), weights)
+    parts = [datasets.Dataset.from_dict({"x": range(n)}) for n in sizes]
+    expected = map(int, re.findall(r"about (\d+)", said))
+    for strategy, n in zip(("first_exhausted", "all_exhausted"), expected, strict=True):
+        mixed = datasets.interleave_datasets(parts, list(weights), 0, stopping_strategy=strategy)
+        # which draw is the last of a source is left to chance: three standard deviations
+        assert len(mixed) == pytest.approx(n, rel=3 / min(sizes) ** 0.5)
+
+
+def test_loaders_of_others_read_what_is_drawn(files):
+    """TRL's and LLaMA-Factory's own; open-instruct and axolotl hand the file to load_dataset."""
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    train.main([*DRAW, "--weights", "uniform", "--samples", "20"])
+    rows = lines_of("mix/messages.jsonl")
+    read = datasets.load_dataset("json", data_files="mix/messages.jsonl", split="train")
+    assert read.to_list() == rows
+    trl = pytest.importorskip("trl.scripts.utils", reason="needs trl")
+    config = trl.DatasetMixtureConfig([{"path": "json", "data_files": "mix/messages.jsonl"}])
+    assert trl.get_dataset(config)["train"].to_list() == rows
+    parser = pytest.importorskip("llamafactory.data.parser", reason="needs llamafactory")
+    from llamafactory.data.converter import get_dataset_converter
+
+    (about,) = parser.get_dataset_list(["mixture"], "mix")
+    convert = get_dataset_converter(about.formatting, about, None)
+    assert about.dataset_name == "messages.jsonl" and about.load_from == "file"
+    for row in rows:
+        turns = convert(row)
+        assert turns["_prompt"] + turns["_response"] == row["messages"]

@@ -1,0 +1,383 @@
+"""What is read of records, and that nothing they hold is lost in silence; files of other kinds."""
+
+import hashlib
+import http.server
+import json
+import math
+import sys
+import threading
+import urllib.parse
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+
+import data
+from hf import Problems
+from hf.tokenizer import byte_tokenizer
+from sources.records import iter_records, locate
+
+ASK, REPLY = ("user", "Where do storks spend the winter?"), ("assistant", "In Africa.")
+TURNS = [ASK, REPLY]
+BIRDS = ("system", "You know birds.")
+CHAT = [{"role": "user", "content": ASK[1]}, {"role": "assistant", "content": REPLY[1]}]
+SHARED = [{"from": "human", "value": ASK[1]}, {"from": "gpt", "value": REPLY[1]}]
+ALPACA = {"instruction": ASK[1], "output": REPLY[1]}
+PARTS = [{"type": "text", "text": "In "}, {"type": "text", "text": "Africa."}]
+
+
+def lines(*records) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(record, …) is the path of JSON Lines with them; write(content) of a file with it."""
+
+    def make(*content, name="birds.jsonl"):
+        first = content[0]
+        text = first if isinstance(first, (str, bytes)) else lines(*content)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return tmp_path / name
+
+    return make
+
+
+def read(path):
+    """The turns of a file's records, and how often each key was not read."""
+    notes, problems = defaultdict(Counter), Problems()
+    turns = [turns for _, turns, _ in iter_records(locate(path), problems, notes)]
+    problems.raise_if_any()
+    return turns, dict(notes["keys that are not read"])
+
+
+@pytest.mark.parametrize("record", [
+    {**ALPACA, "input": ""},
+    {**ALPACA, "input": None},
+    {**ALPACA, "input": math.nan},
+    {"instruction": ASK[1], "response": REPLY[1], "context": ""},  # Dolly
+    {"conversations": SHARED},
+    {"conversations": CHAT},
+    {"conversation": CHAT},
+    {"items": SHARED},
+    {"messages": CHAT},
+    {"messages": SHARED},
+    {"messages": [CHAT[0], {"role": "assistant", "content": PARTS}]},
+    {"messages": [{"role": "user", "content": [ASK[1]]}, CHAT[1]]},
+    {"data": [ASK[1], REPLY[1]]},
+    {"data": CHAT},
+    {"prompt": ASK[1], "completion": REPLY[1]},
+    {"prompt": ASK[1], "response": REPLY[1]},
+    {"question": ASK[1], "answer": REPLY[1]},
+    {"question": ASK[1], "response": REPLY[1]},
+    {"query": ASK[1], "response": REPLY[1]},
+    {"input": ASK[1], "output": REPLY[1]},
+    {"type": "text2text", "instances": [{"input": ASK[1], "output": REPLY[1]}]},  # LMFlow
+    {"type": "conversation", "instances": [{"messages": CHAT, "tools": []}]},
+    {"data": [ALPACA]},
+])  # fmt: skip
+def test_each_format_gives_the_same_turns(record, write):
+    for content in (lines(record), json.dumps(record, indent=1), json.dumps([record])):
+        if not (content[0] == "[" and {"instances", "data"} & record.keys()):
+            assert read(write(content)) == ([TURNS], {})
+
+
+@pytest.mark.parametrize("record, turns", [
+    ({"text": "Storks clatter."}, [("text", "Storks clatter.")]),
+    ({"type": "text_only", "instances": [{"text": "Storks clatter."}]},
+     [("text", "Storks clatter.")]),
+    ({"instruction": ASK[1], "context": "They fly far.", "response": REPLY[1]},
+     [ASK, ("input", "They fly far."), REPLY]),
+    ({**ALPACA, "input": "They fly far."}, [ASK, ("input", "They fly far."), REPLY]),
+    ({**ALPACA, "system": BIRDS[1]}, [BIRDS, *TURNS]),
+    ({**ALPACA, "system": "", "history": None}, TURNS),
+    ({**ALPACA, "system": BIRDS[1], "history": [["Do storks sing?", "No."]]},
+     [BIRDS, ("user", "Do storks sing?"), ("assistant", "No."), *TURNS]),
+    ({"system_prompt": BIRDS[1], "question": ASK[1], "response": REPLY[1]}, [BIRDS, *TURNS]),
+    ({"conversations": SHARED, "system": BIRDS[1]}, [BIRDS, *TURNS]),
+    ({"messages": [{"role": "developer", "content": BIRDS[1]}, *CHAT], "system": BIRDS[1]},
+     [BIRDS, *TURNS]),
+    ({"conversations": [SHARED[0], {"from": "function_call", "value": "map(stork)"},
+                        {"from": "observation", "value": "Africa"},
+                        {"from": "chatgpt", "value": REPLY[1]}]},
+     [ASK, ("assistant", "map(stork)"), ("user", "Africa"), REPLY]),
+    ({"messages": [*CHAT, {"role": "tool", "content": "ok"}]}, [*TURNS, ("user", "ok")]),
+    ({"conversations": []}, []),
+    ({"messages": None}, []),
+    ({**ALPACA, "output": None}, [ASK, ("assistant", "")]),
+    ({"messages": [CHAT[0], {"role": "assistant", "content": None}]}, [ASK, ("assistant", "")]),
+])  # fmt: skip
+def test_what_stands_beside_a_turn_is_used(record, turns, write):
+    assert read(write(record)) == ([turns], {})
+
+
+@pytest.mark.parametrize("weights, role", [
+    ({"weight": 0}, "given"), ({"train": False}, "given"), ({"loss_weight": 0.0}, "given"),
+    ({"weight": 1, "train": False}, "given"), ({"weight": 1}, "assistant"),
+    ({"train": True, "weight": None}, "assistant"),
+])  # fmt: skip
+def test_a_turn_of_weight_0_has_no_loss(weights, role, write):
+    messages = [{**CHAT[0], "weight": 0, "train": False}, {**CHAT[1], **weights}]
+    assert read(write({"messages": messages})) == ([[ASK, (role, REPLY[1])]], {})
+
+
+LOST = " would be lost"
+
+
+@pytest.mark.parametrize("record, problem", [
+    ({"messages": CHAT, "tools": [{"name": "map"}]}, f"'tools'{LOST}"),
+    ({"messages": [CHAT[0], {**CHAT[1], "tool_calls": [{"id": 1}]}]},
+     f"'messages[1].tool_calls'{LOST}"),
+    ({"messages": [CHAT[0], {**CHAT[1], "reasoning_content": "Birds."}]},
+     f"'messages[1].reasoning_content'{LOST}"),
+    ({"conversations": [SHARED[0], {**SHARED[1], "thinking": "Birds."}]},
+     f"'conversations[1].thinking'{LOST}"),
+    ({**ALPACA, "images": ["stork.png"]}, f"'images'{LOST}"),
+    ({"prompt": ASK[1], "chosen": REPLY[1], "rejected": "No."}, LOST),
+    ({"messages": CHAT, "label": False}, f"'label'{LOST}"),
+    ({"text": "Storks clatter.", "role": "assistant"}, f"'role'{LOST}"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+     "'messages[0].content' is image_url, not a string"),
+    ({"messages": [CHAT[0], {**CHAT[1], "weight": 0.5}]}, "'messages[1].weight' is 0.5: permitted"),
+    ({"messages": [{"role": "system", "content": "Other"}, *CHAT], "system": BIRDS[1]},
+     "two system texts"),
+    ({**ALPACA, "history": ["Do storks sing?"]}, "'history[0]' is not a question and its answer"),
+    ({"messages": "Where?"}, "unknown record, of keys 'messages'"),
+])  # fmt: skip
+def test_what_cannot_be_trained_on_is_refused_by_name_and_line(record, problem, write):
+    path = write(record)
+    with pytest.raises(ValueError) as refusal:
+        read(path)
+    line, = str(refusal.value).splitlines()
+    assert line.startswith(f"{path}:1: ") and problem in line
+
+
+def test_keys_that_hold_nothing_are_no_reason_to_refuse(write):
+    empty = {"tools": None, "images": [], "chosen": ""}
+    said = {**CHAT[1], "tool_calls": None, "reasoning_content": ""}
+    assert read(write({**empty, "messages": [CHAT[0], said]})) == ([TURNS], {})
+
+
+def test_other_keys_are_noted_once_a_file_with_their_count(write, tmp_path):
+    records = [{**ALPACA, "id": n, "topic": "storks" if n else ""} for n in range(3)]
+    path = write(*records, {**ALPACA, "text": "All of it."})
+    assert read(path)[1] == {"id": 3, "topic": 2, "text": 1}
+    for _ in range(2):  # built, and from the cache
+        dataset = data.load_dataset(path, byte_tokenizer(), "plain", 64, tmp_path / "cache")
+        assert dataset.remarks() == [
+            "keys that are not read: id (3 records), topic (2 records), text (1 records)",
+            "3 records are repetitions",
+        ]
+    named = [{**CHAT[0], "name": "Eve", "train": True}, CHAT[1]]  # only answers can have loss
+    assert read(write({"messages": named}, {"messages": CHAT}))[1] == {
+        "messages[].name": 1, "messages[].train": 1
+    }
+
+
+def test_text_that_spells_control_tokens_is_noted(write, tmp_path):
+    path = write({"text": "<bos>one<eos> and <eos>"}, {"text": "<eos>"}, {"text": "<bo s>"})
+    dataset = data.load_dataset(path, byte_tokenizer(), "plain", 64, tmp_path / "cache")
+    assert dataset.remarks() == [
+        "text that spells control tokens, taken as text: <eos> (2 records), <bos> (1 records)"
+    ]
+
+
+def test_empty_answers_and_conversations_are_dropped_and_counted(write, tmp_path):
+    records = [{"messages": CHAT}, {"messages": []}, {"messages": CHAT[:1]},
+               {"messages": [CHAT[0], {"role": "assistant", "content": None}]},
+               {"messages": [CHAT[0], {**CHAT[1], "weight": 0}]}]  # fmt: skip
+    dataset = data.load_dataset(write(*records), byte_tokenizer(), "plain", 64, tmp_path / "cache")
+    assert len(dataset) == 1 and dataset.dropped["empty answer"] == 4
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 7, 29, 30, 31])
+def test_long_text_is_cut_into_pieces_that_predict_every_token_once(max_length, write, tmp_path):
+    text = "Storks return to their nest."
+    path = write({"text": text}, {"text": "Or not."})
+    dataset = data.load_dataset(path, byte_tokenizer(), "plain", max_length, tmp_path / "cache")
+    whole = [[256, *t.encode(), 257] for t in (text, "Or not.")]
+    predicted = {1: [], 2: []}
+    for i, number in enumerate(dataset.numbers.tolist()):
+        stored = dataset.stored(i)
+        assert len(stored) <= max_length and stored[0] < 0 and (stored[1:] >= 0).all()
+        predicted[number] += stored[1:].tolist()
+    assert [predicted[1], predicted[2]] == [ids[1:] for ids in whole]
+    n_cut = sum(len(ids) > max_length for ids in whole)
+    cut = [f"longer than {max_length} tokens, cut to pieces: text ({n_cut} records)"]
+    assert dataset.remarks() == cut * (n_cut > 0) and dataset.duplicates == 0
+
+
+def test_any_two_keys_can_be_named(write, tmp_path):
+    record = {"Q": ASK[1], "A": REPLY[1], "instruction": "x", "output": "y"}
+    path = f"{write(record)}:prompt=Q,answer=A"
+    assert read(path) == ([TURNS], {"instruction": 1, "output": 1})
+    assert read(path.partition(":")[0])[0] == [[("user", "x"), ("assistant", "y")]]
+    named, plain = (data.load_dataset(p, byte_tokenizer(), "plain", 64, tmp_path / "cache")
+                    for p in (path, path.partition(":")[0]))  # fmt: skip
+    assert named.path == path and named.sha256 != plain.sha256
+    with pytest.raises(ValueError, match=":1: lacks 'B'"):
+        read(f"{write(record)}:prompt=Q,answer=B")
+
+
+# Files
+
+@pytest.mark.parametrize("content, said", [
+    (b"\x28\xb5\x2f\xfd" + bytes(9), "is compressed by zstd"),
+    (lines(ALPACA).encode("utf-16"), "is in UTF-16"),
+    (lines(ALPACA).encode("utf-16-le"), "is in UTF-16"),
+    (b"ARROW1\0\0", "is in Arrow's format"),
+    (b"\xff\xff\xff\xff\x10\0", "is in Arrow's format"),
+    (b"PK\x03\x04", "is a zip archive"),
+    ("instruction,output\nWhere,There\n", "CSV"),
+    ("question\tanswer\nWhere\tThere\n", "CSV"),
+    (b"PAR1 but not really", "Parquet"),
+])  # fmt: skip
+def test_the_first_bytes_tell_what_a_file_is(content, said, write):
+    path = write(content)
+    with pytest.raises(ValueError) as refusal:
+        read(path)
+    line, = str(refusal.value).splitlines()
+    assert line.startswith(f"{path}: ") and said in line
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """parquet(records, name) writes a file of several row groups, and is its path."""
+    pa = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    from pyarrow import parquet
+
+    def make(records, name="birds.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pa.Table.from_pylist(records), tmp_path / name, row_group_size=7)
+        return tmp_path / name
+
+    return make
+
+
+def test_parquet_is_read_in_pieces_like_lines(parquet, write, tmp_path):
+    records = [{"messages": CHAT, "tools": None, "id": n} for n in range(1100)]
+    records[5] = {"messages": [], "tools": None, "id": 5}
+    records[9] = {"messages": [CHAT[0], {**CHAT[1], "weight": 0}], "tools": None, "id": 9}
+    datasets = [
+        data.load_dataset(path, byte_tokenizer(), "plain", 64, tmp_path / "cache")
+        for path in (parquet(records), write(*records))
+    ]
+    for name in ("tokens", "lengths", "hashes", "numbers", "dropped", "notes"):
+        assert np.array_equal(*(getattr(dataset, name) for dataset in datasets)), name
+    records[1099] = {"messages": CHAT, "tools": [{"name": "map"}], "id": 1099}
+    with pytest.raises(ValueError, match="birds.parquet: record 1100: 'tools' would be lost"):
+        read(parquet(records))
+
+
+def test_without_pyarrow_a_line_says_what_to_install(write, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match="birds.jsonl: Parquet needs pyarrow: pip install pyarrow"):
+        read(write(b"PAR1"))
+
+
+# The hub
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers as huggingface.co does to what huggingface_hub asks for data sets: files of
+    {"owner/name": {revision: {file: content}}}."""
+
+    repos = {}
+
+    def do_GET(self):
+        parts = urllib.parse.unquote(self.path.partition("?")[0]).strip("/").split("/")
+        api = parts[:2] == ["api", "datasets"]
+        name = "/".join(parts[2:4] if api else parts[1:3])
+        revision = "/".join(parts[5:]) if api else parts[4] if len(parts) > 4 else ""
+        repo = self.repos.get(name, {})
+        commits = {hashlib.sha1(key.encode()).hexdigest(): key for key in repo}
+        revision = revision if revision in repo else commits.get(revision)
+        if revision is None:
+            code = "RevisionNotFound" if name in self.repos else "RepoNotFound"
+            return self.answer(404, b"", {"X-Error-Code": code})
+        files = repo[revision]
+        commit = hashlib.sha1(revision.encode()).hexdigest()
+        if api and parts[4] == "revision":
+            siblings = [{"rfilename": file} for file in files]
+            return self.json({"id": name, "sha": commit, "siblings": siblings})
+        if api:  # the tree of a revision
+            return self.json([{"type": "file", "path": file, "size": len(content), "oid": commit}
+                              for file, content in files.items()])  # fmt: skip
+        content = files["/".join(parts[5:])]
+        etag = hashlib.sha1(content).hexdigest()
+        return self.answer(200, content, {"X-Repo-Commit": commit, "ETag": f'"{etag}"'})
+
+    do_HEAD = do_GET
+
+    def json(self, content):
+        self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def answer(self, code, body, headers):
+        self.send_response(code)
+        for key, value in {**headers, "Content-Length": len(body)}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """hub(path): the turns that a source has by a local server, and what was noted; or a refusal.
+    """
+    from huggingface_hub import constants
+
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://localhost:{server.server_port}"
+    for name, value in {
+        "ENDPOINT": address, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": False,
+        "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(constants, name, value)
+
+    def ask(path):
+        notes, problems = defaultdict(Counter), Problems()
+        with problems.collecting():
+            found = [(n, turns) for n, turns, _ in iter_records(locate(path), problems, notes)]
+        return (found, notes) if not problems.count else str(problems)
+
+    yield ask
+    server.shutdown()
+
+
+def test_hub_data_sets_are_fetched_by_split_and_configuration(hub, parquet, monkeypatch):
+    def rows(n, word):
+        return parquet([{"question": word, "answer": str(i)} for i in range(n)]).read_bytes()
+
+    jsonl = lines(ALPACA).encode()
+    monkeypatch.setattr(Hub, "repos", {
+        "birds/storks": {
+            "main": {"README.md": b"Storks.", "data/train.json": jsonl},
+            "refs/convert/parquet": {
+                "default/train/0000.parquet": rows(3, "a"),
+                "default/train/0001.parquet": rows(2, "b"),
+                "default/test/0000.parquet": rows(1, "c"),
+                "french/partial-train/0000.parquet": rows(1, "d"),
+            },
+        },
+        "birds/raw": {"main": {"train.jsonl": jsonl, "old/train.jsonl.zip": b"PK", "x.py": b""}},
+    })  # fmt: skip
+    found, notes = hub("birds/storks")
+    assert [(n, turns[0][1]) for n, turns in found] == list(enumerate("aaabb", start=1))
+    files = {"default/train/0000.parquet": 3, "default/train/0001.parquet": 2}
+    assert notes == {"read from": files}
+    assert len(hub("birds/storks:test")[0]) == 1
+    found, notes = hub("birds/storks:train[french]")
+    assert found[0][1][0] == ("user", "d")
+    assert notes == {"read from": {"french/partial-train/0000.parquet": 1}}
+    found, notes = hub("birds/raw:train:prompt=instruction,answer=output")
+    assert found == [(1, TURNS)] and "train.jsonl" in str(notes)
+    assert "no file is named after split dev in configuration default" in hub("birds/storks:dev")
+    assert "birds/gulls: neither a file nor a dataset that the hub gives out (Repo" in (
+        hub("birds/gulls"))  # fmt: skip
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert len(hub("birds/storks")[0]) == 5  # cached
+    assert "(LocalEntryNotFoundError)" in hub("birds/gulls")
