@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from decimal import Decimal
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -89,11 +88,13 @@ def read_problems(path: str | os.PathLike) -> list[Problem]:
 SECONDS = 5  # for one parse or comparison; math-verify keeps it by SIGALRM, in the main thread
 DIGITS = 10_000  # that equal expressions share: by math-verify's 15, all below 1e-15 are the same
 LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
+CHOICE = re.compile(r"\W*(?:(?:text|math)[a-z]*\W+)?[A-HJ-Z]\W*")  # a reference, of several
 LETTERS = [StringExtractionConfig(tuple("ABCDEFGHJKLMNOPQRSTUVWXYZ"), lowercase=False)]
 
 # Numbers as `plain` leaves them, and the words around them: prose before, units after.
-NUMBER = (r"(?:(?<!\d)-)?(?:\d{1,3}(?:[, ]\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
-          r"(?:e-?\d\d?(?!\d))?(?:/[1-9]\d*(?![.\d]))?")  # fmt: skip
+NUMBER = (r"(?:(?<!\d)-)?(?:\d{1,3}(?:[, ]\d{3}){1,99}(?!\d)(?:\.\d{1,99})?"
+          r"|\d{1,999}/[1-9]\d{0,99}(?![.\d])"
+          r"|(?:\d{1,999}(?:\.\d{1,99})?|\.\d{1,99})(?:e-?\d\d?(?!\d))?)")  # fmt: skip
 WORD = (r"(?!(?:and|or|to|not|minus|negative|less|more|than|half|pi|sqrt|sin|cos|tan|log|ln|times)"
         r"\b)[A-Za-z]{2,}")  # fmt: skip
 WHOLE = re.compile(rf"({NUMBER})\s*%?\s*(?:{WORD})?(?:\s+{WORD})*(?:\^?[23])?")
@@ -130,7 +131,7 @@ def extract(reply: str, answer: str) -> str | None:
 def final(text: str, answer: str) -> str | None:
     """What a text boxes last, or says to be its answer, or else ends with."""
     boxed = last_box(text, answer)
-    if is_choice(answer):  # a formula in a box is none
+    if CHOICE.fullmatch(answer):  # a formula in a box is none
         formula = boxed is None or re.search(r"[=+^]|\\(?!text|math)[a-z]", boxed)
         return letter(text if formula else boxed)
     if boxed:
@@ -181,10 +182,6 @@ def letter(text: str) -> str | None:
     return (parse(words, LETTERS, parsing_timeout=SECONDS) or [None])[0]
 
 
-def is_choice(answer: str) -> bool:
-    return re.fullmatch(r"\W*(?:(?:text|math)[a-z]*\W+)?[A-HJ-Z]\W*", answer) is not None
-
-
 def plain(text: str) -> str:
     """A text with its numbers as Python has them but for separators, and without currencies."""
     text = re.sub(r"\\(?:text|mbox|math)[a-z]*\s*\{([^{}]*)\}", r" \1 ", text.translate(SIGNS))
@@ -198,10 +195,7 @@ def plain(text: str) -> str:
 def number(text: str) -> Fraction | None:
     """The value of a text that is a number, perhaps with a unit, and nothing else."""
     whole = WHOLE.fullmatch(plain(text))
-    if not whole:
-        return None
-    over, _, under = re.sub("[, ]", "", whole[1]).partition("/")
-    return Fraction(Decimal(over)) / Fraction(Decimal(under or 1))
+    return Fraction(re.sub("[, ]", "", whole[1])) if whole else None
 
 
 # What is also written without LaTeX.
@@ -218,7 +212,7 @@ def equal(answer: str, found: str | None) -> bool:
     """Whether two final answers are the same; `answer` is the reference."""
     if found is None:
         return False
-    if is_choice(answer):
+    if CHOICE.fullmatch(answer):
         return letter(answer) == letter(found)
     answer, found = answer.rstrip(" ."), extract_boxed_content(found).rstrip(" .").translate(SIGNS)
     a, b = plain(answer), plain(found)

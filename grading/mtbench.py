@@ -19,7 +19,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import HTTPError
@@ -235,7 +235,11 @@ class Judge:
         request = Request(self.address, json.dumps(body).encode(), headers)
         try:
             with self.opener.open(request, timeout=self.timeout) as reply:
-                choice = parse_json(read_all(reply, 10 * self.timeout))["choices"][0]
+                text, until = b"", time.monotonic() + 10 * self.timeout
+                while (len(text) < BYTES and time.monotonic() < until
+                       and (piece := reply.read1(1 << 16))):  # fmt: skip
+                    text += piece
+            choice = parse_json(text)["choices"][0]
         except HTTPError as error:
             error.said = error.fp.read1(10_000).decode(errors="replace")
             new = {name for name in INSTEAD.keys() & body.keys()
@@ -269,7 +273,7 @@ class Judge:
             except (OSError, HTTPException) as error:  # no connection, cut off, timed out
                 reason = str(getattr(error, "reason", None) or error) or type(error).__name__
             except (KeyError, TypeError, AttributeError, IndexError, ValueError):
-                reason = "its reply is not a chat completion"
+                reason = "its reply is not a chat completion, or does not end"
         told = f"judge {self.url}: {reason[:300]} (try {attempt + 1} of {self.tries})"
         raise Unreachable(" ".join(told.replace(self.key, "***").split()))
 
@@ -286,16 +290,6 @@ class Judge:
                 self.notes.add("of replies of the judge that were cut, by a filter or at "
                                f"--judge-max-tokens {self.max_tokens}, none counts")  # fmt: skip
         return {"score": score, "reply": reply, "end": end, "asked": asked}
-
-
-def read_all(reply: HTTPResponse, seconds: float) -> bytes:
-    """A reply's body. OSError for one that does not end."""
-    body, until = b"", time.monotonic() + seconds
-    while piece := reply.read1(1 << 16):
-        body += piece
-        if len(body) > BYTES or time.monotonic() > until:
-            raise OSError(f"its reply does not end: {len(body)} bytes in {seconds:g} s at most")
-    return body
 
 
 def grade(
