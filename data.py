@@ -32,7 +32,7 @@ from hf.templates import encode_conversations, fingerprint
 from hf.tokenizer import Tokenizer, Turns, byte_tokenizer, load_tokenizer  # noqa: F401 (public)
 from sources.records import ANSWERS, Source, iter_records, locate
 
-FORMAT_VERSION = 4  # of a cache entry; raise it when the arrays or the tokenisation change
+FORMAT_VERSION = 5  # of a cache entry; raise it when the arrays or the tokenisation change
 IGNORE = -100  # label of a position without loss
 
 
@@ -46,6 +46,7 @@ class Dataset:
     starts: np.ndarray  # int64, where each sample starts in `tokens`
     lengths: np.ndarray  # int64
     hashes: np.ndarray  # uint64, of each whole record before truncation
+    prompts: np.ndarray  # uint64, of what each record asks, but for case and white space
     numbers: np.ndarray  # int64, of each record in its file, from 1: in JSON Lines, its line
     max_length: int
     path: str = ""
@@ -71,7 +72,7 @@ class Dataset:
 
     def select(self, which: np.ndarray) -> Dataset:
         """The samples of an index or boolean array, sharing the tokens."""
-        names = ("starts", "lengths", "hashes", "numbers")
+        names = ("starts", "lengths", "hashes", "prompts", "numbers")
         return replace(self, **{name: getattr(self, name)[which] for name in names})
 
     @classmethod
@@ -99,7 +100,8 @@ def _unpack(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 Counts = dict[str, dict[str, int]]  # {what: {thing: records}}: those "dropped", and notes
-ARRAYS = {"tokens": np.int32, "lengths": np.int64, "hashes": np.uint64, "numbers": np.int64}
+ARRAYS = {"tokens": np.int32, "lengths": np.int64, "hashes": np.uint64, "prompts": np.uint64,
+          "numbers": np.int64}  # fmt: skip
 
 
 def _joined(parts: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -127,7 +129,7 @@ def _tokenise(
         if tokenizer and answered:
             numbers, conversations = zip(*answered, strict=True)
             samples = encode_conversations(tokenizer, template, conversations, numbers=numbers)
-        stored, hashes, numbers = [], [], []
+        stored, hashes, prompts, numbers = [], [], [], []
         for (number, turns), sample in zip(answered, samples, strict=True):
             (role, text), *_ = turns
             pieces = _pieces(*sample, max_length, role == "text")
@@ -138,11 +140,13 @@ def _tokenise(
                 counts[f"longer than {max_length} tokens, cut to pieces"]["text"] += 1
             stored += pieces
             hashes += [_hash(turns + [("piece", str(n))] * (n > 0)) for n in range(len(pieces))]
+            prompts += [_hash(_prompt(turns))] * len(pieces)
             numbers += [number] * len(pieces)
         yield {
             "tokens": np.concatenate([np.zeros(0, np.int32), *stored]).astype(np.int32),
             "lengths": np.array([len(tokens) for tokens in stored], np.int64),
             "hashes": np.array(hashes, np.uint64),
+            "prompts": np.array(prompts, np.uint64),
             "numbers": np.array(numbers, np.int64),
         }
 
@@ -161,14 +165,21 @@ def _pieces(
     return [piece for piece in pieces if (piece >= 0).any()]
 
 
-def _hash(turns: Turns) -> int:
-    digest = hashlib.blake2b(json.dumps(turns).encode(), digest_size=8).digest()
+def _prompt(turns: Turns) -> str:
+    """What the user asks; of text, all of it."""
+    asked = [text for role, text in turns if role in ("user", "input")]
+    return " ".join(" ".join(asked or [text for _, text in turns]).split()).casefold()
+
+
+def _hash(thing: object) -> int:
+    digest = hashlib.blake2b(json.dumps(thing).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
-def overlap(train: Dataset, other: Dataset) -> np.ndarray:
-    """Boolean array over `train`: which of its records are, as a whole, in `other` too."""
-    return np.isin(train.hashes, other.hashes)
+def overlap(one: Dataset, other: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Two boolean arrays over `one`: which of its records are, as a whole, in `other` too, and of
+    which the prompt is, but for case and white space."""
+    return np.isin(one.hashes, other.hashes), np.isin(one.prompts, other.prompts)
 
 
 # The cache: a directory per (file contents, tokenizer, template, max_length)

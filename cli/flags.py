@@ -117,7 +117,8 @@ class Flags:
                            "the run alone", permitted=STEPS, same_run=False, only=TRAINS)
     per_source: int | None = DATA(None, "samples to draw of each source, before anything else",
                                   permitted=COUNT)
-    drop_overlap: bool = DATA(False, "remove training records that are validation or test records")
+    drop_overlap: bool = DATA(False, "remove training records whose prompt is one of validation or "
+                              "test, case and spaces aside, and validation records likewise")
 
     epochs: float = STEP(1.0, "passes over as many samples as all sources hold, or over the "
                          "mixture", permitted=SCALE)

@@ -247,10 +247,11 @@ def open_data(flags: Flags, tok: tokenizer.Tokenizer | None) -> dict[str, data.D
                 problems.add(f"--also {name}={path}: --train has a source of this name")
             paths[f"{kind} {name}"] = path
     paths |= {k: Path(v) for k, v in (("val", flags.val), ("test", flags.test)) if v}
-    for held, (name, path) in itertools.product({"val", "test"} & paths.keys(), paths.items()):
-        there = path.is_file() and paths[held].is_file()
-        if name.startswith("train ") and there and filecmp.cmp(path, paths[held], shallow=False):
-            problems.add(f"--{held} {paths[held]} is the same file as --{name}")
+    for (name, path), (held, other) in itertools.combinations(paths.items(), 2):
+        pair = held in ("val", "test") and not name.startswith("also ")
+        there = path.is_file() and other.is_file()
+        if pair and there and filecmp.cmp(path, other, shallow=False):
+            problems.add(f"--{held} {other} is the same file as --{name}")
     for name, path in paths.items():
         with problems.collecting():
             settings = tok, flags.template, flags.max_length if tok else 2, cache_dir()
@@ -272,19 +273,32 @@ def describe(flags: Flags, inputs: Inputs) -> None:
     for (a, one), (b, other) in itertools.combinations(inputs.sources.items(), 2):
         if one.sha256 == other.sha256:
             notes.append(f"{a} and {b} are the same records")
-    held_out = [(what, inputs.all[what]) for what in ("val", "test") if what in inputs.all]
-    for (held, other), name in itertools.product(held_out, list(inputs.sources)):
-        source = inputs.sources[name]
-        shared = data.overlap(source, other)
-        if shared.any():
-            which = ", ".join(map(str, source.numbers[shared][:5]))
-            which += ", …" if shared.sum() > 5 else ""
-            notes.append(f"{shared.sum()} records of {name} are {held} records too "
-                         f"(numbers {which})")
-            if flags.drop_overlap:
-                left = inputs.sources[name] = source.select(~shared)
-                left.dropped = source.dropped | {f"a {held} record too": int(shared.sum())}
-                notes[-1] += ": dropped from training"
+    for pair in ("train", "val"), ("train", "test"), ("val", "test"):
+        compare(flags, inputs, *pair)
+
+
+def compare(flags: Flags, inputs: Inputs, what: str, other: str) -> None:
+    """Note what two of the training, validation and test records share; with --drop-overlap the
+    first of them lose it."""
+    every, whole, parts = inputs.all, 0, []
+    for name in [name for name in every if name.split()[0] == what and other in every]:
+        records, prompts = data.overlap(every[name], every[other])
+        if not (n := int(prompts.sum())):
+            continue
+        whole += int(records.sum())
+        first = ", ".join(map(str, every[name].numbers[prompts][:5])) + ", …" * (n > 5)
+        parts.append(f"{n} records of {name.removeprefix('train ')} (numbers {first})")
+        if flags.drop_overlap:
+            left = every[name].select(~prompts)
+            left.dropped = every[name].dropped | {f"with a prompt of {other}": n}
+            if what == "val":
+                inputs.val = left
+            else:
+                inputs.sources[name.removeprefix("train ")] = left
+    if parts:
+        gone = f": dropped from {what}" * flags.drop_overlap
+        inputs.notes.append(f"{', '.join(parts)} have a prompt of {other}, case and spaces aside; "
+                            f"{whole} are the same throughout{gone}")  # fmt: skip
 
 
 def source_paths(items: list[str], flag: str = "--train") -> dict[str, Path]:

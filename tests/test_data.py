@@ -240,13 +240,15 @@ def test_unusable_records_are_counted_by_reason(write, tmp_path):
         load(write([{"text": ""}]), tmp_path / "cache")
 
 
-def test_overlap_is_of_whole_records(write, tmp_path):
-    first = load(write([ALPACA, {**ALPACA, "output": "ho"}], "a"), tmp_path / "cache")
+def test_overlap_is_of_whole_records_and_of_prompts_but_for_case_and_spaces(write, tmp_path):
+    answers = [{**ALPACA, "output": "ho"}, {**ALPACA, "instruction": " say\n HI "}]
+    first = load(write([ALPACA, *answers, {**ALPACA, "input": "y"}], "a"), tmp_path / "cache")
     other = load(write([ALPACA, {**ALPACA, "input": "x"}], "b"), tmp_path / "cache")
-    assert overlap(first, other).tolist() == [True, False]
-    rest = first.select(~overlap(first, other))
-    assert rest.numbers.tolist() == [2]
-    assert bytes(example(rest, 0)[0][1:-1].tolist()) == b"Say hi\nho"
+    records, prompts = (part.tolist() for part in overlap(first, other))
+    assert records == [True, False, False, False] and prompts == [True, True, True, False]
+    rest = first.select(~overlap(first, other)[1])
+    assert rest.numbers.tolist() == [4] and not any(part.any() for part in overlap(rest, other))
+    assert bytes(example(rest, 0)[0][1:-1].tolist()) == b"Say hi\ny\nhi"
 
 
 def test_overlap_of_the_authors_files(asset, tmp_path):
@@ -254,7 +256,8 @@ def test_overlap_of_the_authors_files(asset, tmp_path):
         load(asset(f"scalebio/data_tiny/{name}.json"), tmp_path, max_length=4096)
         for name in ("train_alpaca", "val", "test")
     )
-    assert (overlap(train, val).sum(), overlap(train, test).sum()) == (5, 8)
+    shared = [[part.sum() for part in overlap(*pair)] for pair in ((val, train), (test, train))]
+    assert shared == [[5, 164], [8, 160]]
     assert len(train) == 8993 and train.dropped["empty answer"] == 7
 
 
