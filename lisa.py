@@ -83,20 +83,14 @@ class Lisa:
         optimizer: Callable[..., torch.optim.Optimizer] = ADAMW,
         state_names: tuple[str, ...] = ("step", "exp_avg", "exp_avg_sq"),
     ):
-        if ends not in ENDS:
-            raise ValueError(f"ends={ends!r}: permitted are {', '.join(ENDS)}")
-        n_blocks = len(model.blocks)
-        if not 0 <= n_active <= n_blocks:
-            raise ValueError(f"n_active={n_active}: permitted are 0 to {n_blocks}, the blocks")
         self.units = [list(block.parameters()) for block in model.blocks]
         in_blocks = {id(p) for unit in self.units for p in unit}
         self.units.append([p for p in model.parameters() if id(p) not in in_blocks])
         self.index = {p: i for i, p in enumerate(p for unit in self.units for p in unit)}
         self.first_of_ends = len(self.index) - len(self.units[-1])
-        self.n_active, self.interval, self.seed = n_active, interval, seed
-        self.ends, self.copy, self.move_to_device = ends, copy, move_to_device
+        self.move_to_device = move_to_device
         self.active: set[int] = set()
-        self.period = -1
+        self.set_rules(n_active, interval, seed, ends, copy)
         self.masters: dict[Tensor, Tensor] = {}  # active parameter -> its master
         self.hooks = {}
         for p in self.index:
@@ -105,6 +99,16 @@ class Lisa:
         self.state_names = state_names
         self.opt = None  # made by the first switch
         self.switch(0)
+
+    def set_rules(self, n_active: int, interval: int, seed: int, ends: str, copy: int) -> None:
+        """Draw by these from the next switch on. A block that stays active keeps its state."""
+        if ends not in ENDS:
+            raise ValueError(f"ends={ends!r}: permitted are {', '.join(ENDS)}")
+        n_blocks = len(self.units) - 1
+        if not 0 <= n_active <= n_blocks:
+            raise ValueError(f"n_active={n_active}: permitted are 0 to {n_blocks}, the blocks")
+        self.n_active, self.interval, self.seed = n_active, interval, seed
+        self.ends, self.copy, self.period = ends, copy, -1
 
     @property
     def param_groups(self) -> list[dict]:

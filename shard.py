@@ -46,6 +46,8 @@ GATHER_ONCE_BYTES = 1_000_000_000
 # Seconds that ranks wait for one another while a disk is read or written.
 FILES_TIMEOUT = 4 * 3600.0
 FILE_BYTES = 1_000_000_000  # of a checkpoint's files, but for one tensor
+RETRY_AFTER = 10.0  # seconds after which a full disk is tried again
+NO_ROOM = "No space left", "Disk quota exceeded"
 START_TIMEOUT = 300.0  # seconds that ranks wait for one another to start
 CHECKSUMS = "checksums.json"
 T = TypeVar("T")
@@ -386,15 +388,24 @@ def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None
     adds the tokenizer, on rank 0. Collective."""
     move_to_device(model)
     release(model)
-    main = dist.get_rank() == 0
-    with pretrained.written_whole(target) if main else contextlib.nullcontext() as directory:
-        pretrained.write_tensors(directory, model.config, full_tensors(model))
-        if main:
+    tensors = full_tensors(model)
+
+    def write() -> None:
+        with pretrained.written_whole(target) as directory:
+            pretrained.write_tensors(directory, model.config, tensors)
             finish(directory)
             sync(*directory.iterdir())
-    if main:
         sync(target.parent)
-    dist.barrier()
+
+    def take_part() -> None:
+        try:
+            if dist.get_rank() == 0:
+                write()
+        finally:  # where rank 0 fails, too, the others are still gathering
+            for _ in tensors:
+                pass
+
+    jointly(take_part)
 
 
 def save_checkpoint(
@@ -407,20 +418,29 @@ def save_checkpoint(
     main, target = dist.get_rank() == 0, folder / f"step-{step}"
     if main:
         delete(folder, [target] * target.exists())  # it is there only if it was found damaged
-    with pretrained.written_whole(target) if main else contextlib.nullcontext() as mine:
-        temporary = broadcast_from_rank0(lambda: mine)
+    with contextlib.ExitStack() as stack:
+        temporary = broadcast_from_rank0(
+            lambda: stack.enter_context(pretrained.written_whole(target))
+        )
         files = {"save_distributed": True, "fqn_to_index_mapping": in_files(tensors)}
         with one_error():
             dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(temporary, **files))
         own = [*temporary.glob(f"shard-{dist.get_rank() + 1:05d}-*")]
-        if main:
-            own.append(temporary / CONFIG)
-            own[-1].write_text(json.dumps(about | {"done": step}, indent=1) + "\n")
-        sync(*own)
+
+        def finish_own() -> None:
+            if main:
+                own.append(temporary / CONFIG)
+                own[-1].write_text(json.dumps(about | {"done": step}, indent=1) + "\n")
+            sync(*own)
+
+        jointly(finish_own)
         sums = gathered({file.name: crc32(file) for file in own})
-        if main:
+
+        def add_sums() -> None:
             (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=1))
             sync(temporary / CHECKSUMS, temporary)
+
+        jointly(lambda: add_sums() if main else None)
     if main:
         sync(folder, folder.parent)
         # One of a later step was passed over when the run was resumed: it must not count.
@@ -428,6 +448,24 @@ def save_checkpoint(
         kept = [checkpoint for checkpoint in found if step_of(checkpoint) <= step][:keep]
         delete(folder, set(found) - set(kept))
     dist.barrier()
+
+
+def once_there_is_room(work: Callable[[], T], give_up: Callable[[], bool]) -> T:
+    """What `work` gives, which fails on all ranks or none; while a disk is full it is tried again,
+    so that nothing is lost, until a rank gives up. Collective."""
+    waits = False
+    while True:
+        try:
+            return work()
+        except (OSError, ValueError) as error:
+            full = any(words in str(error) for words in NO_ROOM)
+            if not full or any(gathered({dist.get_rank(): give_up()}).values()):
+                raise
+            if not waits and dist.get_rank() == 0:
+                say(f"{error}: nothing is lost, the run waits for room there, and tries again "
+                    f"every {RETRY_AFTER:g} s", file=sys.stderr)  # fmt: skip
+        waits = True
+        time.sleep(RETRY_AFTER)
 
 
 def in_files(tensors: dict[str, Tensor]) -> dict[str, int]:

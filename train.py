@@ -23,6 +23,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -39,11 +40,15 @@ from cli.flags import Flags, parse
 from cli.inputs import (
     Inputs,
     about,
+    branch,
     checkpoints,
+    flags_of,
+    held_run,
     mixture_jsonl,
     open_run,
     plan_inputs,
     record,
+    total_steps,
     write_records,
 )
 from hf import say, templates
@@ -97,11 +102,17 @@ def load_copies(
     return copies
 
 
+def lisa_rules(flags: Flags, copy: int) -> tuple[int, int, int, str, int]:
+    """By which LISA draws blocks of copy 0, w, or 1, u, as lisa.Lisa.set_rules takes them."""
+    same = flags.lisa_coupling != "independent"
+    return flags.lisa_layers, flags.lisa_interval, flags.seed, flags.lisa_ends, 0 if same else copy
+
+
 def make_lisa(flags: Flags, model: Transformer, lr: float, copy: int) -> Lisa:
-    """The optimiser of a copy, whose state moves with it if copies take turns on the device."""
+    """The optimiser of copy 0, w, or 1, u; its state moves with it if they take turns."""
     opt = Lisa(
-        model, flags.lisa_layers, flags.lisa_interval, flags.seed, flags.lisa_ends, copy, lr,
-        flags.weight_decay, move_to_device=partial(shard.move_to_device, model),
+        model, *lisa_rules(flags, copy), lr, flags.weight_decay,
+        move_to_device=partial(shard.move_to_device, model),
     )  # fmt: skip
     if model.offload is not None:
         model.offload.follow(model, opt.state_tensors)
@@ -117,7 +128,7 @@ def make_trainer(flags: Flags, inputs: Inputs, device: torch.device) -> Trainer:
         return PlainStep(w, make_lisa(flags, w, flags.lr_w, 0), **rest)
     w, u = load_copies(flags, inputs, device, 2)
     opt_w = make_lisa(flags, w, flags.lr_w, 0)
-    opt_u = make_lisa(flags, u, flags.lr_u, int(flags.lisa_coupling == "independent"))
+    opt_u = make_lisa(flags, u, flags.lr_u, 1)
     wide = torch.promote_types(next(w.parameters()).dtype, torch.float32)
     sources = SourceWeights(len(inputs.sources), wide, z=flags.lambda_z)
     rest["gap"] = "gradient" if flags.slopes(next(w.parameters()).dtype) else "difference"
@@ -141,13 +152,13 @@ def train(flags: Flags, inputs: Inputs, device: torch.device, signals: list[int]
     """
     trainer = make_trainer(flags, inputs, device)
     batches = make_batches(flags, inputs)
-    per_round = flags.steps or math.ceil(flags.epochs * batches.steps_per_epoch)
-    total = (flags.outer_rounds or 1) * per_round
+    total = total_steps(flags, inputs)
+    per_round = total // (flags.outer_rounds or 1)
     if flags.mode == "bilevel":
         trainer.sources.lr = flags.lambda_rate(total)
         if dist.get_rank() == 0:
             say(f"weights: {flags.reach(total, len(inputs.sources))}")
-    start, origin = resume(flags, trainer)
+    start, origin = resume(flags, inputs, trainer)
     learned = {"model": flags.model, "sources": about(inputs.sources)}
     learned = learned if flags.mode == "bilevel" else None
     log = report.Log(flags.out, learned, start, total, dist.get_rank() == 0, origin)
@@ -176,21 +187,29 @@ def train(flags: Flags, inputs: Inputs, device: torch.device, signals: list[int]
         if not (stats.finite or flags.skip_nonfinite):
             log.write_weights()
             raise Failed(report.nonfinite_message(row, counts, flags.out))
-        last = step == total - 1
-        if last:
-            trainer.opt_w.finish(total)
-            held_out = held_out_losses(flags, inputs, trainer.w, total, total)
         log.write(row | held_out)
-        due = flags.save_every and (step + 1) % flags.save_every == 0
-        if (stats.stop or due) and not last:
-            log.say(save(flags, inputs, trainer, step + 1))
+        done, last = step + 1, step + 1 == total
+        due = flags.keep if last else flags.save_every and done % flags.save_every == 0
+        if due or (stats.stop and not last):
+            log.say(save(flags, inputs, trainer, done, signals))
         if stats.stop and not last:
-            raise Stopped(f"stopped after {step + 1} of {total} steps")
+            raise Stopped(f"stopped after {done} of {total} steps")
 
+    trainer.opt_w.finish(total)
+    log.finish(held_out_losses(flags, inputs, trainer.w, total, total))
     shard.set_timeout(shard.FILES_TIMEOUT)
     add_tokenizer = partial(templates.save_tokenizer, inputs.tokenizer, template=inputs.template)
-    shard.save(trainer.w, flags.out / "model", add_tokenizer)
+    write = partial(shard.save, trainer.w, flags.out / "model", add_tokenizer)
+    shard.once_there_is_room(write, gives_up(signals))
+    if not flags.keep and dist.get_rank() == 0:
+        shard.delete(flags.out / "checkpoints", shard.whole_checkpoints(flags.out / "checkpoints"))
     return trainer
+
+
+def gives_up(signals: list[int]) -> Callable[[], bool]:
+    """Whether this rank has been asked to stop since now."""
+    before = len(signals)
+    return lambda: len(signals) > before
 
 
 def tokens_of(trainer: Trainer, batch: tuple) -> int:
@@ -213,19 +232,22 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     return state
 
 
-def save(flags: Flags, inputs: Inputs, trainer: Trainer, done: int) -> str:
+def save(
+    flags: Flags, inputs: Inputs, trainer: Trainer, done: int, signals: list[int]
+) -> str:
     """Write the checkpoint of a run of which `done` steps are done; says so. Collective."""
     began = time.perf_counter()
     shard.set_timeout(shard.FILES_TIMEOUT)
     if dist.get_rank() == 0:
         shard.sync(flags.out / "metrics.jsonl")
     folder, made_of = flags.out / "checkpoints", record(flags, inputs)
-    shard.save_checkpoint(folder, done, state_of(trainer), made_of, flags.keep)
+    settings = folder, done, state_of(trainer), made_of, max(1, flags.keep)
+    shard.once_there_is_room(partial(shard.save_checkpoint, *settings), gives_up(signals))
     shard.set_timeout(flags.timeout)
     return f"saved {folder}/step-{done} in {time.perf_counter() - began:.1f} s"
 
 
-def resume(flags: Flags, trainer: Trainer) -> tuple[int, Path]:
+def resume(flags: Flags, inputs: Inputs, trainer: Trainer) -> tuple[int, Path]:
     """Go on from the newest whole checkpoint; returns the steps done, and the directory of the run
     that did them. Collective."""
     checkpoint, complaints = shard.newest_checkpoint(
@@ -239,16 +261,25 @@ def resume(flags: Flags, trainer: Trainer) -> tuple[int, Path]:
         return 0, flags.out
     try:
         done = shard.broadcast_from_rank0(lambda: shard.steps_done(checkpoint))
-        for _, opt in trainer.copies.values():
-            opt.switch(done - 1)  # the blocks that were active when it was saved
+        theirs = shard.broadcast_from_rank0(lambda: flags_of(checkpoint, flags))
+        opts = [opt for _, opt in trainer.copies.values()]
+        for copy, opt in enumerate(opts):  # the blocks that were active when it was saved
+            opt.set_rules(*lisa_rules(theirs, copy))
+            opt.switch(done - 1)
         state = state_of(trainer)
         shard.load_checkpoint(checkpoint, state)
     except ValueError as error:
         raise Failed(str(error)) from None
     trainer.load_state_dict(state)
+    for copy, opt in enumerate(opts):
+        opt.set_rules(*lisa_rules(flags, copy))
+    origin = checkpoint.parent.parent
     if dist.get_rank() == 0:
         say(f"goes on from {checkpoint}")
-    return done, checkpoint.parent.parent
+        if origin != flags.out:
+            branched = {"branch": branch(flags, checkpoint)}
+            report.write_json(flags.out / "config.json", record(flags, inputs) | branched)
+    return done, origin
 
 
 def held_out_losses(
@@ -389,7 +420,9 @@ def announce(flags: Flags, inputs: Inputs, memory: report.Memory | None = None) 
             + ("" if flags.lisa_layers else ": which are all, so that nothing is compiled"))
     if memory:
         say(f"memory: {memory.planned}")
-    report.write_json(flags.out / "config.json", record(flags, inputs))
+    held = held_run(flags.out) or {}
+    branched = {"branch": held["branch"]} if "branch" in held else {}
+    report.write_json(flags.out / "config.json", record(flags, inputs) | branched)
     if inputs.mixture:
         report.replace(flags.out / "mixture.jsonl", mixture_jsonl(inputs.mixture))
 

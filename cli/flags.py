@@ -177,10 +177,12 @@ class Flags:
 
     save_every: int = KEEP(0, "steps between two checkpoints; 0 = only when asked to stop by a "
                            "signal", permitted=STEPS)
-    keep: int = KEEP(2, "checkpoints to keep, the newest", permitted=COUNT)
+    keep: int = KEEP(2, "checkpoints to keep, the newest; a finished run keeps its last state, or "
+                        "with 0 none", permitted=STEPS)
     resume: str = KEEP("auto", "'auto' goes on from the newest checkpoint in --out; 'never' starts "
                        "anew, in another directory if --out exists; a run's directory, or one of "
-                       "its checkpoints, starts from there where --out has no checkpoint yet",
+                       "its checkpoints, starts from there where --out has no checkpoint yet, "
+                       "and may change every flag but those of model and data",
                        metavar="auto|never|DIR")
     timeout: float = KEEP(1800.0, "seconds after which a rank that is waited for in a step ends "
                           "the run (loading and saving have their own limit of 4 hours)",
@@ -219,6 +221,10 @@ class Flags:
 
 # Flags that a run may change when it goes on: they do not decide what it computes.
 HARMLESS = {f.name for f in dataclasses.fields(Flags) if not f.metadata["same_run"]}
+# Flags that a run may change when it branches off: not those of the state's shapes and of the data.
+BRANCHING = {f.name for f in dataclasses.fields(Flags)
+             if f.metadata["group"] not in ("model and data", "--mode finetune")}  # fmt: skip
+BRANCHING -= {"mode", "model", "dtype"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -317,6 +323,8 @@ def check_flags(flags: Flags, world: int) -> list[str]:
         if not last < math.log(1e9):
             problems.append(f"--tau {flags.tau}: permitted is what leaves alpha below 1e9 in the "
                             "last outer round")
+    if flags.save_every and flags.keep == 0:
+        problems.append("--keep 0 contradicts --save-every: none would be kept")
     for name, value in ("lisa_ends", "sampled"), ("lisa_coupling", "independent"):
         if flags.lisa_layers == 0 and getattr(flags, name) == value:
             problems.append(f"{spelt(name)} {value} contradicts --lisa-layers 0: nothing is drawn "

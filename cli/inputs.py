@@ -34,7 +34,8 @@ import torch.distributed as dist
 
 import data
 import shard
-from cli.flags import HARMLESS, WEIGHTS, Flags, as_json, check_flags, spelt
+from cli import plan
+from cli.flags import BRANCHING, HARMLESS, WEIGHTS, Flags, as_json, check_flags, spelt
 from data import cache_dir
 from hf import Problems, open_regular, pretrained, read_json, say, templates, tokenizer
 from hf.tokenizer import Turns
@@ -154,11 +155,18 @@ def prepare(flags: Flags, world: int, first: bool = True) -> Inputs:
         draw_per_source(flags, inputs)
     if flags.mode != "bilevel" and not problems.count:
         draw_mixture(flags, inputs, weights)
-    if first:
-        for problem in [*check_space(flags, config), *changes(flags, record(flags, inputs))]:
+    if first and not problems.count:
+        checks = check_space(flags, config), changes(flags, record(flags, inputs))
+        for problem in [*itertools.chain(*checks), *check_branch(flags, inputs)]:
             problems.add(problem)
     problems.raise_if_any()
     return inputs
+
+
+def total_steps(flags: Flags, inputs: Inputs) -> int:
+    """Of the run, in all its rounds. An epoch takes as many samples as there are."""
+    epoch = -(-sum(map(len, inputs.used.values())) // flags.batch_size)
+    return (flags.outer_rounds or 1) * (flags.steps or math.ceil(flags.epochs * epoch))
 
 
 def plan_inputs(flags: Flags) -> ModelConfig:
@@ -209,15 +217,22 @@ def check_fit(flags: Flags, config: ModelConfig, tok: tokenizer.Tokenizer | None
 
 
 def check_space(flags: Flags, config: ModelConfig | None) -> list[str]:
-    """Whether the model that the run will leave finds room on the disk, if it is not there yet."""
+    """Whether the model that the run will leave, and its last state, find room on the disk, if they
+    are not there yet."""
     if config is None:
         return []
     dtype = dtype_of(flags.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     needed = dtype.itemsize * sum(map(math.prod, parameter_shapes(config).values()))
+    if flags.keep:
+        active = flags.lisa_layers or config.n_layers
+        state = plan.state(config, 1, dtype, active, flags.lisa_ends != "frozen")
+        copies = 1 if flags.mode == "finetune" else 2
+        needed += copies * (sum(state.values()) - state["gradients"])
     free = shutil.disk_usage(nearest(flags.out)).free
     if free >= needed or (flags.out / "model").is_dir():
         return []
-    return [f"--out {flags.out}: {free / 1e9:.3f} GB are free, and the model takes "
+    return [f"--out {flags.out}: {free / 1e9:.3f} GB are free, and the model "
+            f"{'and the last state (--keep 0: none) take' if flags.keep else 'takes'} "
             f"{needed / 1e9:.3f}"]  # fmt: skip
 
 
@@ -582,21 +597,44 @@ def runs_to_continue(flags: Flags) -> dict[str, dict]:
 
 
 def changes(flags: Flags, record: dict) -> list[str]:
-    """A line for each thing that differs from a run that this one would go on with. Only what
-    both records speak of is compared."""
+    """A line for each thing that differs from a run that this one would go on with, and may not,
+    or not where it branches off. Only what both records speak of is compared."""
     record, problems = json.loads(json.dumps(record)), []
     for where, held in runs_to_continue(flags).items():
         both = [key for key in record if held.get(key) is not None]
         old, new = (identity({key: r[key] for key in both}) for r in (held, record))
         for thing in sorted(old.keys() | new.keys()):
             was, now = old.get(thing), new.get(thing)
-            if was != now and (thing, now) != ("--template", "auto"):  # not settled yet
+            free = where.startswith("--resume") and thing in map(spelt, BRANCHING)
+            free |= (thing, now) == ("--template", "auto")  # not settled yet
+            if was != now and not free:
                 how = f"was {was}, now {now}"
                 if thing.startswith(HASHED):
                     gone = "is gone" if now is None else "has changed"
                     how = "was not there" if was is None else gone
                 problems.append(f"{where} holds another run: {thing} {how}")
     return problems
+
+
+def flags_of(checkpoint: Path, flags: Flags) -> Flags:
+    """Flags by which LISA drew blocks in the run that a checkpoint is of; the rest as here.
+    ValueError if it does not say."""
+    names = "lisa_layers", "lisa_interval", "lisa_ends", "lisa_coupling", "seed"
+    held = (held_run(checkpoint) or {}).get("flags", {})
+    found = {name: held.get(name) for name in names}
+    if any(type(v) is not type(getattr(flags, n)) for n, v in found.items()) or (
+            found["lisa_interval"] < 1):
+        raise ValueError(f"{checkpoint}: says not by which flags of LISA it was made")
+    return dataclasses.replace(flags, **found)
+
+
+def branch(flags: Flags, checkpoint: Path) -> dict:
+    """What a run branches off from, for its config.json: the checkpoint, and the flags that differ,
+    with their values there and here."""
+    old, new = (held_run(checkpoint) or {}).get("flags", {}), as_json(flags)
+    changed = {spelt(n): [old[n], new[n]] for n in new if n in old and n not in HARMLESS
+               and old[n] != new[n]}  # fmt: skip
+    return {"from": str(checkpoint), "changed": changed}
 
 
 def checkpoints(flags: Flags) -> list[Path]:
@@ -642,6 +680,16 @@ def first_free_name(out: Path) -> Path:
 def launcher() -> str:
     """What stays the same when torchrun starts the ranks anew: its own process."""
     return f"{platform.node()}:{os.getppid()}"
+
+
+def check_branch(flags: Flags, inputs: Inputs) -> list[str]:
+    """Refuse to branch off from a state after which nothing is left to do."""
+    first = next(iter(checkpoints(flags)), None)
+    if flags.resume in ("auto", "never") or first is None or first.is_relative_to(flags.out):
+        return []
+    done, total = shard.steps_done(first), total_steps(flags, inputs)
+    return [f"--resume {flags.resume}: {done} steps are done there, and this run has {total}: "
+            "take more --steps"] if done >= total else []  # fmt: skip
 
 
 def lock_directory(out: Path, token: str) -> BinaryIO:

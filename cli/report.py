@@ -72,13 +72,20 @@ class Log:
         self.rows.append(row)
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-        last = row["step"] == self.bar.total - 1
-        if last or row["step"] % 10 == 0:
+        if row["step"] % 10 == 0:
             self.write_weights()
         self.bar.set_postfix_str(progress_text(row), refresh=False)
         self.bar.update()
-        if last:
-            self.bar.close()
+
+    def finish(self, held_out: dict) -> None:
+        """Add to the last row what the finished model gives."""
+        if not self.main:
+            return
+        self.bar.close()
+        for row in self.rows[-1:]:
+            row |= held_out
+        replace(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.write_weights()
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
@@ -188,8 +195,6 @@ def why(error: BaseException, out: Path, timeout: float, memory: Memory, rank: i
                 f"help: {' or '.join(helpful)}; traceback in {log}")  # fmt: skip
     if isinstance(error, OSError):
         return f"{error.filename or out}: {error.strerror or error}"
-    if type(error).__name__ == "SafetensorError":
-        return f"a file in {out} could not be written: is the disk full? ({said.splitlines()[0]})"
     if shard.lost_peer(error):
         saved = shard.whole_checkpoints(out / "checkpoints")
         goes_on = "goes on from the last checkpoint" if saved else "starts anew: nothing was saved"
@@ -307,6 +312,10 @@ def render(out: Path) -> list[str]:
         lines += ["", "Elsewhere:", *recipes(out)]
     left_out = [f"{n} of {name}: {reason}" for name, dataset in record["data"].items()
                 for reason, n in dataset["dropped"].items() if n]  # fmt: skip
+    if branch := record.get("branch"):
+        changed = "; ".join(f"{flag} {now}, was {was}"
+                            for flag, (was, now) in branch["changed"].items())  # fmt: skip
+        lines += ["", f"branched off from {branch['from']}: {changed or 'nothing changed'}"]
     if left_out:
         lines += ["", f"records left out: {'; '.join(left_out)}"]
     files = ", ".join(sorted(p.name for p in out.glob("[!.]*")))

@@ -270,10 +270,14 @@ def batches(tensors: Named, max_bytes: float) -> Iterator[dict[str, Tensor]]:
 
 
 def write_file(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write a safetensors file for whom the umask permits: the library makes one for its owner."""
+    """Write a safetensors file for whom the umask permits: the library makes one for its owner.
+    OSError if there is no room."""
     file.touch()
     mode = file.stat().st_mode
-    save_file(tensors, file, metadata={"format": "pt"})
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file}: {error}") from None
     file.chmod(mode)
 
 

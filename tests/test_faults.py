@@ -108,19 +108,30 @@ def leave_free(n_bytes: int) -> None:
         file.write(bytes(shutil.disk_usage("disk").free - n_bytes))
 
 
-def test_a_full_disk_ends_the_run_and_the_last_checkpoint_stays(stopped, refusal):
-    with disk("size=40m"):
+def fill_the_disk() -> None:
+    shard.RETRY_AFTER = 0.1
+    at("forward", 1, partial(leave_free, 1_000_000))
+
+
+@pytest.mark.parametrize("flags", [[], ["--save-every", "2"], ["--keep", "0"]])
+def test_a_run_waits_for_room_on_a_full_disk_and_loses_nothing(stopped, refusal, flags):
+    """For a checkpoint; and without any, for the model."""
+    with disk("size=60m"):
         shutil.copytree(stopped, "disk/out")
-        leave_free(5_000_000)
-        code, said = run("--out", "disk/out", "--save-every", "2")
-        assert code == 1 and "Traceback" not in said
-        assert "No space left on device" in said or "is the disk full?" in said
-        assert saved("disk/out") == ["step-2", "step-4"]
         leave_free(10_000)
         (line,) = refusal([*FLAGS, "--out", "disk/out"])
-        assert line.startswith("--out disk/out: 0.000 GB are free, and the model takes 0.00")
+        assert line.startswith("--out disk/out: 0.000 GB are free, and the model and the last ")
         Path("disk/ballast").unlink()
-        assert "goes on from disk/out/checkpoints/step-4" in done("--out", "disk/out")
+        ranks = 1 + ("--save-every" in flags)
+        runs = forked.start(["--out", "disk/out", *flags], ranks, {0: fill_the_disk})
+        forked.wait_until_it_says(runs[0], "nothing is lost")
+        Path("disk/ballast").unlink()
+        code, said = forked.finish(runs)
+        assert code == 0, said
+        assert "goes on from disk/out/checkpoints/step-4" in said
+        assert saved("disk/out") == ([] if "0" in flags else ["step-12"])
+        done("--out", "whole")
+        forked.assert_same("disk/out", "whole")
 
 
 def test_an_out_that_cannot_be_written_is_refused(refusal):

@@ -119,10 +119,21 @@ def test_a_finished_run_says_so_and_resume_never_leaves_it_alone(whole):
     assert {p: p.stat().st_mtime_ns for p in Path(whole).rglob("*")} == before
 
 
+def test_a_run_that_is_extended_is_the_longer_run():
+    flags = "--schedule constant --warmup 0 --lr-lambda 0.1 --dtype bf16".split()
+    done("--out", "short", *flags, "--steps", "7")
+    done("--out", "long", *flags)
+    done("--out", "extended", *flags, "--resume", "short")
+    a, b = (state(f"{out}/checkpoints/step-12") for out in ("long", "extended"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    done("--out", "bare", "--keep", "0", "--steps", "2")
+    assert not Path("bare/checkpoints").exists()
+
+
 def test_all_ranks_take_the_fresh_out_that_rank_0_chose():
     Path("out").mkdir()
     done("--out", "out", "--resume", "never", "--steps", "2", "--save-every", "1", ranks=2)
-    assert saved("out-2") == ["step-1"] and not any(Path("out").iterdir())
+    assert saved("out-2") == ["step-1", "step-2"] and not any(Path("out").iterdir())
 
 
 def test_after_a_restart_the_fresh_out_is_the_one_that_this_run_made(monkeypatch):
@@ -132,10 +143,11 @@ def test_after_a_restart_the_fresh_out_is_the_one_that_this_run_made(monkeypatch
     Path("out/.lock").write_text("1")  # of another launcher
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     run(*fresh, fault=partial(at, "model", 20, partial(send, signal.SIGKILL)))
-    assert "goes on from out-2/checkpoints/step-1" in done(*fresh)
+    assert "goes on from out-2/checkpoints/step-2" in done(*fresh)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     done(*fresh)
-    assert saved("out-3") == saved("out-2") == ["step-1"] and not Path("out/model").exists()
+    assert saved("out-3") == saved("out-2") == ["step-1", "step-2"]
+    assert not Path("out/model").exists()
 
 
 def test_a_run_branches_off_from_a_checkpoint_of_another(whole, refusal):
@@ -144,8 +156,13 @@ def test_a_run_branches_off_from_a_checkpoint_of_another(whole, refusal):
         said = done("--out", out, "--resume", str(named), "--save-every", "2")
         assert f"goes on from {start}" in said and rows(out) == rows(whole)
     forked.assert_same("b", whole)
+    longer = ["--steps", "16", "--alpha", "3", "--lisa-layers", "2", "--lisa-ends", "sampled"]
+    said = done("--out", "longer", "--resume", whole, *longer, ranks=2)
+    assert f"branched off from {newest[0]}: --steps 16, was 12; --alpha 3.0, was 10.0" in said
+    assert rows("longer")[:12] == rows(whole) and len(rows("longer")) == 16
     for flags, problem in (
-        (["--resume", whole, "--alpha", "3"], "holds another run: --alpha was 10.0, now 3.0"),
+        (["--resume", whole], "12 steps are done there, and this run has 12: take more --steps"),
+        (["--resume", whole, "--steps", "16", "--max-length", "32"], "--max-length was "),
         (["--resume", str(newest[1]), "--val", "test.jsonl"], "the data of val has changed"),
         (["--resume", "nowhere"], "--resume nowhere: holds no checkpoint"),
         (["--out", str(Path(whole).parent), "--resume", whole], "--resume"),
