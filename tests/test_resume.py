@@ -152,9 +152,8 @@ def test_after_a_restart_the_fresh_out_is_the_one_that_this_run_made(monkeypatch
 
 def test_a_run_branches_off_from_a_checkpoint_of_another(whole, refusal):
     newest = shard.whole_checkpoints(Path(whole) / "checkpoints")
-    for out, named, start in (("a", whole, newest[0]), ("b", newest[1], newest[1])):
-        said = done("--out", out, "--resume", str(named), "--save-every", "2")
-        assert f"goes on from {start}" in said and rows(out) == rows(whole)
+    said = done("--out", "b", "--resume", str(newest[1]), "--save-every", "2")
+    assert f"goes on from {newest[1]}" in said
     forked.assert_same("b", whole)
     longer = ["--steps", "16", "--alpha", "3", "--lisa-layers", "2", "--lisa-ends", "sampled"]
     said = done("--out", "longer", "--resume", whole, *longer, ranks=2)
