@@ -275,7 +275,7 @@ def mtbench_command(args: argparse.Namespace, device: torch.device) -> int:
     out, problems, every, judge = out_directory(args), Problems(), [], None
     file = Path(args.answers or out / "mt-bench-answers.jsonl")
     with problems.collecting():
-        prompts = mtbench.read_prompts(args.judge_prompts) if args.judge_prompts else None
+        prompts = args.judge_prompts and mtbench.read_prompts(args.judge_prompts)
     with problems.collecting():
         references = mtbench.read_answers(local_file(args.reference)) if args.reference else {}
         every = mtbench.read_questions(local_file(args.questions), references)
@@ -286,12 +286,14 @@ def mtbench_command(args: argparse.Namespace, device: torch.device) -> int:
         elif lacking := {q.id for q in questions} - mtbench.read_answers(file).keys():
             raise ValueError(f"--answers {file}: lacks {len(lacking)} of the questions")
     with problems.collecting():
-        if bool(args.judge_url) != bool(args.judge_model) or args.answers and not args.judge_url:
-            raise ValueError("--judge-url and --judge-model go together; --answers needs them")
+        asks = args.answers or args.judge_prompts
+        if bool(args.judge_url) != bool(args.judge_model) or asks and not args.judge_url:
+            raise ValueError("--judge-url and --judge-model go together; --answers and "
+                             "--judge-prompts need them")  # fmt: skip
         if args.judge_url:
             judge = mtbench.Judge(args.judge_url, args.judge_model, args.judge_timeout,
                                   args.judge_tries, args.judge_concurrency, args.judge_max_tokens,
-                                  args.judge_temperature)  # fmt: skip
+                                  args.judge_temperature, prompts)  # fmt: skip
     shard.jointly(problems.raise_if_any)
     if not args.answers:
         about = [{"question_id": q.id, "model_id": c.name, "questions": q.turns,
@@ -301,21 +303,17 @@ def mtbench_command(args: argparse.Namespace, device: torch.device) -> int:
                        args.max_new_tokens, args.batch_size, seed=args.seed)  # fmt: skip
     if not judge:
         say(f"{file} holds the answers; --judge-url has them graded")
-    if not judge or dist.get_rank() != 0:
-        return 0
-    return judged(questions, file, judge, out, prompts)
+    return judged(questions, file, judge, out) if judge and dist.get_rank() == 0 else 0
 
 
-def judged(
-    questions: list[mtbench.Question], file: Path, judge: mtbench.Judge, out: Path, prompts: dict
-) -> int:
+def judged(questions: list[mtbench.Question], file: Path, judge: mtbench.Judge, out: Path) -> int:
     """Have the answers in a file graded, and report. Returns 1 if scores are missing."""
     bare = [q for q in questions if q.category in mtbench.WITH_REFERENCE and not q.reference]
     if bare:
         say(f"note: {len(bare)} questions of {', '.join(mtbench.WITH_REFERENCE)} are graded "
             "without a reference answer: --reference gives them")  # fmt: skip
     scores = out / "mt-bench-scores.jsonl"
-    scored, failure = mtbench.grade(questions, mtbench.read_answers(file), judge, scores, prompts)
+    scored, failure = mtbench.grade(questions, mtbench.read_answers(file), judge, scores)
     say(*(f"note: {note}" for note in sorted(judge.notes)), *score_table(questions, scored),
         f"graded by {judge.model}; {scores} keeps every judgement")  # fmt: skip
     if lacking := 2 * len(questions) - len(scored):

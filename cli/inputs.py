@@ -311,7 +311,7 @@ def compare(flags: Flags, inputs: Inputs, what: str, other: str) -> None:
             else:
                 inputs.sources[name.removeprefix("train ")] = left
     if parts:
-        gone = f": dropped from {what}" * flags.drop_overlap
+        gone = f": dropped from {what}" if flags.drop_overlap else " (--drop-overlap drops them)"
         inputs.notes.append(f"{', '.join(parts)} have a prompt of {other}, case and spaces aside; "
                             f"{whole} are the same throughout{gone}")  # fmt: skip
 

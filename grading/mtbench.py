@@ -203,9 +203,10 @@ class Judge:
     concurrency: int = 4
     max_tokens: int = 2048
     temperature: float = 0.0
+    prompts: dict | None = None  # from `read_prompts`, instead of our own
     first_wait: float = 1.0  # seconds, doubled from try to try, at most a minute
     stop: threading.Event = field(default_factory=threading.Event)
-    refused: set[str] = field(default_factory=set)  # of INSTEAD, by this endpoint
+    refused: set[str] = field(default_factory=set)  # parameters that this endpoint does not take
     notes: set[str] = field(default_factory=set)  # what the user should know of how it was asked
 
     def __post_init__(self):
@@ -293,15 +294,11 @@ class Judge:
 
 
 def grade(
-    questions: list[Question], answers: dict[int | str, tuple[str, str]], judge: Judge, file: Path,
-    prompts: dict | None = None,
-) -> tuple[dict[tuple[int | str, int], float], str | None]:  # fmt: skip
+    questions: list[Question], answers: dict[int | str, tuple[str, str]], judge: Judge, file: Path
+) -> tuple[dict[tuple[int | str, int], float], str | None]:
     """Ask for every score that the file lacks, and append each as it comes. Returns all scores of
-    these questions by (id, turn 0 or 1), and why it ended early, None if it did not.
-
-    prompts: from `read_prompts`, instead of our own
-    """
-    asked = {(q.id, turn): judge_messages(q, answers[q.id], turn, prompts)
+    these questions by (id, turn 0 or 1), and why it ended early, None if it did not."""
+    asked = {(q.id, turn): judge_messages(q, answers[q.id], turn, judge.prompts)
              for q in questions for turn in (0, 1)}  # fmt: skip
     failures = []
 

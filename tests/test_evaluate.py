@@ -445,6 +445,7 @@ def test_bad_input_is_a_line_for_each_problem_and_writes_nothing(checkpoint, rec
         (1, (mt, "--model", checkpoint)),
         (3, (mt, *no_model, "--questions", "bad.jsonl", "--judge-url", "x")),
         (3, (mt, "--answers", "no", "--questions", "no", "--judge-url", "x", "--judge-model", "y")),
+        (3, (mt, "--model", checkpoint, "--questions", "bad.jsonl", "--judge-prompts", "no")),
     ):
         code, out, err = here(*args)
         assert code == 2 and out == "" and len(err.splitlines()) == n, (args, err)

@@ -117,11 +117,11 @@ def ask(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_not_for_judges")
     monkeypatch.setenv(mtbench.KEY, "sk-secret")
 
-    def grade(answers=ANSWERS, model="the-judge", prompts=None, **options):
+    def grade(answers=ANSWERS, model="the-judge", **options):
         options = {"timeout": 2, "first_wait": 0.01, "tries": 4, "concurrency": 3} | options
         file = tmp_path / "scores.jsonl"
         judge = grade.judge = Judge(server.url, model, **options)
-        _, why = mtbench.grade(QUESTIONS, answers, judge, file, prompts)
+        _, why = mtbench.grade(QUESTIONS, answers, judge, file)
         return why, read(file)
 
     return grade
