@@ -44,12 +44,10 @@ from cli.inputs import (
     checkpoints,
     flags_of,
     held_run,
-    mixture_jsonl,
     open_run,
     plan_inputs,
     record,
     total_steps,
-    write_records,
 )
 from hf import say, templates
 from lisa import Lisa
@@ -331,7 +329,7 @@ def run(flags: Flags, device: torch.device) -> int:
     if flags.mode == "draw":
         if dist.get_rank() == 0:
             announce(flags, inputs)
-            say(*write_records(flags.out, inputs.mixture), *report.render(flags.out))
+            say(*report.write_records(flags.out, inputs.mixture), *report.render(flags.out))
         return 0
     memory = report.Memory(inputs.config, device.type, plan_settings(flags, inputs, device))
     rank, code, last_words, signals = dist.get_rank(), 0, [], []
@@ -424,7 +422,7 @@ def announce(flags: Flags, inputs: Inputs, memory: report.Memory | None = None) 
     branched = {"branch": held["branch"]} if "branch" in held else {}
     report.write_json(flags.out / "config.json", record(flags, inputs) | branched)
     if inputs.mixture:
-        report.replace(flags.out / "mixture.jsonl", mixture_jsonl(inputs.mixture))
+        report.replace(flags.out / "mixture.jsonl", report.mixture_jsonl(inputs.mixture))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import re
 import shutil
 import time
 import uuid
-from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -38,10 +37,9 @@ from cli import plan
 from cli.flags import BRANCHING, HARMLESS, WEIGHTS, Flags, as_json, check_flags, spelt
 from data import cache_dir
 from hf import Problems, open_regular, pretrained, read_json, say, templates, tokenizer
-from hf.tokenizer import Turns
 from model import ModelConfig, dtype_of, open_checkpoint, parameter_shapes
 from sources import tasks
-from sources.records import SUFFIXES, iter_records, locate
+from sources.records import SUFFIXES
 
 TINY = {  # a llama of 0.9M parameters; the vocabulary is the byte tokenizer's
     "model_type": "llama",
@@ -449,7 +447,7 @@ def count_samples(
     notes = [
         f"{name} is short: {wanted[name]} samples by its weight, but it has {full[name]}; the "
         f"mixture has {sum(parts.values())} in all (--repeat would repeat records)"
-        for name in weights if name in full
+        for name in weights if wanted[name] > sizes[name]
     ]  # fmt: skip
     return {name: parts[name] for name in weights}, notes
 
@@ -474,58 +472,6 @@ def draw(source: data.Dataset, name: str, n: int, seed: int) -> data.Dataset:
     rng = np.random.default_rng([seed, *name.encode()])
     picked = [rng.permutation(len(source)) for _ in range(math.ceil(n / len(source)))]
     return source.select(np.sort(np.concatenate(picked)[:n]))
-
-
-def mixture_jsonl(drawn: dict[str, data.Dataset]) -> str:
-    """A line for each sample: its source, and its record's number in the source's file (from 1; in
-    JSON Lines, the line)."""
-    rows = [{"source": name, "record": number}
-            for name, source in drawn.items() for number in source.numbers.tolist()]  # fmt: skip
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-# How LLaMA-Factory is told of messages.jsonl.
-DATASET_INFO = {"mixture": {
-    "file_name": "messages.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages"},
-    "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user",
-             "assistant_tag": "assistant", "system_tag": "system"},
-}}  # fmt: skip
-
-
-def write_records(out: Path, drawn: dict[str, data.Dataset]) -> list[str]:
-    """Write the records of a mixture, in the order of mixture.jsonl, as they are in their files,
-    and the conversations as messages. Returns notes. ValueError if a file cannot be read any more.
-    """
-    records, chats, problems = [], [], Problems()
-    for source in drawn.values():
-        found = dict.fromkeys(source.numbers.tolist())
-        for n, *record in iter_records(locate(source.path), problems, defaultdict(Counter)):
-            if n in found:
-                found[n] = record
-        problems.raise_if_any()
-        for turns, record in (found[n] for n in source.numbers.tolist()):
-            records.append(record)
-            if messages := as_messages(turns):
-                chats.append({"messages": messages})
-    for name, rows in ("records.jsonl", records), ("messages.jsonl", chats):
-        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        (out / name).write_text("".join(lines), encoding="utf-8")
-    (out / "dataset_info.json").write_text(json.dumps(DATASET_INFO, indent=1))
-    texts = len(records) - len(chats)
-    return [f"note: {texts} records are text: messages.jsonl lacks them"] * (texts > 0)
-
-
-def as_messages(turns: Turns) -> list[dict]:
-    """A conversation in OpenAI's format; [] for text. An input joins the question."""
-    messages = []
-    for role, text in turns:
-        if role == "input":
-            messages[-1]["content"] += f"\n{text}"
-        elif role != "text":
-            weight = {"weight": 0} if role == "given" else {}
-            role = "assistant" if weight else role
-            messages.append({"role": role, "content": text} | weight)
-    return messages
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import shlex
 import sys
 import traceback
 import warnings
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -30,12 +31,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import data
 import shard
 from bilevel import StepStats
 from cli import plan
 from cli.flags import HARMLESS
 from cli.inputs import apportion, count_samples
 from hf import JSON_BYTES, Problems, open_regular, parse_json, read_json, say, shown
+from hf.tokenizer import Turns
+from sources.records import iter_records, locate
 
 SHORT = 50  # steps
 FALSE_ALARMS = 0.01  # share of runs without differences in which one is seen
@@ -307,7 +311,7 @@ def render(out: Path) -> list[str]:
     if skipped := sum(not row["finite"] for row in rows):
         lines.append(f"steps passed over because something was not finite: {skipped}")
     if not shares and (train := record["flags"]["train"]):
-        lines += elsewhere(result, train, out)
+        lines += [*[""] * bool(lines[-1]), *elsewhere(result, train, out)]
     if (out / "messages.jsonl").exists():
         lines += ["", "Elsewhere:", *recipes(out)]
     left_out = [f"{n} of {name}: {reason}" for name, dataset in record["data"].items()
@@ -358,17 +362,73 @@ def elsewhere(result: dict, train: list[str], out: Path) -> list[str]:
     first, last = (choose(drawn, key=drawn.get) for choose in (min, max))
     way = "under" if 2 * drawn[first] >= sum(counts.values()) else "over"
     return [
-        "", f"The same mixture elsewhere, {sum(counts.values())} records:", *short,
+        f"The same mixture elsewhere, {sum(counts.values())} records:", *short,
         f"  python train.py --mode draw {shlex.join(command)}",
         *recipes(Path("mix")),
         "or mixed at random while loading, in LLaMA-Factory:",
         f"  dataset: {','.join(parts)}",
         f"  mix_strategy: interleave_{way}",
         f"  interleave_probs: {','.join(f'{p:.4f}' for p in parts.values())}",
-        f"interleave_under (first_exhausted of datasets.interleave_datasets) yields about "
-        f"{drawn[first]:.0f} samples, until {first} is used up; interleave_over (all_exhausted) "
-        f"about {drawn[last]:.0f}, until {last} is.",
+        f"interleave_under yields about {drawn[first]:.0f} samples, until {first} is used up; "
+        f"interleave_over about {drawn[last]:.0f}, until {last} is",
+        "(stopping_strategy first_exhausted and all_exhausted of datasets.interleave_datasets).",
     ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# The records of a mixture
+
+
+def mixture_jsonl(drawn: dict[str, data.Dataset]) -> str:
+    """A line for each sample: its source, and its record's number in the source's file (from 1; in
+    JSON Lines, the line)."""
+    rows = [{"source": name, "record": number}
+            for name, source in drawn.items() for number in source.numbers.tolist()]  # fmt: skip
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+# How LLaMA-Factory is told of messages.jsonl.
+DATASET_INFO = {"mixture": {
+    "file_name": "messages.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages"},
+    "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user",
+             "assistant_tag": "assistant", "system_tag": "system"},
+}}  # fmt: skip
+
+
+def write_records(out: Path, drawn: dict[str, data.Dataset]) -> list[str]:
+    """Write the records of a mixture, in the order of mixture.jsonl, as they are in their files,
+    and the conversations as messages. Returns notes. ValueError if a file cannot be read any more.
+    """
+    records, chats, problems = [], [], Problems()
+    for source in drawn.values():
+        found = dict.fromkeys(source.numbers.tolist())
+        for n, *record in iter_records(locate(source.path), problems, defaultdict(Counter)):
+            if n in found:
+                found[n] = record
+        problems.raise_if_any()
+        for turns, record in (found[n] for n in source.numbers.tolist()):
+            records.append(record)
+            if messages := as_messages(turns):
+                chats.append({"messages": messages})
+    for name, rows in ("records.jsonl", records), ("messages.jsonl", chats):
+        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        (out / name).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    (out / "dataset_info.json").write_text(json.dumps(DATASET_INFO, indent=1))
+    texts = len(records) - len(chats)
+    return [f"note: {texts} records are text: messages.jsonl lacks them"] * (texts > 0)
+
+
+def as_messages(turns: Turns) -> list[dict]:
+    """A conversation in OpenAI's format; [] for text. An input joins the question."""
+    messages = []
+    for role, text in turns:
+        if role == "input":
+            messages[-1]["content"] += f"\n{text}"
+        elif role != "text":
+            weight = {"weight": 0} if role == "given" else {}
+            role = "assistant" if weight else role
+            messages.append({"role": role, "content": text} | weight)
+    return messages
 
 
 def recipes(folder: Path) -> list[str]:

@@ -202,7 +202,7 @@ def iter_records(
 ) -> Iterator[tuple[int, Turns, dict]]:
     """(number or line, turns, record) of each record; files are numbered on from one to the next.
     Counts in `notes` the keys that are not read, and what is read from files with names unsaid."""
-    form, last = source.form, 0  # the format of the first record that has one is that of all
+    form, last, faults = source.form, 0, Counter()  # the first record with a format tells it
     for file in source.files:
         before = last
         for number, where, record in located_values(file, problems):
@@ -211,13 +211,18 @@ def iter_records(
                 form = form or next((form for form in FORMATS if fits(form, record)), None)
                 turns, unread = turns_of(form, record)
             except ValueError as error:
-                problems.add(f"{where}: {error}")
+                faults[str(error)] += 1
+                if faults[str(error)] <= 5:
+                    problems.add(f"{where}: {error}")
                 continue
             if unread:
                 notes["keys that are not read"].update(unread)
             if str(file) not in source.path:
                 notes["read from"]["/".join(file.parts[-3:])] += 1
             yield last, turns, record
+    for what, n in faults.items():
+        if n > 5:
+            problems.add(f"{source.path}: {n - 5} more: {what}")
     if not form and not problems.count:
         problems.add(f"{source.path}: no records")
 

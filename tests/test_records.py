@@ -152,6 +152,17 @@ def test_what_cannot_be_trained_on_is_refused_by_name_and_line(record, problem, 
     assert line.startswith(f"{path}:1: ") and problem in line
 
 
+def test_what_is_wrong_with_many_records_is_said_of_five_and_counted(write):
+    path = write(*9 * [{**ALPACA, "tools": [1]}], {"instruction": "no answer"})
+    with pytest.raises(ValueError) as refusal:
+        read(path)
+    said = str(refusal.value).splitlines()
+    assert [line.partition(": ")[0] for line in said] == [
+        *(f"{path}:{n}" for n in (1, 2, 3, 4, 5, 10)), str(path)
+    ]  # fmt: skip
+    assert said[-1].startswith(f"{path}: 4 more: 'tools' would be lost")
+
+
 def test_keys_that_hold_nothing_are_no_reason_to_refuse(write):
     empty = {"tools": None, "images": [], "chosen": ""}
     said = {**CHAT[1], "tool_calls": None, "reasoning_content": ""}
