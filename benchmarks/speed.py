@@ -171,8 +171,8 @@ def random_dataset(lengths: str, name: str, vocab: int, seed: int, n: int = 1000
     tokens = rng.integers(0, vocab, length.sum(), dtype=np.int32)
     in_prompt = np.repeat(np.tile([True, False], n), np.stack([prompt, answer], 1).flatten())
     tokens = np.where(in_prompt, ~tokens, tokens)
-    starts = np.cumsum(length) - length
-    return data.Dataset(tokens, starts, length, i.astype(np.uint64), i, int(length.max()))
+    starts, hashes = np.cumsum(length) - length, i.astype(np.uint64)
+    return data.Dataset(tokens, starts, length, hashes, hashes, i, int(length.max()))
 
 
 def make_batches(case: Case, micro: int, pad_to: int | None = None) -> data.Batches:

@@ -74,7 +74,7 @@ class Inputs:
     val: data.Dataset | None
     test: data.Dataset | None
     notes: list[str]  # warnings that do not stop the run
-    template: str | None  # as --template says, or as it was chosen
+    template: str | None = None  # as --template says, or as it was chosen
     weights: dict[str, float] | None = None  # of the sources, as --weights states them
     mixture: dict[str, data.Dataset] | None = None  # what is drawn from the sources by them
     lock: BinaryIO | None = None  # on rank 0: open as long as the run may write to --out

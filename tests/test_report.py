@@ -141,7 +141,6 @@ def test_what_cannot_be_drawn_is_one_line_each(tmp_path, capsys, monkeypatch):
     (MemoryError(), "out of memory: planned, measured peak; most likely to help: --flag"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: planned"),
     (OSError(28, "No space left on device", "out/x"), "out/x: No space left on device"),
-    (RuntimeError("[enforce fail at inline_container.cc:664]"), "is the disk full?"),
     (torch.distributed.DistNetworkError("closed"), "goes on from the last checkpoint"),
     (RuntimeError("a bug\nof two lines"), "a bug"),
 ])  # fmt: skip
