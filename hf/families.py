@@ -71,23 +71,21 @@ class ModelConfig:
         """Read config.json as transformers 4 or 5 write it. Raises Problems, a line for every
         field whose effect is not supported or not known."""
         f = Fields(config)
-        family, bos, eos = f.get("model_type"), f.get("bos_token_id"), f.get("eos_token_id")
+        family, bos, eos = f.get("model_type"), f.ids("bos_token_id"), f.ids("eos_token_id")
         if not isinstance(family, str) or family not in READERS:
             raise ValueError(f"model_type = {family!r}: supported are {', '.join(READERS)}")
         try:
             values = READERS[family](f)
-        except (TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"a field is of the wrong type ({error})") from None
+        except (TypeError, AttributeError, ValueError, LookupError) as error:
+            raise Problems([*f.problems, f"a field is of the wrong type ({error})"]) from None
         for key, value in config.items():  # what nobody asked for may change the result
             if value and key not in f.read and not NO_EFFECT.fullmatch(key):
                 f.problems.append(f"{key} = {value!r}: not supported")
-        eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        if not all(type(i) is int for i in eos):
-            f.problems.append(f"eos_token_id = {config['eos_token_id']!r}: must be an id or ids")
         if problems := f.problems or f.clashes:
             raise Problems(problems)
         values = {"score_scale": values["head_size"] ** -0.5} | values
         dropout = tuple(k for k, v in config.items() if DROPOUT.search(k) and v)
+        bos = bos[0] if bos else None
         return cls(family, bos_id=bos, eos_ids=eos, ignored_dropout=dropout, hf=dict(config),
                    **values)  # fmt: skip
 
@@ -134,12 +132,23 @@ class Fields:
         return None if null and value is None else self.positive(key, value)
 
     def positive(self, key: str, value, kinds=(int, float)) -> float:
-        """The value; or 1, and a problem, if it is not a positive number of these kinds."""
-        if type(value) in kinds and value > 0:
+        """The value; or 1, and a problem, if it is no number of these kinds within its LIMITS."""
+        above, most = LIMITS.get(key, (1e-30, 1e12) if float in kinds else (0, 2**20))
+        if type(value) in kinds and above < value <= most:
             return value
         names = " or ".join(kind.__name__ for kind in kinds)
-        self.problems.append(f"{key} = {value!r}: must be a positive {names}")
+        self.problems.append(f"{key} = {value!r}: must be {names} above {above:g} and at most "
+                             f"{most:g}")  # fmt: skip
         return 1
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """One id or several."""
+        value = self.get(key)
+        found = tuple(value) if isinstance(value, list) else () if value is None else (value,)
+        if all(type(i) is int for i in found):
+            return found
+        self.problems.append(f"{key} = {value!r}: must be an id or ids")
+        return ()
 
     def only(self, key: str, *allowed):
         """A value among `allowed`, the first of which stands for a missing key."""
@@ -198,7 +207,8 @@ class Fields:
         if ORIGINAL in takes:
             found[ORIGINAL] = self.get(ORIGINAL) or found[ORIGINAL] or length
         whole = kind != "yarn" or rest.pop("truncate", True)
-        sound = all(type(x) in (int, float) and x >= 0 for x in found.values())
+        sound = all(type(x) in (int, float) and (x == 0 or 1e-6 < x < 1e12)
+                    for x in found.values())  # fmt: skip
         if len(kinds) > 1 or kind not in ROPES or not sound or any(rest.values()):
             known = "; ".join(f"'{k}' {', '.join(names)}" for k, names in ROPES.items())
             self.problems.append(f"RoPE settings {rope}: supported are the types {known}")
@@ -221,6 +231,13 @@ class Fields:
         return tuple(window if s else None for s in sliding)
 
 
+# Sizes and numbers of these names are above the first and up to the second; any other size is above
+# 0 and up to 2^20, any other number above 10^-30 and up to 10^12.
+LIMITS = dict.fromkeys(("n_layer", "num_hidden_layers"), (0, 1000)) | {
+    "vocab_size": (0, 2**24), "n_positions": (0, 2**31), "max_position_embeddings": (0, 2**31),
+    "rope_theta": (1, 1e12), "rotary_emb_base": (1, 1e12), "rope_local_base_freq": (1, 1e12),
+    "partial_rotary_factor": (0, 1), "rotary_pct": (0, 1),
+}  # fmt: skip
 SIZES = "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"
 ORIGINAL = "original_max_position_embeddings"  # by default the model's own length
 THETAS = {"smollm3": 2_000_000.0, "gemma3_text": 1_000_000.0}  # where it is missing

@@ -15,6 +15,7 @@ import train
 from hf import DEPTH, Problems, open_regular, parse_json, read_json, say
 from tests import forked
 from tests.forked import done, run
+from tests.worker import FAMILIES
 
 HOSTILE_JSON = {
     "deep": ("[" * 100_000, "nested deeper than 100"),
@@ -65,6 +66,31 @@ def test_lines_of_others_stay_lines(capsys):
     lines = capsys.readouterr().out.split("\n")
     spelled = r"a\x1b[2J\x9b1A\r\nheld-out test loss: 0.0\u202e\u2028\x00\x7f\ud800"
     assert lines[:3] == [spelled, "é 中 █ ±\t…", spelled] and lines[-2:] == ["… and 11 more", ""]
+
+
+HOSTILE_FIELDS = {
+    "vocab_size": (10**30, "must be int above 0 and at most 1.67772e+07"),
+    "num_hidden_layers": (10**9, "must be int above 0 and at most 1000"),
+    "hidden_size": (2**40, "must be int above 0 and at most 1.04858e+06"),
+    "rms_norm_eps": (1e-308, "must be int or float above 1e-30"),
+    "bos_token_id": ({"id": 1}, "must be an id or ids"),
+    "eos_token_id": ([1.5], "must be an id or ids"),
+    "rope_theta": ("10000", "must be int or float above 1"),
+    "rope_scaling": ({"type": "linear", "factor": "2"}, "RoPE settings"),
+    "rope_parameters": ([1], "wrong type"),
+    "layer_types": (7, "not supported"),
+    "a\x1b[2J\nhidden_size": (1, r"a\x1b[2J\nhidden_size = 1: not supported"),
+}
+
+
+@pytest.mark.parametrize("key", HOSTILE_FIELDS)
+def test_fields_of_a_config_that_are_refused(key, tmp_path, capsys):
+    value, expected = HOSTILE_FIELDS[key]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(FAMILIES["llama"] | {key: value}))
+    assert train.main(["--plan", "--model", str(file)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and expected in err and err.count("\n") == 1
 
 
 class Payload:
