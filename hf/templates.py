@@ -192,7 +192,7 @@ def encode_conversations(
                for segments in rendered]  # fmt: skip
     runs = [([(text, bool(loss)) for text, loss in run], n == 0)
             for s in samples for n, (is_text, run) in enumerate(s) if is_text]  # fmt: skip
-    encoded = iter(tokenizer.codec.encode_runs(runs))
+    encoded = iter(tokenizer.encode_runs(runs))
     out = []
     for sample in samples:
         ids, has_loss = [], []

@@ -14,13 +14,17 @@ tokens enter through templates only (templates.py), by id. Nothing is ever downl
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import functools
 import hashlib
 import json
 import os
 import re
+import resource
 import unicodedata
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +45,11 @@ TEMPLATE_TOKENS = (  # control tokens of the templates, whether or not the files
 BOS = "bos_token"
 EOS = "eos_token"  # a template's word for the vocabulary's own end of text, whatever its name
 # (role, text); roles: system, user, input, assistant, given (an answer without loss), or one "text"
+# What a tokenizer is tried on, and how many seconds of computing and bytes it may take.
+TRIAL = ["Hello, world! It's 12:30.\n\n  def f(x):\treturn x", "é 中文 😀 e\u0301 \u200d \x00 <s>",
+         *(character * 3000 + "!" for character in "a1 .\n")]  # fmt: skip
+TRIAL_SECONDS, TRIAL_BYTES = 10, 4_000_000_000
+LONGEST = 10_000  # characters of a token
 Turns = list[tuple[str, str]]
 Segment = tuple[str | int, bool]  # (text or id, has_loss)
 Run = tuple[list[Segment], bool]  # (texts encoded as one, whether they start the input)
@@ -98,24 +107,21 @@ class SentencePieceCodec:
 
     joint = True  # apart, an answer would get a space of its own before it
 
-    def __init__(self, spec: dict, special: dict[str, int], path: Path):
+    def __init__(self, spec: dict, special: dict[str, int]):
         source = json.dumps(_without_special(spec, special))
         # Metaspace may put a space before the very start of the input only, which text that follows
         # a control token is not, though it is encoded by itself here.
         inner = source.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
         try:
             import tokenizers
-
-            made = {text: tokenizers.Tokenizer.from_str(text) for text in {source, inner}}
         except ImportError:
-            raise ValueError(f"{path}: is not byte-level: pip install tokenizers") from None
+            raise ValueError("is not byte-level: pip install tokenizers") from None
+        try:
+            made = {text: tokenizers.Tokenizer.from_str(text) for text in {source, inner}}
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path}: the tokenizers library refuses it: {error}") from None
+            raise ValueError(f"the tokenizers library refuses it: {error}") from None
         self.tokenizer, self.inner = made[source], made[inner]
         self.special_ids = set(special.values())
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def encode_runs(self, runs: list[Run]) -> list[Encoded]:
         """The ids of each run. A token has loss if its last character belongs to an answer."""
@@ -168,13 +174,30 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, all of it as text, nothing added."""
-        ids = self.codec.encode_batch([text])[0]
+        ids = self.encode_runs([([(text, False)], True)])[0][0]
         self.check(ids)
         return ids
 
+    def encode_runs(self, runs: list[Run]) -> list[Encoded]:
+        """The ids of each run, and which have loss. ValueError where the library gives up."""
+        with self.one_line():
+            return self.codec.encode_runs(runs)
+
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`; control tokens and ids without a text are left out."""
-        return self.codec.decode(ids)
+        with self.one_line():
+            return self.codec.decode(ids)
+
+    @contextlib.contextmanager
+    def one_line(self) -> Iterator[None]:
+        """Make what tiktoken and `tokenizers` raise, a Rust panic too, which is no Exception, a
+        ValueError that names the file."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"{self.path}/tokenizer.json: cannot do this text: {error}") from None
 
     def control(self, name: str) -> int:
         """Id of the control token `name`; ValueError if the vocabulary lacks it."""
@@ -233,13 +256,62 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     )
     fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
     jinja = file.parent / "chat_template.jinja"
-    try:
-        if jinja.exists():
-            with open_regular(jinja) as opened:
-                settings["chat_template"] = opened.read(JSON_BYTES).decode(errors="surrogateescape")
-        return _from_spec(spec, settings, file.parent, fingerprint)
-    except (LookupError, TypeError, AttributeError, UnicodeError) as error:
-        raise ValueError(f"{file}: not understood: {error!r}") from None
+    if jinja.exists():
+        with open_regular(jinja) as opened:
+            settings["chat_template"] = opened.read(JSON_BYTES).decode(errors="surrogateescape")
+    make = functools.partial(_from_spec, spec, settings, file.parent, fingerprint)
+    if (said := _trial(make)) != "sound":
+        raise ValueError(f"{file}: {said}")
+    return make()
+
+
+def _trial(make: Callable[[], Tokenizer]) -> str:
+    """Make a tokenizer in a child process and use it on some texts: a file can have tiktoken and
+    `tokenizers`, which are Rust, panic, end the process, fill the memory or run for ever. Returns
+    "sound", or what is wrong."""
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the other threads, which a child does not have
+        child = os.fork()
+    if child == 0:
+        said = "not understood"
+        try:
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            said = _try_out(make)
+        except ValueError as error:
+            said = str(error)
+        except BaseException as error:
+            said = f"not understood: {error!r}"
+        finally:
+            os.write(write, said.encode(errors="replace")[:2000])
+            os._exit(0)
+    os.close(write)
+    with open(read, encoding="utf-8", errors="replace") as pipe:
+        said = pipe.read()
+    with contextlib.suppress(ChildProcessError):  # whoever started this ignores its children's end
+        os.waitpid(child, 0)
+    return said or (f"crashes, or needs more than {TRIAL_SECONDS} s or {TRIAL_BYTES / 1e9:g} GB "
+                    "for a few texts")  # fmt: skip
+
+
+def _try_out(make: Callable[[], Tokenizer]) -> str:
+    """Within limits that end this process."""
+    faulthandler.disable()  # whose dump would go to the parent's stderr
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    limits = {resource.RLIMIT_CPU: TRIAL_SECONDS}
+    if held := re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text()):
+        limits[resource.RLIMIT_DATA] = 1024 * int(held[1]) + TRIAL_BYTES
+    for what, most in limits.items():
+        hard = resource.getrlimit(what)[1]
+        resource.setrlimit(what, (most if hard < 0 else min(most, hard), hard))
+    codec = make().codec
+    for first in (True, False):
+        runs = codec.encode_runs([([(text, True)], first) for text in TRIAL])
+        for text, (ids, _) in zip(TRIAL, runs, strict=True):
+            if codec.decode(ids) != text and isinstance(codec, BytePairCodec) and not codec.nfc:
+                raise ValueError("its pattern does not match all text")
+    return "sound"
 
 
 def read_settings(path: Path, *files: str) -> dict:
@@ -262,7 +334,7 @@ def _from_spec(spec: dict, settings: dict, path: Path | None, fingerprint: str) 
     if codec:  # "</s>" may be an ordinary token of code
         special = {name: i for name, i in special.items() if i not in codec.bytes}
     else:
-        codec = SentencePieceCodec(spec, special, path / "tokenizer.json")
+        codec = SentencePieceCodec(spec, special)
 
     def configured(key: str) -> list[int]:
         """Ids given in config.json, whose default may be an id of ordinary text here."""
@@ -312,7 +384,14 @@ def _vocabulary(spec: dict, settings: dict) -> tuple[dict[str, int], dict[str, d
     vocab = spec["model"]["vocab"]
     if isinstance(vocab, list):  # Unigram: [piece, score]
         vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
-    return vocab | {name: token["id"] for name, token in added.items()}, added
+    own, vocab = vocab, vocab | {name: token["id"] for name, token in added.items()}
+    if wrong := [(name, i) for name, i in vocab.items()
+                 if type(i) is not int or not 0 <= i < 2**31 or len(name) > LONGEST
+                 or not (name or name in own)]:
+        raise ValueError(f"not a token and its id: {wrong[0]!r:.200}")
+    if len(set(own.values())) < len(own):
+        raise ValueError("two tokens have one id")
+    return vocab, added
 
 
 def _byte_pair_codec(spec: dict, added: dict, special: dict) -> BytePairCodec | None:
@@ -360,6 +439,10 @@ def _ranks(vocab: dict[str, int], merges: list, keep_all: bool) -> dict[bytes, i
     merged = dict.fromkeys(a + b for a, b in merges)  # in order; several pairs may give one token
     ids = [vocab.get(token, -1) for token in merged]
     if ids != sorted(ids) or ids[:1] == [-1] or set("".join(vocab)) - byte_of.keys():
+        return None
+    # tiktoken cannot do without a byte of UTF-8, which C0, C1 and all from F5 on are not.
+    if any(byte < 0xF5 and byte not in (0xC0, 0xC1) and char not in vocab
+           for char, byte in byte_of.items()):  # fmt: skip
         return None
     kept = vocab if keep_all else {t: i for t, i in vocab.items() if len(t) == 1 or t in merged}
     return {bytes(byte_of[char] for char in token): i for token, i in kept.items()}

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import shard
 import train
-from hf import DEPTH, Problems, open_regular, parse_json, read_json, say
+from hf import DEPTH, Problems, open_regular, parse_json, read_json, say, tokenizer
+from hf.tokenizer import byte_spec
 from tests import forked
 from tests.forked import done, run
 from tests.worker import FAMILIES
@@ -91,6 +93,68 @@ def test_fields_of_a_config_that_are_refused(key, tmp_path, capsys):
     assert train.main(["--plan", "--model", str(file)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and expected in err and err.count("\n") == 1
+
+
+def split_by(pattern: str) -> dict:
+    """byte_spec() with a pattern that tiktoken takes over."""
+    split = {"type": "Split", "pattern": {"Regex": pattern + r"|\s+(?!\S)|\s+"},
+             "behavior": "Isolated", "invert": False}  # fmt: skip
+    steps = [split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+
+
+def normalized_by(*steps: dict) -> dict:
+    """byte_spec() with a normalizer, which tiktoken has not: `tokenizers` takes it over."""
+    return {"normalizer": {"type": "Sequence", "normalizers": [*steps]}}
+
+
+def model_of(vocab: dict, merges: list = ()) -> dict:
+    own = byte_spec()["model"]
+    return {"model": own | {"vocab": own["vocab"] | vocab, "merges": [*merges]}}
+
+
+DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+BACKTRACK = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}
+HOSTILE_TOKENIZERS = {
+    "two tokens of one id": (model_of({"ab": 7}, [["a", "b"]]), "two tokens have one id"),
+    "negative id": (model_of({"ab": -1}), "not a token and its id: ('ab', -1)"),
+    "fractional id": (model_of({"ab": 1.5}), "not a token and its id: ('ab', 1.5)"),
+    "id of 33 bits": (model_of({"ab": 2**33}), "not a token and its id: ('ab', 8589934592)"),
+    "cyclic merges": (model_of({"ab": 300, "ba": 301}, [["a", "b"], ["ab", "a"], ["b", "a"]]),
+                      "not understood: PanicException"),
+    "long token": ({"added_tokens": [{"id": 300, "content": "x" * 10**6}]}, "not a token"),
+    "empty token": ({"added_tokens": [{"id": 300, "content": ""}]}, "not a token and its id"),
+    "pattern that matches nothing": (split_by("[0-9]"), "does not match all text"),
+    "pattern that backtracks": (split_by("(?=(a+)+b)x"), "does not match all text"),
+    "pattern that is empty": (split_by(""), "PanicException"),
+    "normalizer that backtracks": (normalized_by(BACKTRACK), "retry-limit-in-match"),
+    "normalizer that doubles": (normalized_by(*[DOUBLE] * 24), "crashes, or needs more than 1 s"),
+    "normalizer that aborts": (normalized_by({"type": "Precompiled", "precompiled_charsmap":
+                                              "/" * 21 + "w=="}), "crashes, or needs more"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE_TOKENIZERS)
+def test_tokenizers_that_are_refused(name, tmp_path, monkeypatch, capfd):
+    """Neither a panic nor its trace, nor the end of the process, nor a wait."""
+    pytest.importorskip("tokenizers")
+    monkeypatch.setattr(tokenizer, "TRIAL_SECONDS", 1)
+    changes, expected = HOSTILE_TOKENIZERS[name]
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(byte_spec() | changes))
+    with pytest.raises(ValueError) as caught:
+        tokenizer.load_tokenizer(tmp_path)
+    assert expected in str(caught.value) and str(caught.value).startswith(f"{file}: ")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_text_that_a_tokenizer_cannot_do_is_a_line():
+    tok = data.byte_tokenizer()
+    ranks = {bytes([i]): i for i in range(256) if i != ord("q")}
+    tok.codec = tokenizer.BytePairCodec(ranks, ".", False, {})
+    for work in (lambda: tok.encode("q"), lambda: tok.encode_runs([([("q", True)], True)])):
+        with pytest.raises(ValueError, match="tokenizer.json: cannot do this text: "):
+            work()
 
 
 class Payload:
