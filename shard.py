@@ -480,15 +480,21 @@ def load_checkpoint(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     """Fill tensors, whatever number of ranks wrote them. ValueError if the checkpoint has others.
     Collective."""
     reader = HuggingFaceStorageReader(checkpoint)
-    try:
-        reader.read_metadata()  # dcp.load prints what it trips over here
-        with one_error():
-            dcp.load(tensors, storage_reader=reader)
-    except (LookupError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
-        if lost_peer(error):
-            raise
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{checkpoint}: is of another run, or not a checkpoint ({why})") from None
+
+    @contextlib.contextmanager
+    def one_line() -> Iterator[None]:
+        try:
+            yield
+        except (LookupError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
+            if lost_peer(error):
+                raise
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{checkpoint}: is of another run, or no checkpoint ({why})") from None
+
+    # Looked at first, as dcp.load prints what it trips over there.
+    jointly(one_line()(reader.read_metadata))
+    with one_line(), one_error():
+        dcp.load(tensors, storage_reader=reader)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ import torch
 import data
 import shard
 import train
+from cli.flags import parse
+from cli.inputs import prepare
 from hf import DEPTH, Problems, open_regular, parse_json, read_json, say, tokenizer
 from hf.tokenizer import byte_spec
 from tests import forked
@@ -201,17 +203,17 @@ def test_no_payload_in_a_run_or_a_checkpoint_is_executed(own_folder):
         shutil.rmtree("out")
 
 
-def test_no_payload_in_a_model_is_executed(own_folder, capsys, monkeypatch):
-    monkeypatch.setattr(train, "run", lambda *_: 0)
+def test_no_payload_in_a_model_is_executed(own_folder):
     forked.write_model(Path("model"))
     read = ["special_tokens_map.json", "generation_config.json", "chat_template.jinja",
             *(p.name for p in Path("model").iterdir())]  # fmt: skip
+    jinja = b"{{ cycler.__init__.__globals__.os.mkdir('executed') }}"
     for name in [*read, "pytorch_model.bin", "tokenizer.model", "modeling_llama.py"]:
         shutil.copytree("model", "m")
-        put(pickle.dumps(Payload()), Path("m", name))
-        code = train.main([*forked.FLAGS, "--model", "m", "--template", "plain",
-                           "--max-length", "64", "--out", f"out-{name}"])  # fmt: skip
-        said = capsys.readouterr().err
-        assert code == (2 if name in read and not name.endswith("jinja") else 0), (name, said)
-        assert not Path("executed").exists() and len(said.splitlines()) == code // 2
+        put(jinja if name.endswith("jinja") else pickle.dumps(Payload()), Path("m", name))
+        problems, flags = Problems(), [*forked.FLAGS, "--model", "m", "--max-length", "64"]
+        with problems.collecting():
+            prepare(parse([*flags, *["--template", "own"] * name.endswith("jinja")]), 1)
+        assert not Path("executed").exists()
+        assert problems.count == (name in read), (name, str(problems))
         shutil.rmtree("m")
