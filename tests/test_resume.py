@@ -155,6 +155,7 @@ def test_a_run_branches_off_from_a_checkpoint_of_another(whole, refusal):
     said = done("--out", "b", "--resume", str(newest[1]), "--save-every", "2")
     assert f"goes on from {newest[1]}" in said
     forked.assert_same("b", whole)
+    Path("other.jsonl").write_text('{"text": "one more"}')
     longer = ["--steps", "16", "--alpha", "3", "--lisa-layers", "2", "--lisa-ends", "sampled"]
     said = done("--out", "longer", "--resume", whole, *longer, ranks=2)
     assert f"branched off from {newest[0]}: --steps 16, was 12; --alpha 3.0, was 10.0" in said
@@ -162,7 +163,7 @@ def test_a_run_branches_off_from_a_checkpoint_of_another(whole, refusal):
     for flags, problem in (
         (["--resume", whole], "12 steps are done there, and this run has 12: take more --steps"),
         (["--resume", whole, "--steps", "16", "--max-length", "32"], "--max-length was "),
-        (["--resume", str(newest[1]), "--val", "test.jsonl"], "the data of val has changed"),
+        (["--resume", str(newest[1]), "--val", "other.jsonl"], "the data of val has changed"),
         (["--resume", "nowhere"], "--resume nowhere: holds no checkpoint"),
         (["--out", str(Path(whole).parent), "--resume", whole], "--resume"),
         (["--out", whole, "--resume", str(newest[1])], "is in --out itself"),
