@@ -59,7 +59,8 @@ def open_model(name: str, template: str | None = None, talks: bool = True) -> Ch
 def load(c: Checkpoint, dtype: str, device: torch.device) -> Transformer:
     """The model, sharded where there are several ranks; says what is to be known of it. ValueError
     if they have different ones. Collective: every rank calls it."""
-    about = pretrained.sizes(c.directory) | {"its tokenizer": c.tokenizer.fingerprint}
+    tokens = templates.fingerprint(c.tokenizer, c.template)
+    about = pretrained.sizes(c.directory) | {"its tokenizer": tokens}
     shard.check_same({f"--model {c.name}: {name}": of for name, of in about.items()})
     if dist.get_rank() == 0:
         say(*(f"note: {c.name}: {note}" for note in c.notes))
