@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+import socket
 import sys
 import time
 import zlib
@@ -60,6 +61,12 @@ def start(timeout: float) -> torch.device:
     Ranks that do not come in START_TIMEOUT, or a collective that then takes longer than `timeout`
     seconds, end the run."""
     limit = timedelta(seconds=START_TIMEOUT)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's first process has it
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection(where, timeout=60).close()
+        except OSError as error:  # which TCPStore would try again and again
+            raise dist.DistNetworkError(f"torchrun is gone: {error}") from None
     if "RANK" in os.environ:
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
         # After a restart the store may still hold the addresses of ranks that are gone.

@@ -89,11 +89,11 @@ def launcher_trial(n: int, ranks: int, dtype: str, seed: int) -> None:
         print(f"{what} after {moment:.1f} s; at work again after {seconds:.1f} s", flush=True)
         forked.wait_for_end([*orphans, *kill_launcher(again, ranks, 0)])
         if Path("killed/model").is_dir():
-            forked.assert_same("killed", "whole", checkpoints=False)  # of other steps
+            forked.assert_same("killed", "whole")
             shutil.rmtree("killed")
     last = forked.launch(argv, ranks)
     assert last.wait() == 0, last.log.read_text()
-    forked.assert_same("killed", "whole", checkpoints=False)  # of other steps
+    forked.assert_same("killed", "whole")
 
 
 def at_work(argv: list[str], ranks: int) -> tuple[subprocess.Popen, float]:
