@@ -81,12 +81,15 @@ class Dataset:
     ) -> Dataset:
         """Tokenise records in memory."""
         counts, numbered = defaultdict(Counter), enumerate(records, start=1)
-        arrays = _joined(_tokenise(numbered, tokenizer, template, max_length, counts))
-        digest = hashlib.sha256(arrays["hashes"].tobytes()).hexdigest()
-        return cls._of_arrays(arrays, counts, max_length=max_length, sha256=digest)
+        parts = _tokenise(numbered, tokenizer, template, max_length, counts)
+        dataset = cls._of_parts(parts, counts, max_length=max_length)
+        return replace(dataset, sha256=hashlib.sha256(dataset.hashes.tobytes()).hexdigest())
 
     @classmethod
-    def _of_arrays(cls, arrays: dict[str, np.ndarray], counts: Counts, **rest) -> Dataset:
+    def _of_parts(cls, parts: Iterable[Arrays], counts: Counts, **rest) -> Dataset:
+        first, *more = parts
+        arrays = {name: np.concatenate([first[name], *(part[name] for part in more)]) if more else
+                  first[name] for name in ARRAYS}  # fmt: skip (a memory map stays one)
         starts = np.cumsum(arrays["lengths"]) - arrays["lengths"]
         rest["duplicates"] = len(starts) - len(np.unique(arrays["hashes"]))
         rest["dropped"], rest["notes"] = counts["dropped"], {**counts}
@@ -99,20 +102,16 @@ def _unpack(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(stored < 0, ~stored, stored), np.where(stored < 0, IGNORE, stored)
 
 
+Arrays = dict[str, np.ndarray]
 Counts = dict[str, dict[str, int]]  # {what: {thing: records}}: those "dropped", and notes
 ARRAYS = {"tokens": np.int32, "lengths": np.int64, "hashes": np.uint64, "prompts": np.uint64,
           "numbers": np.int64}  # fmt: skip
 
 
-def _joined(parts: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    parts = list(parts)
-    return {name: np.concatenate([part[name] for part in parts]) for name in ARRAYS}
-
-
 def _tokenise(
     records: Iterable[tuple[int, Turns]], tokenizer: Tokenizer | None, template: str,
     max_length: int, counts: Counts,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[Arrays]:
     """The arrays of a Dataset, in parts; counts what is left out, and what is to be noted. Without
     a tokenizer every record is two tokens: it can be counted, compared and drawn."""
     records, dropped = iter(records), counts["dropped"]
@@ -207,7 +206,7 @@ def load_dataset(
     settings, counts = (tokenizer, template, max_length), defaultdict(Counter)
     about = {"max_length": max_length, "path": str(path), "sha256": digest}
     if not tokenizer:
-        return Dataset._of_arrays(_joined(_parts(source, settings, counts)), counts, **about)
+        return Dataset._of_parts(_parts(source, settings, counts), counts, **about)
     of_ids = fingerprint(tokenizer, template)
     key = json.dumps([FORMAT_VERSION, digest, of_ids, template, max_length])
     entry = Path(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:32]
@@ -223,13 +222,13 @@ def load_dataset(
             raise ValueError(f"{cache_dir}: cannot write the cache: {error.strerror} (its place is "
                              "in XDG_CACHE_HOME)") from None  # fmt: skip
     arrays, counts = found
-    return Dataset._of_arrays(arrays, counts, **about)
+    return Dataset._of_parts([arrays], counts, **about)
 
 
-Entry = tuple[dict[str, np.ndarray], Counts]  # arrays, memory-mapped, and counts
+Entry = tuple[Arrays, Counts]  # arrays, memory-mapped, and counts
 
 
-def _parts(source: Source, settings: tuple, counts: Counts) -> Iterator[dict]:
+def _parts(source: Source, settings: tuple, counts: Counts) -> Iterator[Arrays]:
     """The arrays of a source's records, in parts. ValueError with a line for each problem."""
     problems, n_samples = Problems(), 0
     records = ((number, turns) for number, turns, _ in iter_records(source, problems, counts))
@@ -278,11 +277,11 @@ def _map_entry(entry: Path) -> Entry | None:
         return None
 
 
-def _map_arrays(folder: Path) -> dict[str, np.ndarray]:
+def _map_arrays(folder: Path) -> Arrays:
     return {name: np.memmap(folder / f"{name}.bin", d, "r") for name, d in ARRAYS.items()}
 
 
-def _checks(arrays: dict[str, np.ndarray], counts: Counts) -> list[int]:
+def _checks(arrays: Arrays, counts: Counts) -> list[int]:
     """CRC-32 of all that an entry holds."""
     return [zlib.crc32(part) for part in (*arrays.values(), json.dumps(counts).encode())]
 

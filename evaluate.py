@@ -402,7 +402,7 @@ COMMANDS = {
 FLAGS = [  # commands, flag, default, help, and what argparse takes beside
     ("loss", "--model", None, "directories or hub ids", SEVERAL),
     ("loss", "--data", None, "records, as [NAME=]PATH; a directory or quoted glob stands for its "
-     "train_*.json(l), TASK or TASK-seedN for the test records of a built-in task", SEVERAL),
+     "train_* files, TASK or TASK-seedN for the test records of a built-in task", SEVERAL),
     ("loss", "--max-length", 512, "tokens of a sample, at most the model's positions", COUNT),
     ("loss", "--micro-batch-size", 8, "samples of a forward", COUNT),
     (ASKING, "--model", None, "a directory or hub id", {}),

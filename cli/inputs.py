@@ -370,9 +370,7 @@ def draw_mixture(flags: Flags, inputs: Inputs, weights: dict | None) -> None:
     if weights is None:
         total = sum(map(len, sources.values()))
         weights = {name: len(source) / total for name, source in sources.items()}
-    inputs.mixture, notes = draw_samples(
-        sources, weights, flags.samples, flags.repeat, flags.seed
-    )
+    inputs.mixture, notes = draw_samples(sources, weights, flags.samples, flags.repeat, flags.seed)
     also = {name: source for name, source in inputs.sources.items() if name not in sources}
     inputs.mixture |= also
     inputs.weights = weights | dict.fromkeys(also)
