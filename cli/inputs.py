@@ -133,7 +133,8 @@ def prepare(flags: Flags, world: int, first: bool = True) -> Inputs:
             config, checkpoint, tok = open_model(flags)
             if flags.template == "auto":
                 found, why = templates.trained_with(tok)
-                flags = dataclasses.replace(flags, template=found or "alpaca")
+                found = found or ("alpaca" if checkpoint else "plain")
+                flags = dataclasses.replace(flags, template=found)
                 notes.append(f"--template auto: {flags.template}, {why}")
             check_fit(flags, config, tok)
     with problems.collecting():  # where something is wrong, records are only checked, not tokenised

@@ -103,8 +103,8 @@ PROSE = re.compile(rf"\A\s*(?:(?:\\text\{{[^{{}}]*\}}\s*)+(?=\S)"
                    rf"|(?:{WORD}[\s:]+)+(?![A-Za-z]{{2}}))")  # fmt: skip
 
 # Where a model goes on with a question of its own, or with the next turn of its template.
-GOES_ON = re.compile(r"\n[\s#*]*(?:Question|Problem|Exercise|Instruction|Human|User|Q|问题|题目)"
-                     r"\s*\d*[\s*]*[:：]|<\|\w+\|>|</?s>|\[/?INST\]")  # fmt: skip
+GOES_ON = re.compile(r"\n[\s#*]{0,9}(?:Question|Problem|Exercise|Instruction|Human|User|Q|问题"
+                     r"|题目)\s*\d*[\s*]*[:：]|<\|\w+\|>|</?s>|\[/?INST\]")  # fmt: skip
 # A box that only repeats the instruction: without braces, or with nothing in them.
 BLANK = r"(?:[^\w∞∅{}]|_|\b(?:text|[lc]?dots|q?quad|your|the|final|answer|here)\b)"
 NO_BOX = re.compile(
@@ -146,7 +146,7 @@ def final(text: str, answer: str) -> str | None:
         return last_number(told) or last_number(text)
     if said and not re.search(r"\$|\\[(\[]", told):
         words = re.split(r"[.!?](?:\s|$)|[。！？\n]", told)[0].strip(" *")
-        if words and not re.search(rf"\d.*(?<![\\A-Za-z]){WORD}", PROSE.sub("", words)):
+        if words and not re.match(rf"\D*\d.*(?<![\\A-Za-z]){WORD}", PROSE.sub("", words)):
             return words
     return expression(f"answer: {told}") or expression(text)
 
@@ -184,11 +184,12 @@ def letter(text: str) -> str | None:
 
 def plain(text: str) -> str:
     """A text with its numbers as Python has them but for separators, and without currencies."""
-    text = re.sub(r"\\(?:text|mbox|math)[a-z]*\s*\{([^{}]*)\}", r" \1 ", text.translate(SIGNS))
+    text = re.sub(r"(\s)\s+", r"\1", text.translate(SIGNS))
+    text = re.sub(r"\\(?:text|mbox|math)[a-z]*\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"(?<=\d)(?:\{,\}|,?\\!\s*|\\[,;: ]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ",",
                   text)  # fmt: skip
     text = re.sub(r"(?<=\d)\s*(?:\\times|\\cdot|×|\*|x)\s*10\s*\^\s*\{?\s*(-?\d+)\}?", r"e\1", text)
-    text = re.sub(r"((?<!\d)-)?\s*\\?[$£€¥₹]\s*", r" \1", text)
+    text = re.sub(r"((?<!\d)-)?\\?[$£€¥₹]\s*", r" \1", text)
     return re.sub(r"\\[!,;: ()]|\\(?=%)|\*\*", " ", text).strip().rstrip(" .")
 
 

@@ -142,14 +142,14 @@ def own_prompt(q: Question, answers: tuple[str, str], turn: int) -> str:
     return "\n\n".join([f"{task} {FORMAT}", *parts])
 
 
-NAMED, VALUE = r"(?:grade|rating|score)\W{0,9}?", r"(\d+(?:\.\d*)?)\s*(?:/\s*10)?\s*"
+NAMED, VALUE = r"(?:grade|rating|score)\W{0,9}?", r"(\d+(?:\.\d*)?)\s{0,9}(?:/\s{0,9}10)?\s{0,9}"
 GRADES = (  # the first that a reply has: named so, bare, named so in single brackets
-    rf"\b{NAMED}\[\[\s*{VALUE}\]\]|\[\[\s*{NAMED}{VALUE}\]\]",
-    rf"\[\[\s*{VALUE}\]\]()",
-    rf"\b{NAMED}\[\s*{VALUE}\]()",
+    rf"\b{NAMED}\[\[\s{{0,9}}{VALUE}\]\]|\[\[\s{{0,9}}{NAMED}{VALUE}\]\]",
+    rf"\[\[\s{{0,9}}{VALUE}\]\]()",
+    rf"\b{NAMED}\[\s{{0,9}}{VALUE}\]()",
 )
-SCALE = (r"(?i)\b(?:from|between)\W*\[\[\d+\]\]\W*(?:to|and)\W*\[\[\d+\]\]"
-         r"|(?:\bout of|/)\W*\[\[\d+\]\]")  # fmt: skip
+SCALE = (r"(?i)\b(?:from|between)\W{0,9}\[\[\d+\]\]\W{0,9}(?:to|and)\W{0,9}\[\[\d+\]\]"
+         r"|(?:\bout of|/)\W{0,9}\[\[\d+\]\]")  # fmt: skip
 QUOTE = r"""["“”'‘’`«»]"""
 QUOTED = rf"{QUOTE}[^\n\"“”'‘’`«»]*\]\]\W{{0,3}}?{QUOTE}"
 

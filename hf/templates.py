@@ -84,8 +84,8 @@ def chat_template(tokenizer: Tokenizer, template: str | None) -> str:
     if template == OWN and tokenizer.chat:
         return tokenizer.chat
     if template not in TEMPLATES:
-        raise ValueError(f"{tokenizer.path}: has no chat template: --template says how a "
-                         f"conversation becomes text ({', '.join(TEMPLATES)})")  # fmt: skip
+        raise ValueError(f"{tokenizer.path or 'tiny'}: has no chat template: --template says how "
+                         f"a conversation becomes text ({', '.join(TEMPLATES)})")  # fmt: skip
     source = TEMPLATES[template]
     for name in [*CONTROL.findall(source), *[EOS] * (EOS in source)]:
         tokenizer.control(name)
@@ -115,11 +115,10 @@ def render(
 
 
 def _segments(tokenizer: Tokenizer, template: str, turns: tuple, prompt: bool) -> list[Segment]:
-    """See `render`. What a model has to say is what comes after a prompt for it, up to the first
-    control token after the answer's text."""
+    """See `render`. What a model has to say is what follows a prompt, up to a control token."""
     source, control = chat_template(tokenizer, template), tokenizer.control_pattern
     used = {char for _, text in turns for char in text}
-    apart = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in used)
+    apart = next(c for c in map(chr, range(0xE000, 0x110000)) if c not in used)
     # What spells a control token is taken apart until it is text again.
     texts = [control.sub(lambda found: apart.join(found[0]), text) for _, text in turns]
     messages = [{"role": "assistant" if role == "given" else role, "content": text}
@@ -152,8 +151,9 @@ def _segments(tokenizer: Tokenizer, template: str, turns: tuple, prompt: bool) -
                           (whole[slice(*found)], role == "assistant" or None)]  # fmt: skip
                 at = found[1]
             elif role == "assistant" and not prompt:
-                raise ValueError(f"turn {n + 1}, {texts[n][:40]!r}, is not rendered alike with and "
-                                 "without turns after it, or with no control token at its end")
+                said = turns[n][1][:40]
+                raise ValueError(f"turn {n + 1}, {said!r}, is not rendered alike with and without "
+                                 "turns after it, or has no control token at its end")  # fmt: skip
     except Exception as error:  # a template may run into any
         near = (name for name in ("chatml", "llama3", "gemma")
                 if CONTROL.search(TEMPLATES[name])[0] in source)  # fmt: skip
@@ -226,9 +226,9 @@ def fingerprint(tokenizer: Tokenizer, template: str | None) -> str:
 
 def trained_with(tokenizer: Tokenizer) -> tuple[str | None, str]:
     """The template of a checkpoint, if it has one, and how that is known."""
-    named = read_settings(tokenizer.path, "tokenizer_config.json").get("scalebio_template")
-    if named in NAMES:
-        return named, "which the model was trained with"
+    settings = read_settings(tokenizer.path, "tokenizer_config.json") if tokenizer.path else {}
+    if settings.get("scalebio_template") in NAMES:
+        return settings["scalebio_template"], "which the model was trained with"
     if tokenizer.chat:
         asks = f"; today, for it, is {TODAY}" * ("strftime_now" in tokenizer.chat)
         return OWN, f"the chat template of the checkpoint{asks}"

@@ -165,7 +165,8 @@ def test_equal_answers_are_seen_whatever_their_spelling(a, b):
     assert equal(a, b)
 
 
-WILD = "\\frac|{|\\boxed{|9,|answer is |1|x=|\\text{ |^{|$1$ |ab |#### 1\n|,123|.1/2".split("|")
+WILD = ("\\frac|{|\\boxed{|9,|answer is |1|x=|\\text{ |^{|$1$ |ab |#### 1\n|,123|.1/2|\n| |/|5 $ "
+        .split("|"))  # fmt: skip
 
 
 @pytest.mark.parametrize("unit", [*WILD, "9^{9^{9^{9}}}x"])

@@ -185,6 +185,7 @@ def test_a_judge_that_reasons_and_is_cut_scores_nothing_by_half(server, ask):
         (82, 2): [completion(None)] * 3,
         (101, 1): [f"<think>perhaps [[3]]</think>Clear. Rating: [[{right_score((101, 1))}]]"],
         (101, 2): [completion("Grade: [[3]]", "content_filter")],
+        (111, 2): ["Its answer gives itself [[10]]."],
     }
     why, rows = ask(max_tokens=99)
     assert why is None and len(rows) == len(EVERY) and server.log[0][3]["max_tokens"] == 99
@@ -285,6 +286,12 @@ def test_what_the_judge_is_asked():
 )  # fmt: skip
 def test_parse_score(reply, score):
     assert mtbench.parse_score(reply) == score
+
+
+@pytest.mark.parametrize("unit", ["[[1 ", "[[ ", "/", "from ", "grade ", '"', "]]", '"]] ', " "])
+def test_replies_of_a_judge_gone_wild_are_no_grade_and_come_to_an_end(unit):
+    for reply in (unit * 100_000, f"[[1{unit * 100_000}", f"Grade: [[{unit * 100_000}]]"):
+        assert mtbench.parse_score(reply, reply[:50]) is None
 
 
 @pytest.mark.parametrize(
