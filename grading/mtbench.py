@@ -160,8 +160,8 @@ def parse_score(reply: str, judged: str = "") -> float | None:
     text, own = reply.rpartition("</think>")[2].replace("\\", ""), squeezed(judged)
     if "<think>" in text:  # cut off before it graded
         return None
-    whole = re.sub(SCALE, " ", text)
-    for part in (re.sub(QUOTED, " ", whole), whole):
+    whole = re.sub(SCALE, "…", text)
+    for part in (re.sub(QUOTED, "…", whole), whole):
         for form in GRADES:
             found = [m for m in re.finditer(form, part, re.I) if squeezed(m[0]) not in own]
             if found:

@@ -288,10 +288,10 @@ def test_parse_score(reply, score):
     assert mtbench.parse_score(reply) == score
 
 
-@pytest.mark.parametrize("unit", ["[[1 ", "[[ ", "/", "from ", "grade ", '"', "]]", '"]] ', " "])
+@pytest.mark.parametrize("unit", ["[[1 ", "[[ ", "/", "from ", "grade ", '"', '"]] ', " "])
 def test_replies_of_a_judge_gone_wild_are_no_grade_and_come_to_an_end(unit):
-    for reply in (unit * 100_000, f"[[1{unit * 100_000}", f"Grade: [[{unit * 100_000}]]"):
-        assert mtbench.parse_score(reply, reply[:50]) is None
+    scores = [mtbench.parse_score(start + unit * 100_000) for start in ("", "[[1", "Grade: [[")]
+    assert scores == [None] * 3
 
 
 @pytest.mark.parametrize(
