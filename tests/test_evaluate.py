@@ -450,5 +450,5 @@ def test_bad_input_is_a_line_for_each_problem_and_writes_nothing(checkpoint, rec
         code, out, err = here(*args)
         assert code == 2 and out == "" and len(err.splitlines()) == n, (args, err)
     code, _, err = here(*loss, "long.jsonl", "bad.jsonl")
-    assert code == 2 and len(err.splitlines()) == 61 and err.endswith("… and 41 more\n")
+    assert code == 2 and len(err.splitlines()) == 7 and "more: unknown record" in err
     assert not Path("runs").exists()

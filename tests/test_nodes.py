@@ -100,8 +100,12 @@ def test_ranks_wait_for_one_that_does_not_come_and_then_say_so(missing):
 
 
 def test_ctrl_c_while_torch_is_imported_is_silent():
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *FLAGS],
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    # Where the tests run in the background it is ignored, and what is ignored is inherited.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *FLAGS], preexec_fn=heed,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
