@@ -44,12 +44,12 @@ TEMPLATE_TOKENS = (  # control tokens of the templates, whether or not the files
 
 BOS = "bos_token"
 EOS = "eos_token"  # a template's word for the vocabulary's own end of text, whatever its name
-# (role, text); roles: system, user, input, assistant, given (an answer without loss), or one "text"
 # What a tokenizer is tried on, and how many seconds of computing and bytes it may take.
 TRIAL = ["Hello, world! It's 12:30.\n\n  def f(x):\treturn x", "é 中文 😀 e\u0301 \u200d \x00 <s>",
          *(character * 3000 + "!" for character in "a1 .\n")]  # fmt: skip
 TRIAL_SECONDS, TRIAL_BYTES = 10, 4_000_000_000
 LONGEST = 10_000  # characters of a token
+# (role, text); roles: system, user, input, assistant, given (an answer without loss), or one "text"
 Turns = list[tuple[str, str]]
 Segment = tuple[str | int, bool]  # (text or id, has_loss)
 Run = tuple[list[Segment], bool]  # (texts encoded as one, whether they start the input)
@@ -69,6 +69,8 @@ class BytePairCodec:
         self.encoding = tiktoken.Encoding(
             "checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         )
+        # tiktoken panics where a byte of UTF-8 has no token; C0, C1 and all from F5 on are none.
+        self.whole = all(bytes([b]) in ranks for b in range(0xF5) if b not in (0xC0, 0xC1))
         self.nfc, self.added = nfc, added
         longest_first = sorted(added, key=len, reverse=True)
         self.split = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if added else None
@@ -105,9 +107,8 @@ class BytePairCodec:
 class SentencePieceCodec:
     """Any other tokenizer.json, through the `tokenizers` library; see `_without_special`."""
 
-    joint = True  # apart, an answer would get a space of its own before it
-
-    def __init__(self, spec: dict, special: dict[str, int]):
+    def __init__(self, spec: dict, special: dict[str, int], joint: bool):
+        self.joint = joint  # apart, SentencePiece would put a space of its own before an answer
         source = json.dumps(_without_special(spec, special))
         # Metaspace may put a space before the very start of the input only, which text that follows
         # a control token is not, though it is encoded by itself here.
@@ -115,7 +116,7 @@ class SentencePieceCodec:
         try:
             import tokenizers
         except ImportError:
-            raise ValueError("is not byte-level: pip install tokenizers") from None
+            raise ValueError("needs another library: pip install tokenizers") from None
         try:
             made = {text: tokenizers.Tokenizer.from_str(text) for text in {source, inner}}
         except Exception as error:  # the library raises bare Exception
@@ -333,8 +334,8 @@ def _from_spec(spec: dict, settings: dict, path: Path | None, fingerprint: str) 
     codec = _byte_pair_codec(spec, added, special)
     if codec:  # "</s>" may be an ordinary token of code
         special = {name: i for name, i in special.items() if i not in codec.bytes}
-    else:
-        codec = SentencePieceCodec(spec, special)
+    if not codec or not codec.whole:
+        codec = SentencePieceCodec(spec, special, joint=not codec)
 
     def configured(key: str) -> list[int]:
         """Ids given in config.json, whose default may be an id of ordinary text here."""
@@ -439,10 +440,6 @@ def _ranks(vocab: dict[str, int], merges: list, keep_all: bool) -> dict[bytes, i
     merged = dict.fromkeys(a + b for a, b in merges)  # in order; several pairs may give one token
     ids = [vocab.get(token, -1) for token in merged]
     if ids != sorted(ids) or ids[:1] == [-1] or set("".join(vocab)) - byte_of.keys():
-        return None
-    # tiktoken cannot do without a byte of UTF-8, which C0, C1 and all from F5 on are not.
-    if any(byte < 0xF5 and byte not in (0xC0, 0xC1) and char not in vocab
-           for char, byte in byte_of.items()):  # fmt: skip
         return None
     kept = vocab if keep_all else {t: i for t, i in vocab.items() if len(t) == 1 or t in merged}
     return {bytes(byte_of[char] for char in token): i for token, i in kept.items()}

@@ -177,6 +177,22 @@ def test_small_bpe_matches_tokenizers(pattern, nfc, tmp_path):
         assert tokenizer.encode(text) == reference.encode(text).ids, repr(text[:200])
 
 
+def test_a_vocabulary_that_lacks_a_byte_goes_through_tokenizers_in_the_way_of_its_kind(tmp_path):
+    train_bpe(tmp_path, special=CHAT)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    del spec["model"]["vocab"]["\u0104"]  # byte 4
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(tmp_path)
+    reference = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert not isinstance(tokenizer.codec, BytePairCodec)
+    for text in (*AWKWARD, "a\x04b"):
+        assert tokenizer.encode(text) == reference.encode(text).ids
+    turns = [("user", "Count."), ("assistant", "\n one")]
+    ids, has_loss = encode_conversation(tokenizer, "plain", turns)
+    prompt = render_prompt(tokenizer, "plain", turns[:1])
+    assert ids[: len(prompt)] == prompt and has_loss.index(True) == len(prompt)
+
+
 def test_megabyte_runs_are_encoded(vocabulary):
     tokenizer = vocabulary("gpt2")
     for text in ("a" * 1_000_000, " " * 1_000_000 + "x", "\n \t" * 300_000):
