@@ -376,7 +376,7 @@ def plot_command(args: argparse.Namespace, _: None) -> int:
 
 # The command line
 
-def from_to(least: float, most: float = math.inf) -> Callable[[str], float]:
+def from_to(least: float, most: float = 10**6) -> Callable[[str], float]:
     """A type for argparse: a number in a range, whole where `least` is."""
 
     def number(text: str) -> float:
@@ -387,7 +387,7 @@ def from_to(least: float, most: float = math.inf) -> Callable[[str], float]:
     return number
 
 
-COUNT, SEED = {"type": from_to(1)}, {"type": from_to(0)}
+COUNT, SEED = {"type": from_to(1)}, {"type": from_to(0, 2**32 - 1)}
 SEVERAL = {"nargs": "+", "required": True}
 FILE = {"type": Path, "metavar": "FILE"}
 ASKING, RUNNING = "gsm8k math mt-bench", "loss gsm8k math mt-bench generate"

@@ -46,6 +46,8 @@ class Range(NamedTuple):
 
 
 COUNT = Range(lambda x: 0 < x < 1e9, "a whole number above 0 and below 1e9")
+LOT = Range(lambda x: 0 < x <= 10**6, "a whole number from 1 to a million")
+MANY = Range(lambda x: 0 < x <= 10**7, "a whole number from 1 to ten millions")
 SCALE = Range(lambda x: 0 < x < 1e9, "a number above 0 and below 1e9")
 RATE = Range(lambda x: 0 <= x < math.inf, "a number of at least 0")
 SHARE = Range(lambda x: 0 <= x < 1, "a share from 0 to below 1")
@@ -100,7 +102,7 @@ class Flags:
                      "runs/<task or model>-finetune-seed<seed>]", same_run=False)
     steps: int | None = MOST(None, "steps of an outer round, instead of --epochs", tiny=200,
                              permitted=COUNT, only=TRAINS)
-    batch_size: int = MOST(64, "training samples of a step, over all ranks", permitted=COUNT,
+    batch_size: int = MOST(64, "training samples of a step, over all ranks", permitted=LOT,
                            only=TRAINS)
     plan: bool = MOST(False, "print the bytes that each GPU needs, and end: needs no GPU and no "
                       "weights, --model may be a config.json; exit 1 if they do not fit",
@@ -122,9 +124,9 @@ class Flags:
 
     epochs: float = STEP(1.0, "passes over as many samples as all sources hold, or over the "
                          "mixture", permitted=SCALE)
-    val_batch_size: int = STEP(64, "validation samples of a step, over all ranks", permitted=COUNT,
+    val_batch_size: int = STEP(64, "validation samples of a step, over all ranks", permitted=LOT,
                                only=LEARNS)
-    micro_batch_size: int = STEP(8, "samples of one forward on one rank", tiny=32, permitted=COUNT)
+    micro_batch_size: int = STEP(8, "samples of one forward on one rank", tiny=32, permitted=LOT)
     alpha: float = STEP(10.0, "penalty multiplier", permitted=SCALE, only=LEARNS)
     tau: float = STEP(1.0, "factor on alpha from one outer round to the next", permitted=SCALE,
                       only=LEARNS)
@@ -153,7 +155,7 @@ class Flags:
                                 "count it", same_run=False)
 
     samples: int = TUNE(10_000, "size of the mixture, drawn without replacement", tiny=6400,
-                        permitted=COUNT)
+                        permitted=MANY)
     repeat: bool = TUNE(False, "repeat the records of a source that is short, instead of taking "
                         "more of the others")
     also: list | None = TUNE(None, "sources of which all records join the mixture, beside --samples"
@@ -320,9 +322,9 @@ def check_flags(flags: Flags, world: int) -> list[str]:
             problems.append(f"{spelt(name)} {value} is not divisible by {world} ranks: take {near}")
     if learns and 0 < flags.alpha < 1e9 and flags.tau > 0:
         last = math.log(flags.alpha) + (flags.outer_rounds - 1) * math.log(flags.tau)  # ln alpha
-        if not last < math.log(1e9):
-            problems.append(f"--tau {flags.tau}: permitted is what leaves alpha below 1e9 in the "
-                            "last outer round")
+        if not abs(last) < math.log(1e9):
+            problems.append(f"--tau {flags.tau}: permitted is what leaves alpha between 1e-9 and "
+                            "1e9 in the last outer round")
     if flags.save_every and flags.keep == 0:
         problems.append("--keep 0 contradicts --save-every: none would be kept")
     for name, value in ("lisa_ends", "sampled"), ("lisa_coupling", "independent"):

@@ -154,6 +154,9 @@ def prepare(flags: Flags, world: int, first: bool = True) -> Inputs:
         draw_per_source(flags, inputs)
     if flags.mode != "bilevel" and not problems.count:
         draw_mixture(flags, inputs, weights)
+    if flags.mode != "draw" and not problems.count:
+        with problems.collecting():
+            total_steps(flags, inputs)
     if first and not problems.count:
         checks = check_space(flags, config), changes(flags, record(flags, inputs))
         for problem in [*itertools.chain(*checks), *check_branch(flags, inputs)]:
@@ -163,9 +166,14 @@ def prepare(flags: Flags, world: int, first: bool = True) -> Inputs:
 
 
 def total_steps(flags: Flags, inputs: Inputs) -> int:
-    """Of the run, in all its rounds. An epoch takes as many samples as there are."""
+    """Of the run, in all its rounds. An epoch takes as many samples as there are. ValueError for
+    more than a run can have."""
     epoch = -(-sum(map(len, inputs.used.values())) // flags.batch_size)
-    return (flags.outer_rounds or 1) * (flags.steps or math.ceil(flags.epochs * epoch))
+    total = (flags.outer_rounds or 1) * (flags.steps or math.ceil(flags.epochs * epoch))
+    if total > 1e9:
+        raise ValueError(f"--steps (or --epochs) and --outer-rounds: make {total:.3g} steps: "
+                         "permitted are 1e9")  # fmt: skip
+    return total
 
 
 def plan_inputs(flags: Flags) -> ModelConfig:

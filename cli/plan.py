@@ -17,10 +17,11 @@ B batch, T time, D width, N heads; 1 GB = 10⁹ bytes.
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -417,19 +418,20 @@ def room(gpu_memory: float) -> float:
     return gpu_memory * GB - RESERVED
 
 
-def remedies(settings: dict) -> list[list[dict]]:
-    """Changes that save memory and leave alone what a run computes: of each kind, mildest first."""
+def remedies(settings: dict) -> list[tuple[str, Sequence]]:
+    """Changes that save memory and leave alone what a run computes: settings and their values, the
+    mildest first."""
     ranks, batches = settings["ranks"], (settings["batch_size"], settings["val_batch_size"])
     # What one rank has of a batch may be less than a micro-batch.
     B = min(settings["micro_batch_size"], max(1, max(batches) // ranks))
     switches = ["activation_checkpointing"] + ["cpu_offload"] * (settings["copies"] == 2)
     more = [ranks * 2**i for i in range(1, 8)]
     kinds = [
-        [{"micro_batch_size": b} for b in range(B - 1, 0, -1)],
-        *([{name: True}] for name in switches if not settings[name]),
-        [{"ranks": n} for n in more if all(batch % n == 0 for batch in batches)],
+        ("micro_batch_size", range(B - 1, 0, -1)),
+        *((name, [True]) for name in switches if not settings[name]),
+        ("ranks", [n for n in more if all(batch % n == 0 for batch in batches)]),
     ]
-    return [kind for kind in kinds if kind]
+    return [(name, values) for name, values in kinds if values]
 
 
 def first_fix(config: ModelConfig, gpu_memory: float, **settings) -> str | None:
@@ -437,20 +439,25 @@ def first_fix(config: ModelConfig, gpu_memory: float, **settings) -> str | None:
     else the fewest kinds of change together, from the start of that order; None if no number of
     GPUs helps."""
     alone, together, base = [], [], {}
-    for kind in remedies(settings):
-        alone += kind
-        together += [base | change for change in kind]
-        base = together[-1]
-    for change in alone + together:
-        if plan(config, **settings | change).peak <= room(gpu_memory):
-            return as_flags(change, ranks="gpus")
+    for name, values in remedies(settings):
+        alone.append(({}, name, values))
+        together.append((base, name, values))
+        base = base | {name: values[-1]}
+    for base, name, values in alone + together:
+
+        def fits(value: int, base=base, name=name) -> bool:
+            return plan(config, **settings | base | {name: value}).peak <= room(gpu_memory)
+
+        mildest = bisect.bisect_left(values, True, key=fits)  # the more of a kind the less memory
+        if mildest < len(values):
+            return as_flags(base | {name: values[mildest]}, ranks="gpus")
     return None
 
 
 def most_helpful(config: ModelConfig, device_type: str, **settings) -> list[str]:
     """The two flags of a run that take most off the peak, each alone; for a kind that has degrees,
     the middle one."""
-    changes = [kind[(len(kind) - 1) // 2] for kind in remedies(settings)]
+    changes = [{name: values[(len(values) - 1) // 2]} for name, values in remedies(settings)]
     if device_type == "cpu":  # its memory is the host's
         changes = [change for change in changes if "cpu_offload" not in change]
     changes.sort(key=lambda change: plan(config, **settings | change).peak)

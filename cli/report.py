@@ -22,6 +22,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -150,10 +151,11 @@ def write_json(path: Path, content: dict) -> None:
     replace(path, json.dumps(content, indent=1) + "\n")
 
 
-def replace(path: Path, text: str) -> None:
+def replace(path: Path, lines: str | Iterable[str]) -> None:
     """Write a file in one step: a reader sees the old one or the new one, each whole."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines([lines] if isinstance(lines, str) else lines)
     os.replace(temporary, path)
 
 
@@ -379,12 +381,13 @@ def elsewhere(result: dict, train: list[str], out: Path) -> list[str]:
 # The records of a mixture
 
 
-def mixture_jsonl(drawn: dict[str, data.Dataset]) -> str:
+def mixture_jsonl(drawn: dict[str, data.Dataset]) -> Iterator[str]:
     """A line for each sample: its source, and its record's number in the source's file (from 1; in
     JSON Lines, the line)."""
-    rows = [{"source": name, "record": number}
-            for name, source in drawn.items() for number in source.numbers.tolist()]  # fmt: skip
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    for name, source in drawn.items():
+        for number in source.numbers:
+            row = {"source": name, "record": int(number)}
+            yield json.dumps(row, ensure_ascii=False) + "\n"
 
 
 # How LLaMA-Factory is told of messages.jsonl.

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import faulthandler
 import functools
 import json
 import math
 import os
 import re
+import resource
 import stat
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from pathlib import Path
@@ -22,7 +25,9 @@ from typing import BinaryIO, TextIO
 
 JSON_BYTES = 100_000_000  # of a file; the tokenizer.json of 262,144 tokens has 33 MB
 DEPTH = 100  # of arrays and objects in one another
+SOUND = "sound"  # what a child process says
 TODAY = date(2025, 1, 1)  # what a chat template is told: a run is to be the same on every day
+TRIAL_SECONDS, TRIAL_BYTES = 10, 4_000_000_000  # of computing, and of memory, in `tried`
 DIGITS = 40  # of a whole number: transformers writes 10^30 where there is no limit
 
 
@@ -119,6 +124,49 @@ def compiled(source: str) -> Callable[..., str]:
     marks = {"generation": "if true", "endgeneration": "endif"}
     tags = re.compile(r"({%-?\s*)((?:end)?generation)(?=\s*-?%})")
     return env.from_string(tags.sub(lambda tag: tag[1] + marks[tag[2]], source)).render
+
+
+def tried(work: Callable[[], object]) -> None:
+    """Do in a child process, within limits, what a file can make crash, fill the memory or run for
+    ever. ValueError if it does, or with what `work` raises."""
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the other threads, which a child does not have
+        child = os.fork()
+    if child == 0:
+        said = "?"
+        try:
+            said = _limited(work)
+        except ValueError as error:
+            said = str(error)
+        except BaseException as error:
+            said = f"not understood: {error!r}"
+        finally:
+            os.write(write, said.encode(errors="replace")[:2000])
+            os._exit(0)
+    os.close(write)
+    with open(read, encoding="utf-8", errors="replace") as pipe:
+        said = pipe.read()
+    with contextlib.suppress(ChildProcessError):  # of a parent that lets its children go
+        os.waitpid(child, 0)
+    if said != SOUND:
+        raise ValueError(said or f"crashes, or takes more than {TRIAL_SECONDS} s of computing or "
+                         f"{TRIAL_BYTES / 1e9:g} GB")  # fmt: skip
+
+
+def _limited(work: Callable[[], object]) -> str:
+    """Silence this process, limit it, and do the work."""
+    faulthandler.disable()
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    limits = {resource.RLIMIT_CPU: TRIAL_SECONDS}
+    if held := re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text()):
+        limits[resource.RLIMIT_DATA] = 1024 * int(held[1]) + TRIAL_BYTES
+    for what, most in limits.items():
+        hard = resource.getrlimit(what)[1]
+        resource.setrlimit(what, (most if hard < 0 else min(most, hard), hard))
+    work()
+    return SOUND
 
 
 def shown(line: object) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from hf import TODAY, compiled, read_json
+from hf import TODAY, Problems, compiled, read_json, tried
 from hf.tokenizer import EOS, Encoded, Segment, Tokenizer, Turns, byte_spec, read_settings
 
 CONTROL = re.compile(r"<\|?\w+\|?>")  # a control token within the source of TEMPLATES
@@ -213,7 +213,13 @@ def render_prompt(tokenizer: Tokenizer, template: str | None, turns: Turns) -> l
 def stop_ids(tokenizer: Tokenizer, template: str | None) -> list[int]:
     """Ids that end an answer in generation, the template's first. ValueError as of `render`."""
     turns = [("user", "?"), ("assistant", "!")]
-    [(ids, has_loss)] = encode_conversations(tokenizer, template, [turns])
+    ask = functools.partial(encode_conversations, tokenizer, template, [turns])
+    if template == OWN:
+        problems = Problems()
+        with problems.collecting(f"{tokenizer.path}: "):
+            tried(ask)
+        problems.raise_if_any()
+    [(ids, has_loss)] = ask()
     *_, end = (i for i, learned in zip(ids, has_loss, strict=True) if learned)
     return list(dict.fromkeys([end, *tokenizer.eos_ids]))
 

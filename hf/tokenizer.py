@@ -15,15 +15,12 @@ tokens enter through templates only (templates.py), by id. Nothing is ever downl
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import functools
 import hashlib
 import json
 import os
 import re
-import resource
 import unicodedata
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +28,7 @@ from pathlib import Path
 
 import tiktoken
 
-from hf import JSON_BYTES, open_regular, read_json
+from hf import JSON_BYTES, Problems, open_regular, read_json, tried
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Names to fall back on where no configuration file names the token.
@@ -44,10 +41,9 @@ TEMPLATE_TOKENS = (  # control tokens of the templates, whether or not the files
 
 BOS = "bos_token"
 EOS = "eos_token"  # a template's word for the vocabulary's own end of text, whatever its name
-# What a tokenizer is tried on, and how many seconds of computing and bytes it may take.
+# What a tokenizer is tried on.
 TRIAL = ["Hello, world! It's 12:30.\n\n  def f(x):\treturn x", "é 中文 😀 e\u0301 \u200d \x00 <s>",
          *(character * 3000 + "!" for character in "a1 .\n")]  # fmt: skip
-TRIAL_SECONDS, TRIAL_BYTES = 10, 4_000_000_000
 LONGEST = 10_000  # characters of a token
 # (role, text); roles: system, user, input, assistant, given (an answer without loss), or one "text"
 Turns = list[tuple[str, str]]
@@ -261,58 +257,23 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         with open_regular(jinja) as opened:
             settings["chat_template"] = opened.read(JSON_BYTES).decode(errors="surrogateescape")
     make = functools.partial(_from_spec, spec, settings, file.parent, fingerprint)
-    if (said := _trial(make)) != "sound":
-        raise ValueError(f"{file}: {said}")
-    return make()
+    problems = Problems()
+    with problems.collecting(f"{file}: "):
+        tried(functools.partial(_try_out, make))
+        return make()
+    raise problems
 
 
-def _trial(make: Callable[[], Tokenizer]) -> str:
-    """Make a tokenizer in a child process and use it on some texts: a file can have tiktoken and
-    `tokenizers`, which are Rust, panic, end the process, fill the memory or run for ever. Returns
-    "sound", or what is wrong."""
-    read, write = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the other threads, which a child does not have
-        child = os.fork()
-    if child == 0:
-        said = "not understood"
-        try:
-            for stream in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-            said = _try_out(make)
-        except ValueError as error:
-            said = str(error)
-        except BaseException as error:
-            said = f"not understood: {error!r}"
-        finally:
-            os.write(write, said.encode(errors="replace")[:2000])
-            os._exit(0)
-    os.close(write)
-    with open(read, encoding="utf-8", errors="replace") as pipe:
-        said = pipe.read()
-    with contextlib.suppress(ChildProcessError):  # whoever started this ignores its children's end
-        os.waitpid(child, 0)
-    return said or (f"crashes, or needs more than {TRIAL_SECONDS} s or {TRIAL_BYTES / 1e9:g} GB "
-                    "for a few texts")  # fmt: skip
-
-
-def _try_out(make: Callable[[], Tokenizer]) -> str:
-    """Within limits that end this process."""
-    faulthandler.disable()  # whose dump would go to the parent's stderr
+def _try_out(make: Callable[[], Tokenizer]) -> None:
+    """Make a tokenizer and encode some texts. In tiktoken and `tokenizers`, which are Rust, a file
+    can end the process, fill the memory or run for ever."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    limits = {resource.RLIMIT_CPU: TRIAL_SECONDS}
-    if held := re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text()):
-        limits[resource.RLIMIT_DATA] = 1024 * int(held[1]) + TRIAL_BYTES
-    for what, most in limits.items():
-        hard = resource.getrlimit(what)[1]
-        resource.setrlimit(what, (most if hard < 0 else min(most, hard), hard))
     codec = make().codec
     for first in (True, False):
         runs = codec.encode_runs([([(text, True)], first) for text in TRIAL])
         for text, (ids, _) in zip(TRIAL, runs, strict=True):
             if codec.decode(ids) != text and isinstance(codec, BytePairCodec) and not codec.nfc:
                 raise ValueError("its pattern does not match all text")
-    return "sound"
 
 
 def read_settings(path: Path, *files: str) -> dict:

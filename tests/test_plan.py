@@ -279,6 +279,16 @@ def test_first_fix_names_the_first_flag_that_is_enough(name, card, change, fix):
     assert planning.first_fix(config, card, **flags) == fix
 
 
+def test_first_fix_of_a_huge_micro_batch_is_found_by_halving(monkeypatch):
+    plan, config, asked = planning.plan, CONFIGS["GPT-2"], []
+    flags = FLAGS | {"micro_batch_size": 100_000, "batch_size": 800_000}
+    monkeypatch.setattr(planning, "plan", lambda *a, **k: asked.append(k) or plan(*a, **k))
+    fix = planning.first_fix(config, 80, **flags)
+    n = int(fix.removeprefix("--micro-batch-size "))
+    largest = [fits(plan(config, **flags | {"micro_batch_size": m}), 80) for m in (n, n + 1)]
+    assert largest == [True, False] and len(asked) < 20
+
+
 def test_checkpointing_offload_and_frozen_ends_need_less():
     config = CONFIGS["LLaMA-3-8B"]
     base = planning.plan(config, **FLAGS)

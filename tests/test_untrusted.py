@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import data
+import hf
 import shard
 import train
 from cli.flags import parse
 from cli.inputs import prepare
-from hf import DEPTH, Problems, open_regular, parse_json, read_json, say, tokenizer
+from hf import DEPTH, Problems, open_regular, parse_json, read_json, say, templates, tokenizer
 from hf.tokenizer import byte_spec
 from tests import forked
 from tests.forked import done, run
@@ -130,9 +131,9 @@ HOSTILE_TOKENIZERS = {
     "pattern that backtracks": (split_by("(?=(a+)+b)x"), "does not match all text"),
     "pattern that is empty": (split_by(""), "PanicException"),
     "normalizer that backtracks": (normalized_by(BACKTRACK), "retry-limit-in-match"),
-    "normalizer that doubles": (normalized_by(*[DOUBLE] * 24), "crashes, or needs more than 1 s"),
+    "normalizer that doubles": (normalized_by(*[DOUBLE] * 24), "crashes, or takes more than 1 s"),
     "normalizer that aborts": (normalized_by({"type": "Precompiled", "precompiled_charsmap":
-                                              "/" * 21 + "w=="}), "crashes, or needs more"),
+                                              "/" * 21 + "w=="}), "crashes, or takes more"),
 }  # fmt: skip
 
 
@@ -140,7 +141,7 @@ HOSTILE_TOKENIZERS = {
 def test_tokenizers_that_are_refused(name, tmp_path, monkeypatch, capfd):
     """Neither a panic nor its trace, nor the end of the process, nor a wait."""
     pytest.importorskip("tokenizers")
-    monkeypatch.setattr(tokenizer, "TRIAL_SECONDS", 1)
+    monkeypatch.setattr(hf, "TRIAL_SECONDS", 1)
     changes, expected = HOSTILE_TOKENIZERS[name]
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(byte_spec() | changes))
@@ -150,6 +151,23 @@ def test_tokenizers_that_are_refused(name, tmp_path, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("jinja", [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'x' * 10000000000 }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{{ cycler.__init__.__globals__ }}",
+    "{% include '/etc/passwd' %}",
+    "{{ messages.append(1) }}",
+])  # fmt: skip
+def test_chat_templates_that_are_refused(jinja, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "TRIAL_SECONDS", 1)
+    tok = data.byte_tokenizer()
+    tok.chat, tok.path = jinja, tmp_path
+    with pytest.raises(ValueError, match="^" + str(tmp_path)) as caught:
+        templates.stop_ids(tok, "own")
+    assert len(str(caught.value)) < 400
+
+
 def test_a_text_that_a_tokenizer_cannot_do_is_a_line():
     tok = data.byte_tokenizer()
     ranks = {bytes([i]): i for i in range(256) if i != ord("q")}
@@ -157,6 +175,22 @@ def test_a_text_that_a_tokenizer_cannot_do_is_a_line():
     for work in (lambda: tok.encode("q"), lambda: tok.encode_runs([([("q", True)], True)])):
         with pytest.raises(ValueError, match="tokenizer.json: cannot do this text: "):
             work()
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("--batch-size 100000000", "--batch-size 100000000: permitted is a whole number from 1 to a"),
+    ("--val-batch-size 1000001", "--val-batch-size 1000001: permitted is"),
+    ("--micro-batch-size 10000000", "--micro-batch-size 10000000: permitted is"),
+    ("--steps 999999999 --outer-rounds 999999999", "make 1e+18 steps: permitted are 1e9"),
+    ("--epochs 999999999 --batch-size 1", "make 1.2e+11 steps: permitted are 1e9"),
+    ("--tau 0.1 --outer-rounds 1000", "--tau 0.1: permitted is what leaves alpha between 1e-9"),
+    ("--mode finetune --weights uniform --samples 1000000000 --repeat", "--samples 1000000000: "),
+])  # fmt: skip
+def test_numbers_that_would_take_for_ever_are_refused_at_once(flags, expected, own_folder, refusal):
+    data = "--train a=train_a.jsonl b=train_b.jsonl c=train_c.jsonl --out out".split()
+    val = [] if "finetune" in flags else ["--val", "val.jsonl"]
+    (line,) = refusal([*data, *val, *flags.split()])
+    assert expected in line
 
 
 class Payload:
