@@ -38,13 +38,12 @@ from torch import Tensor
 import data
 import hf
 import shard
-from cli.flags import Parser
-from cli.inputs import source_paths
+from cli.flags import Parser, spelt
 from grading import mtbench, replies
 from hf import Problems, templates
 from model import DTYPES, Transformer, generate
 from sources import tasks
-from sources.records import located_values
+from sources.records import located_values, source_paths
 
 # What ScaleBiO's evaluation puts after a question of GSM8K or MATH.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -457,8 +456,14 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a judge that failed, 2 bad input."""
     args = parse(argv)
     command, _ = COMMANDS[args.command]
-    # A picture needs no ranks, and no room on a GPU that is in use.
-    return shard.command(partial(command, args), group=command is not plot_command)
+    if command is plot_command:  # needs no ranks, and no room on a GPU that is in use
+        return shard.command(partial(command, args), group=False)
+
+    def work(device: torch.device) -> int:
+        shard.check_same({spelt(name): value for name, value in vars(args).items()})
+        return command(args, device)
+
+    return shard.command(work)
 
 
 if __name__ == "__main__":

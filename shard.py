@@ -48,7 +48,6 @@ GATHER_ONCE_BYTES = 1_000_000_000
 FILES_TIMEOUT = 4 * 3600.0
 FILE_BYTES = 1_000_000_000  # of a checkpoint's files, but for one tensor
 RETRY_AFTER = 10.0  # seconds after which a full disk is tried again
-NO_ROOM = "No space left", "Disk quota exceeded"
 START_TIMEOUT = 300.0  # seconds that ranks wait for one another to start
 CHECKSUMS = "checksums.json"
 T = TypeVar("T")
@@ -104,6 +103,9 @@ def command(work: Callable[[torch.device | None], int], group: bool = True) -> i
             time.sleep(3)  # torchrun ends the other ranks when the first one leaves
         say(*Problems.of(error), file=sys.stderr)
         return 2
+    except MemoryError:
+        say("out of memory", file=sys.stderr)
+        return 1
     except RuntimeError as error:
         if not lost_peer(error):
             raise
@@ -423,12 +425,13 @@ def save_checkpoint(
     tensors: DTensors and replicated tensors; about: what the run is made of, as its config.json
     """
     main, target = dist.get_rank() == 0, folder / f"step-{step}"
-    if main:
-        delete(folder, [target] * target.exists())  # it is there only if it was found damaged
     with contextlib.ExitStack() as stack:
-        temporary = broadcast_from_rank0(
-            lambda: stack.enter_context(pretrained.written_whole(target))
-        )
+
+        def begin() -> Path:
+            delete(folder, [target] * target.exists())  # it is there only if it was found damaged
+            return stack.enter_context(pretrained.written_whole(target))
+
+        temporary = broadcast_from_rank0(begin)
         files = {"save_distributed": True, "fqn_to_index_mapping": in_files(tensors)}
         with one_error():
             dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(temporary, **files))
@@ -443,18 +446,17 @@ def save_checkpoint(
         jointly(finish_own)
         sums = gathered({file.name: crc32(file) for file in own})
 
-        def add_sums() -> None:
+        def complete() -> None:
             (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=1))
             sync(temporary / CHECKSUMS, temporary)
+            stack.close()
+            sync(folder, folder.parent)
+            # One of a later step was passed over when the run was resumed: it must not count.
+            found = whole_checkpoints(folder)
+            kept = [checkpoint for checkpoint in found if step_of(checkpoint) <= step][:keep]
+            delete(folder, set(found) - set(kept))
 
-        jointly(lambda: add_sums() if main else None)
-    if main:
-        sync(folder, folder.parent)
-        # One of a later step was passed over when the run was resumed: it must not count.
-        found = whole_checkpoints(folder)
-        kept = [checkpoint for checkpoint in found if step_of(checkpoint) <= step][:keep]
-        delete(folder, set(found) - set(kept))
-    dist.barrier()
+        jointly(lambda: complete() if main else None)
 
 
 def once_there_is_room(work: Callable[[], T], give_up: Callable[[], bool]) -> T:
@@ -465,14 +467,17 @@ def once_there_is_room(work: Callable[[], T], give_up: Callable[[], bool]) -> T:
         try:
             return work()
         except (OSError, ValueError) as error:
-            full = any(words in str(error) for words in NO_ROOM)
-            if not full or any(gathered({dist.get_rank(): give_up()}).values()):
+            if not no_room(error) or any(gathered({dist.get_rank(): give_up()}).values()):
                 raise
             if not waits and dist.get_rank() == 0:
                 say(f"{error}: nothing is lost, the run waits for room there, and tries again "
                     f"every {RETRY_AFTER:g} s", file=sys.stderr)  # fmt: skip
         waits = True
         time.sleep(RETRY_AFTER)
+
+
+def no_room(error: Exception) -> bool:
+    return any(words in str(error) for words in ("No space left", "Disk quota exceeded"))
 
 
 def in_files(tensors: dict[str, Tensor]) -> dict[str, int]:

@@ -189,7 +189,7 @@ def train(flags: Flags, inputs: Inputs, device: torch.device, signals: list[int]
         done, last = step + 1, step + 1 == total
         due = flags.keep if last else flags.save_every and done % flags.save_every == 0
         if due or (stats.stop and not last):
-            log.say(save(flags, inputs, trainer, done, signals))
+            log.say(save(flags, inputs, trainer, done, log, signals))
         if stats.stop and not last:
             raise Stopped(f"stopped after {done} of {total} steps")
 
@@ -197,7 +197,11 @@ def train(flags: Flags, inputs: Inputs, device: torch.device, signals: list[int]
     log.finish(held_out_losses(flags, inputs, trainer.w, total, total))
     shard.set_timeout(shard.FILES_TIMEOUT)
     add_tokenizer = partial(templates.save_tokenizer, inputs.tokenizer, template=inputs.template)
-    write = partial(shard.save, trainer.w, flags.out / "model", add_tokenizer)
+
+    def write() -> None:
+        shard.jointly(log.settle)
+        shard.save(trainer.w, flags.out / "model", add_tokenizer)
+
     shard.once_there_is_room(write, gives_up(signals))
     if not flags.keep and dist.get_rank() == 0:
         shard.delete(flags.out / "checkpoints", shard.whole_checkpoints(flags.out / "checkpoints"))
@@ -231,16 +235,19 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def save(
-    flags: Flags, inputs: Inputs, trainer: Trainer, done: int, signals: list[int]
+    flags: Flags, inputs: Inputs, trainer: Trainer, done: int, log: report.Log, signals: list[int]
 ) -> str:
     """Write the checkpoint of a run of which `done` steps are done; says so. Collective."""
     began = time.perf_counter()
     shard.set_timeout(shard.FILES_TIMEOUT)
-    if dist.get_rank() == 0:
-        shard.sync(flags.out / "metrics.jsonl")
     folder, made_of = flags.out / "checkpoints", record(flags, inputs)
     settings = folder, done, state_of(trainer), made_of, max(1, flags.keep)
-    shard.once_there_is_room(partial(shard.save_checkpoint, *settings), gives_up(signals))
+
+    def write() -> None:
+        shard.jointly(log.settle)
+        shard.save_checkpoint(*settings)
+
+    shard.once_there_is_room(write, gives_up(signals))
     shard.set_timeout(flags.timeout)
     return f"saved {folder}/step-{done} in {time.perf_counter() - began:.1f} s"
 
@@ -331,16 +338,17 @@ def run(flags: Flags, device: torch.device) -> int:
             announce(flags, inputs)
             say(*report.write_records(flags.out, inputs.mixture), *report.render(flags.out))
         return 0
-    memory = report.Memory(inputs.config, device.type, plan_settings(flags, inputs, device))
-    rank, code, last_words, signals = dist.get_rank(), 0, [], []
+    rank, code, last_words, signals, memory = dist.get_rank(), 0, [], [], None
     try:
+        settings = plan_settings(flags, inputs, device)
+        memory = plan.Memory(inputs.config, device.type, settings)
         if rank == 0:
             announce(flags, inputs, memory)
         train(flags, inputs, device, signals)
         if rank == 0:
             used = f"memory: {memory.planned}, measured {memory.measured()}"
             no_picture = draw_picture(flags)  # first, as the report lists the files
-            last_words = [*report.render(flags.out), *no_picture, used]
+            last_words = [*report.retold(flags.out), *no_picture, used]
     except Stopped as stopped:
         code = 128 + (signals or [signal.SIGTERM])[0]
         last_words = [f"{stopped}; the same command goes on from there"]
@@ -405,7 +413,7 @@ def outlive(stream: TextIO) -> None:
     stream.flush = functools.partial(attempt, stream.flush)
 
 
-def announce(flags: Flags, inputs: Inputs, memory: report.Memory | None = None) -> None:
+def announce(flags: Flags, inputs: Inputs, memory: plan.Memory | None = None) -> None:
     """Say and write down what the run is made of, and say what should be known of it."""
     sizes = ", ".join(f"{name} {len(source)}" for name, source in inputs.used.items())
     validation = f"; validation {len(inputs.val)}" if inputs.val else ""

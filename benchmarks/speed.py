@@ -47,7 +47,7 @@ import data
 import lisa
 import shard
 import train
-from cli import plan, report
+from cli import plan
 from cli.flags import Flags, Parser, parse
 from cli.inputs import TINY, Inputs
 from hf import pretrained, templates, tokenizer
@@ -314,7 +314,7 @@ def worker(case: Case) -> None:
     done, steps = {name: [] for name in sides}, range(1, case.repeats + 1)
     for t, (name, side) in itertools.product([0, *steps], sides.items()):
         done[name].append(timed(side.step, t, *side.batches.step(t)))
-    peak = report.peak_memory()  # before what follows needs any
+    peak = plan.peak_memory()  # before what follows needs any
     batches = map(make_batches(case, case.micro).step, steps)
     passes = [[*2 * train_part, *val_part] for train_part, val_part, _ in batches]
     result = {

@@ -15,6 +15,7 @@ import dataclasses
 import math
 import os
 import shutil
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ COUNT = Range(lambda x: 0 < x < 1e9, "a whole number above 0 and below 1e9")
 LOT = Range(lambda x: 0 < x <= 10**6, "a whole number from 1 to a million")
 MANY = Range(lambda x: 0 < x <= 10**7, "a whole number from 1 to ten millions")
 SCALE = Range(lambda x: 0 < x < 1e9, "a number above 0 and below 1e9")
-RATE = Range(lambda x: 0 <= x < math.inf, "a number of at least 0")
+RATE = Range(lambda x: 0 <= x < 1e9, "a number of at least 0 and below 1e9")
 SHARE = Range(lambda x: 0 <= x < 1, "a share from 0 to below 1")
 SEED = Range(lambda x: 0 <= x < 2**32, "a whole number from 0 to below 2^32")
 BLOCKS = Range(lambda x: x >= 0, "0 (all) or a number of blocks")
@@ -231,6 +232,13 @@ BRANCHING -= {"mode", "model", "dtype"}
 
 class Parser(argparse.ArgumentParser):
     """Refuses a flag in one line; the usage is for --help."""
+
+    def parse_args(self, args: list[str] | None = None) -> argparse.Namespace:
+        given = sys.argv[1:] if args is None else args
+        for text in given:
+            if text.encode(errors="ignore").decode() != text:
+                self.error(f"{text}: not in UTF-8")  # the files of a run could not say it
+        return super().parse_args(given)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{message}\n")

@@ -13,13 +13,11 @@ import contextlib
 import dataclasses
 import fcntl
 import filecmp
-import glob
 import itertools
 import json
 import math
 import os
 import platform
-import re
 import shutil
 import time
 import uuid
@@ -27,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -39,7 +36,7 @@ from data import cache_dir
 from hf import Problems, open_regular, pretrained, read_json, say, templates, tokenizer
 from model import ModelConfig, dtype_of, open_checkpoint, parameter_shapes
 from sources import tasks
-from sources.records import SUFFIXES
+from sources.records import source_paths
 
 TINY = {  # a llama of 0.9M parameters; the vocabulary is the byte tokenizer's
     "model_type": "llama",
@@ -59,8 +56,8 @@ TINY = {  # a llama of 0.9M parameters; the vocabulary is the byte tokenizer's
     "rope_theta": 10000.0,
 }
 LOCK = ".lock"  # in --out: locked while a run writes there
-# Things of `identity` whose values say nothing to a user.
-HASHED = "the data of", "the tokenizer"
+BEGUN = LOCK, ".config.json.tmp"  # all that a run leaves there that is killed at its start
+HASHED = "the data of", "the tokenizer"  # in `identity`: their values say nothing to a user
 
 
 @dataclass
@@ -126,8 +123,10 @@ def prepare(flags: Flags, world: int, first: bool = True) -> Inputs:
     problems = Problems([*check_flags(flags, world), *(check_out(flags) if first else ())])
     config, checkpoint, tok, weights, notes = None, None, None, None, []
     if flags.weights and flags.mode != "bilevel":
-        with problems.collecting():
-            weights = source_weights(flags)
+        with contextlib.suppress(ValueError):  # which `open_data` reports
+            names = source_names(flags)
+            with problems.collecting():
+                weights = parse_source_weights(flags.weights, names)
     with problems.collecting():
         if flags.mode != "draw":
             config, checkpoint, tok = open_model(flags)
@@ -171,8 +170,7 @@ def total_steps(flags: Flags, inputs: Inputs) -> int:
     epoch = -(-sum(map(len, inputs.used.values())) // flags.batch_size)
     total = (flags.outer_rounds or 1) * (flags.steps or math.ceil(flags.epochs * epoch))
     if total > 1e9:
-        raise ValueError(f"--steps (or --epochs) and --outer-rounds: make {total:.3g} steps: "
-                         "permitted are 1e9")  # fmt: skip
+        raise ValueError(f"--steps and --outer-rounds make {total:.3g} steps: permitted are 1e9")
     return total
 
 
@@ -215,6 +213,8 @@ def check_fit(flags: Flags, config: ModelConfig, tok: tokenizer.Tokenizer | None
                           ("lisa_layers", config.n_layers, "blocks")):  # fmt: skip
         if getattr(flags, name) > n:
             problems.add(f"{spelt(name)} {getattr(flags, name)}: the model has {n} {what}")
+    if flags.micro_batch_size * flags.max_length * config.vocab > 2**44:  # the plan walks through
+        problems.add("--micro-batch-size times --max-length times the vocabulary is above 2^44")
     if tok:
         try:
             templates.stop_ids(tok, flags.template)
@@ -323,41 +323,6 @@ def compare(flags: Flags, inputs: Inputs, what: str, other: str) -> None:
                             f"{whole} are the same throughout{gone}")  # fmt: skip
 
 
-def source_paths(items: list[str], flag: str = "--train") -> dict[str, Path]:
-    """{name: path} of [NAME=]PATH ...; a directory stands for its train_* files, a glob for all."""
-    problems, paths = Problems(), {}
-    for item in items:
-        name, path = re.fullmatch("(?:([^=/:]*)=)?(.*)", item, re.S).groups()
-        folder, found = Path(path).is_dir(), [path]
-        if name is None and (folder or re.search(r"[*?]", path)):
-            pattern = f"{glob.escape(path)}/train_*" if folder else path
-            found = sorted(p for p in glob.glob(pattern) if p.endswith(SUFFIXES) or not folder)
-            if not found:
-                problems.add(f"{flag} {item}: no file matches {pattern}")
-        for p in found:
-            bare = re.sub(r"(\.jsonl?|\.parquet|\.gz)+$", "", Path(p).name)
-            label = bare.removeprefix("train_" * (p != path)) if name is None else name
-            if not (label and p):
-                problems.add(f"{flag} {item}: expected NAME=PATH")
-            elif not label.isprintable() or set(label) & set("/,") or len(label) > 100:
-                problems.add(f"{flag} {label}={p}: a name may have no comma, as in --weights, and "
-                             "what a file name may have: at most 100 characters, all printable")
-            elif label in paths:
-                problems.add(f"{flag} {p}: the name {label} is used twice: give NAME=PATH")
-            paths[label] = Path(p)
-    problems.raise_if_any()
-    return paths
-
-
-def source_weights(flags: Flags) -> dict[str, float] | None:
-    """The weights that --weights states; None for "proportional"."""
-    try:
-        names = source_names(flags)
-    except ValueError:  # which `open_data` reports
-        return None
-    return parse_source_weights(flags.weights, names)
-
-
 def source_names(flags: Flags) -> list[str]:
     """Of what is weighted."""
     return list(source_paths(flags.train) if flags.train else tasks.task(flags.task, 0)[0])
@@ -368,7 +333,7 @@ def draw_per_source(flags: Flags, inputs: Inputs) -> None:
     for name in source_names(flags):
         source = inputs.sources[name]
         if len(source) > flags.per_source:
-            drawn = draw(source, name, flags.per_source, flags.seed)
+            drawn = data.draw(source, name, flags.per_source, flags.seed)
             inputs.sources[name] = dataclasses.replace(drawn, of=len(source))
             inputs.notes.append(f"{name}: {len(drawn)} of {len(source)} samples are drawn")
 
@@ -377,18 +342,13 @@ def draw_mixture(flags: Flags, inputs: Inputs, weights: dict | None) -> None:
     """Draw --samples by the weights, and take all of --also."""
     sources = {name: inputs.sources[name] for name in source_names(flags)}
     if weights is None:
-        total = sum(map(len, sources.values()))
-        weights = {name: len(source) / total for name, source in sources.items()}
-    inputs.mixture, notes = draw_samples(sources, weights, flags.samples, flags.repeat, flags.seed)
+        weights = {name: len(s) / sum(map(len, sources.values())) for name, s in sources.items()}
+    how = weights, flags.samples, flags.repeat, flags.seed
+    inputs.mixture, notes = data.draw_samples(sources, *how)
     also = {name: source for name, source in inputs.sources.items() if name not in sources}
     inputs.mixture |= also
     inputs.weights = weights | dict.fromkeys(also)
     inputs.notes += notes
-
-
-# --------------------------------------------------------------------------------------------------
-# The mixture of a fine-tuning run: how many samples of each source, and which. The paper draws
-# 10,000 by the weights that it learned on 3,000 of each source.
 
 
 def parse_source_weights(spec: str, names: list[str]) -> dict[str, float] | None:
@@ -424,61 +384,6 @@ def parse_source_weights(spec: str, names: list[str]) -> dict[str, float] | None
     Problems(f"--weights {spec}: {problem}" for problem in problems).raise_if_any()
     total = sum(stated.values())
     return {name: stated.get(name, 0) / total for name in names}
-
-
-def apportion(weights: dict[str, float], total: int) -> dict[str, int]:
-    """`total` in whole parts proportional to the weights, by largest remainder."""
-    whole = sum(weights.values())
-    exact = {name: total * (p / whole) for name, p in weights.items()}
-    parts = {name: math.floor(x) for name, x in exact.items()}
-    by_remainder = sorted(weights, key=lambda name: parts[name] - exact[name])
-    for name in by_remainder[: total - sum(parts.values())]:
-        parts[name] += 1
-    return parts
-
-
-def count_samples(
-    weights: dict[str, float], sizes: dict[str, int], samples: int, repeat: bool = False
-) -> tuple[dict[str, int], list[str]]:
-    """How many samples of each source, and a note on each that is short: without `repeat` what it
-    lacks goes to the others, in proportion to their weights."""
-    wanted = parts = apportion(weights, samples)
-    if repeat:
-        return parts, []
-    full = {}
-    while short := {name: sizes[name] for name, n in parts.items() if n > sizes[name]}:
-        full |= short
-        rest = {name: p for name, p in weights.items() if name not in full}
-        left = samples - sum(full.values())
-        parts = full | (apportion(rest, left) if sum(rest.values()) else dict.fromkeys(rest, 0))
-    notes = [
-        f"{name} is short: {wanted[name]} samples by its weight, but it has {full[name]}; the "
-        f"mixture has {sum(parts.values())} in all (--repeat would repeat records)"
-        for name in weights if wanted[name] > sizes[name]
-    ]  # fmt: skip
-    return {name: parts[name] for name in weights}, notes
-
-
-def draw_samples(
-    sources: dict[str, data.Dataset], weights: dict[str, float], samples: int,
-    repeat: bool = False, seed: int = 0,
-) -> tuple[dict[str, data.Dataset], list[str]]:
-    """The sources cut down to a mixture, those without a sample left out; and notes for the user.
-
-    Drawn without replacement; with `repeat`, all of a short source as often as it fits, and then
-    the rest. What is drawn depends on the seed, the source's name and size, and the count alone.
-    """
-    sizes = {name: len(source) for name, source in sources.items()}
-    parts, notes = count_samples(weights, sizes, samples, repeat)
-    drawn = {name: draw(sources[name], name, n, seed) for name, n in parts.items() if n}
-    return drawn, notes
-
-
-def draw(source: data.Dataset, name: str, n: int, seed: int) -> data.Dataset:
-    """n samples of a source, in its order."""
-    rng = np.random.default_rng([seed, *name.encode()])
-    picked = [rng.permutation(len(source)) for _ in range(math.ceil(n / len(source)))]
-    return source.select(np.sort(np.concatenate(picked)[:n]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -607,10 +512,11 @@ def check_out(flags: Flags) -> list[str]:
         return [f"--out {flags.out}: {parent} is not a directory that can be written to"]
     problems = changes(flags, {"flags": as_json(flags)})
     if flags.out.exists() and held_run(flags.out) is None:
-        others = [p for p in flags.out.iterdir() if p.name != LOCK]
+        others = [p for p in flags.out.iterdir() if p.name not in BEGUN]
         problems += [f"--out {flags.out}: holds files, but no run to go on with"] if others else []
     if flags.resume not in ("auto", "never"):
-        if flags.out.resolve() in (named := Path(flags.resume).resolve(), *named.parents):
+        named = Path(os.path.realpath(flags.resume))  # which no loop of links stops
+        if Path(os.path.realpath(flags.out)) in (named, *named.parents):
             problems.append(f"--resume {flags.resume} is in --out itself: to branch off from an "
                             "earlier step, give another --out")
         elif not checkpoints(flags):

@@ -20,6 +20,7 @@ from __future__ import annotations
 import bisect
 import json
 import math
+import resource
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -471,6 +472,26 @@ def as_flags(change: dict, ranks: str) -> str:
         flag = ranks if name == "ranks" else name.replace("_", "-")
         words.append(f"--{flag}" if value is True else f"--{flag} {value}")
     return " ".join(words)
+
+
+def peak_memory() -> int:
+    """Bytes: allocated on this rank's GPU, or else resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Memory:
+    """The planned peak of a run and beside it, on this rank, the measured one."""
+
+    def __init__(self, config, device_type: str, settings: dict):
+        """settings: what plan.plan takes. Make it before the model is loaded."""
+        self.config, self.device_type, self.settings = config, device_type, settings
+        self.planned = f"planned peak {plan(config, **settings).peak / GB:.2f} GB a rank"
+        self.before = peak_memory()  # on a CPU: Python, its libraries and the data
+
+    def measured(self) -> str:
+        return f"{(peak_memory() - self.before) / GB:.2f} GB"
 
 
 def command(flags, config: ModelConfig) -> int:

@@ -12,11 +12,11 @@ S sources.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import math
 import os
-import resource
 import shlex
 import sys
 import traceback
@@ -37,7 +37,6 @@ import shard
 from bilevel import StepStats
 from cli import plan
 from cli.flags import HARMLESS
-from cli.inputs import apportion, count_samples
 from hf import JSON_BYTES, Problems, open_regular, parse_json, read_json, say, shown
 from hf.tokenizer import Turns
 from sources.records import iter_records, locate
@@ -60,37 +59,53 @@ class Log:
         """about: what weights.json says besides the results, None for a run that learns none;
         start: steps already done, of which the rows are kept; origin: the directory of the run
         that did them."""
-        self.out, self.about, self.main = out, about, main
-        self.rows = read_rows(origin, start) if main else []
-        if main:
-            if len(self.rows) < start:
-                say(f"note: {start - len(self.rows)} of the {start} steps before are missing in "
-                    f"{origin}/metrics.jsonl")  # fmt: skip
-            replace(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.out, self.about, self.main, self.late = out, about, main, main
+        self.rows, file = read_rows(origin, start) if main else [], f"{origin}/metrics.jsonl"
+        if main and len(self.rows) < start:
+            say(f"note: {start - len(self.rows)} of the {start} steps before are missing in {file}")
+        try:
+            self.settle()
+        except (LookupError, TypeError, AttributeError, ArithmeticError):
+            raise OSError(errno.EINVAL, "holds rows that no step of this run left", file) from None
         often = dict.fromkeys(["mininterval", "maxinterval"], 0.5 if sys.stderr.isatty() else 20)
         self.bar = tqdm(total=total, initial=start, disable=not main, **often)
 
     def write(self, row: dict) -> None:
-        """Add one row of metrics.jsonl; bring weights.json up to date every tenth step."""
+        """Add a row to metrics.jsonl, every tenth to weights.json; if there is no room, later."""
         if not self.main:
             return
         self.rows.append(row)
-        with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        if row["step"] % 10 == 0:
-            self.write_weights()
+        try:
+            if not self.late:
+                with open(self.out / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            if row["step"] % 10 == 0:
+                self.write_weights()
+        except OSError as error:
+            if not shard.no_room(error):
+                raise
+            if not self.late:
+                self.say(f"{self.out}: {error.strerror}: metrics are kept until there is room")
+            self.late = True
         self.bar.set_postfix_str(progress_text(row), refresh=False)
         self.bar.update()
 
     def finish(self, held_out: dict) -> None:
-        """Add to the last row what the finished model gives."""
-        if not self.main:
-            return
-        self.bar.close()
-        for row in self.rows[-1:]:
-            row |= held_out
-        replace(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
-        self.write_weights()
+        """Add to the last row what the finished model gives; `settle` writes it."""
+        if self.main:
+            self.bar.close()
+            for row in self.rows[-1:]:
+                row |= held_out
+            self.late = True
+
+    def settle(self) -> None:
+        """Make all rows survive a power cut. OSError if there is no room for them."""
+        if self.late:
+            self.write_weights()
+            replace(self.out / "metrics.jsonl", (json.dumps(row) + "\n" for row in self.rows))
+            self.late = False
+        if self.main:
+            shard.sync(self.out / "metrics.jsonl")
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
@@ -117,7 +132,7 @@ def row(step: int, stats: StepStats, counts: Tensor, names: list[str]) -> dict:
         "source_loss_w": by_name(names, stats.source_loss_w),
         "grad_norm_w": finite(stats.grad_norm_w),
         "finite": stats.finite,
-        "peak_memory": peak_memory(),
+        "peak_memory": plan.peak_memory(),
     }
     if stats.source_loss_u is None:
         n = counts[:-1].to(stats.source_loss_w)
@@ -140,13 +155,6 @@ def finite(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
-def peak_memory() -> int:
-    """Bytes: allocated on this rank's GPU, or else resident in this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def write_json(path: Path, content: dict) -> None:
     replace(path, json.dumps(content, indent=1) + "\n")
 
@@ -167,32 +175,20 @@ def read_rows(out: Path, before: float = math.inf) -> list[dict]:
         while line := file.readline(JSON_BYTES):
             with contextlib.suppress(ValueError):
                 rows.append(parse_json(line))
-    return [row for row in rows if isinstance(row, dict) and row.get("step", before) < before]
+    return [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int
+            and row["step"] < before]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
 # When it cannot go on
 
 
-class Memory:
-    """The planned peak of a run and beside it, on this rank, the measured one."""
-
-    def __init__(self, config, device_type: str, settings: dict):
-        """settings: what plan.plan takes. Make it before the model is loaded."""
-        self.config, self.device_type, self.settings = config, device_type, settings
-        self.planned = f"planned peak {plan.plan(config, **settings).peak / plan.GB:.2f} GB a rank"
-        self.before = peak_memory()  # on a CPU: Python, its libraries and the data
-
-    def measured(self) -> str:
-        return f"{(peak_memory() - self.before) / plan.GB:.2f} GB"
-
-
-def why(error: BaseException, out: Path, timeout: float, memory: Memory, rank: int) -> str:
+def why(error: Exception, out: Path, timeout: float, memory: plan.Memory | None, rank: int) -> str:
     """Why a rank ends, in a line. Want of memory leaves the traceback in a file; what should not
     happen prints it."""
     said = str(error)
     # PyTorch's allocators, NCCL and cuBLAS each say it in their own way.
-    if (isinstance(error, MemoryError) or "out of memory" in said.lower()
+    if memory and (isinstance(error, MemoryError) or "out of memory" in said.lower()
             or "can't allocate memory" in said):  # fmt: skip
         log = out / f"error-rank{rank}.log"
         log.write_text("".join(traceback.format_exception(error)))
@@ -329,7 +325,7 @@ def render(out: Path) -> list[str]:
 
 
 def table(rows: dict[str, tuple[float | None, int, str]], last: str) -> list[str]:
-    """Of each source its weight, as a number and as a bar, its samples, and what is `last`."""
+    """Of each source its weight, as a number and a bar, its samples, and what is `last`."""
     width = max(len("source"), *map(len, rows))
     lines = [f"{'source':{width}}  weight  {'':30}  samples{last}"]
     for name, (p, samples, rest) in rows.items():
@@ -356,9 +352,9 @@ def elsewhere(result: dict, train: list[str], out: Path) -> list[str]:
     """How other tools get the learned mixture, how much of it, and which source limits that."""
     weights = result["weights"]
     sizes = {name: about.get("of", about["samples"]) for name, about in result["sources"].items()}
-    counts, short = count_samples(weights, sizes, MIXTURE)
+    counts, short = data.count_samples(weights, sizes, MIXTURE)
     command = ["--train", *train, "--weights", str(out / "weights.json"), "--out", "mix"]
-    parts = apportion(weights, MIXTURE)  # so that the printed probabilities sum to one
+    parts = data.apportion(weights, MIXTURE)  # so that the printed probabilities sum to one
     parts = {name: n / MIXTURE for name, n in parts.items() if n}
     drawn = {name: sizes[name] / p for name, p in parts.items()}  # until a source is used up
     first, last = (choose(drawn, key=drawn.get) for choose in (min, max))
@@ -385,9 +381,8 @@ def mixture_jsonl(drawn: dict[str, data.Dataset]) -> Iterator[str]:
     """A line for each sample: its source, and its record's number in the source's file (from 1; in
     JSON Lines, the line)."""
     for name, source in drawn.items():
-        for number in source.numbers:
-            row = {"source": name, "record": int(number)}
-            yield json.dumps(row, ensure_ascii=False) + "\n"
+        for number in map(int, source.numbers):
+            yield json.dumps({"source": name, "record": number}, ensure_ascii=False) + "\n"
 
 
 # How LLaMA-Factory is told of messages.jsonl.
@@ -474,12 +469,12 @@ def read_run(path: Path) -> Run:
         flags = {k: v for k, v in config["flags"].items() if k not in HARMLESS | {"seed"}}
         paths = {name: entry["path"] for name, entry in config["data"].items()}
         shares = config["mixture"]
-    except (OSError, KeyError, TypeError, ValueError):
+    except (OSError, LookupError, TypeError, ValueError, AttributeError):
         raise ValueError(f"{path}: not the directory of a run") from None
     if not rows:
         raise ValueError(f"{path}: the run has not done a step yet")
     kind = json.dumps([flags, paths, shares], sort_keys=True)
-    return Run(path, rows, list(shares or rows[0]["weights"]), shares, kind)
+    return Run(path, rows, [*(shares or rows[0].get("weights") or ())], shares, kind)
 
 
 def plot(paths: list[Path], file: Path) -> None:
@@ -490,7 +485,10 @@ def plot(paths: list[Path], file: Path) -> None:
         with problems.collecting():
             runs.append(read_run(path))
     problems.raise_if_any()
-    figure = figure_of(runs)
+    try:
+        figure = figure_of(runs)
+    except (LookupError, TypeError, AttributeError, ArithmeticError):
+        raise ValueError("a file of a run is damaged") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a font without some character: it is drawn as a box
         try:

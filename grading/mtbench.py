@@ -12,19 +12,22 @@ Nothing is scored from a reply that was cut.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import socket
 import threading
-import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http.client import HTTPException
+from functools import partial
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import AbstractHTTPHandler, HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
@@ -185,9 +188,29 @@ class NoRedirects(HTTPRedirectHandler):
         return None
 
 
+def limited(do_open: Callable, kind: type, request: Request, **rest) -> HTTPResponse:
+    """urllib's `do_open` by a connection that is cut after PATIENCE timeouts, whatever still comes:
+    headers, or answers before the answer, may be endless."""
+
+    class Connection(kind):
+        def connect(self):
+            super().connect()
+            cut = threading.Timer(PATIENCE * self.timeout, shut, [self.sock])
+            cut.daemon = True
+            cut.start()
+
+    return do_open(Connection, request, **rest)
+
+
+def shut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it is closed
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 PASSING = {408, 409, 425, 429}  # statuses after which it is asked again; and 500 and above
 READINGS = 3  # replies without a grade, after which a question is left for another time
 BYTES = 16_000_000  # of a reply
+PATIENCE = 10  # so many timeouts may all of a reply take
 INSTEAD = {"max_tokens": "with max_completion_tokens", "temperature": "without"}
 CUT = ("length", "content_filter")  # why it ended, where it did not come to its end
 
@@ -198,7 +221,7 @@ class Judge:
 
     url: str
     model: str
-    timeout: float = 120.0  # seconds without a byte of the reply; all of it may take ten times that
+    timeout: float = 120.0  # seconds without a byte of the reply; all of it may take PATIENCE times
     tries: int = 8  # of a request that the endpoint fails
     concurrency: int = 4
     max_tokens: int = 2048
@@ -224,6 +247,9 @@ class Judge:
         self.address = parts._replace(path=path).geturl()
         self.key = os.environ.get(KEY) or "no-key"
         self.opener = build_opener(NoRedirects)
+        for handler in self.opener.handlers:
+            if isinstance(handler, AbstractHTTPHandler):
+                handler.do_open = partial(limited, handler.do_open)
 
     def post(self, messages: list[dict], temperature: float) -> tuple[str, str]:
         """(reply, why it ended). Asks again without a parameter that is refused by its name."""
@@ -236,9 +262,8 @@ class Judge:
         request = Request(self.address, json.dumps(body).encode(), headers)
         try:
             with self.opener.open(request, timeout=self.timeout) as reply:
-                text, until = b"", time.monotonic() + 10 * self.timeout
-                while (len(text) < BYTES and time.monotonic() < until
-                       and (piece := reply.read1(1 << 16))):  # fmt: skip
+                text = b""
+                while len(text) < BYTES and (piece := reply.read1(1 << 16)):
                     text += piece
             choice = parse_json(text)["choices"][0]
         except HTTPError as error:

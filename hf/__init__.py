@@ -126,9 +126,9 @@ def compiled(source: str) -> Callable[..., str]:
     return env.from_string(tags.sub(lambda tag: tag[1] + marks[tag[2]], source)).render
 
 
-def tried(work: Callable[[], object]) -> None:
+def tried(work: Callable[[], object], file: Path) -> None:
     """Do in a child process, within limits, what a file can make crash, fill the memory or run for
-    ever. ValueError if it does, or with what `work` raises."""
+    ever. ValueError that names it if it does, or if `work` raises one."""
     read, write = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the other threads, which a child does not have
@@ -150,8 +150,9 @@ def tried(work: Callable[[], object]) -> None:
     with contextlib.suppress(ChildProcessError):  # of a parent that lets its children go
         os.waitpid(child, 0)
     if said != SOUND:
-        raise ValueError(said or f"crashes, or takes more than {TRIAL_SECONDS} s of computing or "
-                         f"{TRIAL_BYTES / 1e9:g} GB")  # fmt: skip
+        said = said or (f"crashes, or takes more than {TRIAL_SECONDS} s of computing or "
+                        f"{TRIAL_BYTES / 1e9:g} GB")  # fmt: skip
+        raise ValueError(f"{file}: {said}")
 
 
 def _limited(work: Callable[[], object]) -> str:

@@ -282,15 +282,10 @@ def write_file(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def write_tensors(
-    directory: str | Path | None, config: ModelConfig, tensors: Named, max_bytes: float = 5e9
+    directory: str | Path, config: ModelConfig, tensors: Named, max_bytes: float = 5e9
 ) -> None:
     """Write tensors, which come in the model's order, as safetensors files of at most `max_bytes`
-    (or one tensor), with index and config.json. Holds one file's tensors at a time. A directory of
-    None takes all pairs and writes none, on a rank that gathers along with the others."""
-    if directory is None:
-        for _ in tensors:
-            pass
-        return
+    (or one tensor), with index and config.json. Holds one file's tensors at a time."""
     directory, files, total = Path(directory), [], 0
     for batch in batches(to_hf(config, tensors), max_bytes):
         write_file(batch, directory / f"{len(files)}.part")

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from hf import TODAY, Problems, compiled, read_json, tried
+from hf import TODAY, compiled, read_json, tried
 from hf.tokenizer import EOS, Encoded, Segment, Tokenizer, Turns, byte_spec, read_settings
 
 CONTROL = re.compile(r"<\|?\w+\|?>")  # a control token within the source of TEMPLATES
@@ -215,10 +215,7 @@ def stop_ids(tokenizer: Tokenizer, template: str | None) -> list[int]:
     turns = [("user", "?"), ("assistant", "!")]
     ask = functools.partial(encode_conversations, tokenizer, template, [turns])
     if template == OWN:
-        problems = Problems()
-        with problems.collecting(f"{tokenizer.path}: "):
-            tried(ask)
-        problems.raise_if_any()
+        tried(ask, tokenizer.path)
     [(ids, has_loss)] = ask()
     *_, end = (i for i, learned in zip(ids, has_loss, strict=True) if learned)
     return list(dict.fromkeys([end, *tokenizer.eos_ids]))

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import tiktoken
 
-from hf import JSON_BYTES, Problems, open_regular, read_json, tried
+from hf import JSON_BYTES, open_regular, read_json, tried
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Names to fall back on where no configuration file names the token.
@@ -257,11 +257,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         with open_regular(jinja) as opened:
             settings["chat_template"] = opened.read(JSON_BYTES).decode(errors="surrogateescape")
     make = functools.partial(_from_spec, spec, settings, file.parent, fingerprint)
-    problems = Problems()
-    with problems.collecting(f"{file}: "):
-        tried(functools.partial(_try_out, make))
-        return make()
-    raise problems
+    tried(functools.partial(_try_out, make), file)
+    return make()
 
 
 def _try_out(make: Callable[[], Tokenizer]) -> None:

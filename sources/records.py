@@ -11,6 +11,7 @@ its number elsewhere.
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
 import os
@@ -174,6 +175,32 @@ def _text(value: object, name: str) -> str:
 
 
 # A source
+
+def source_paths(items: list[str], flag: str = "--train") -> dict[str, Path]:
+    """{name: path} of [NAME=]PATH ...; a directory stands for its train_* files, a glob for all."""
+    problems, paths = Problems(), {}
+    for item in items:
+        name, path = re.fullmatch("(?:([^=/:]*)=)?(.*)", item, re.S).groups()
+        folder, found = Path(path).is_dir(), [path]
+        if name is None and (folder or re.search(r"[*?]", path)):
+            pattern = f"{glob.escape(path)}/train_*" if folder else path
+            found = sorted(p for p in glob.glob(pattern) if p.endswith(SUFFIXES) or not folder)
+            if not found:
+                problems.add(f"{flag} {item}: no file matches {pattern}")
+        for p in found:
+            bare = re.sub(r"(\.jsonl?|\.parquet|\.gz)+$", "", Path(p).name)
+            label = bare.removeprefix("train_" * (p != path)) if name is None else name
+            if not (label and p):
+                problems.add(f"{flag} {item}: expected NAME=PATH")
+            elif not label.isprintable() or set(label) & set("/,") or len(label) > 100:
+                problems.add(f"{flag} {label}={p}: a name may have no comma, as in --weights, and "
+                             "what a file name may have: at most 100 characters, all printable")
+            elif label in paths:
+                problems.add(f"{flag} {p}: the name {label} is used twice: give NAME=PATH")
+            paths[label] = Path(p)
+    problems.raise_if_any()
+    return paths
+
 
 class Source(NamedTuple):
     """Where records are, as it was said; files, read one after another; a format, if stated."""

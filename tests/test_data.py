@@ -306,6 +306,25 @@ def test_damaged_cache_is_rebuilt_and_what_a_killed_build_left_is_cleared(
         assert list(cache.glob("*/")) == [entry]
 
 
+@pytest.mark.parametrize("name, value", [
+    ("tokens", 10**6), ("lengths", -5), ("lengths", 2**62), ("numbers", None),
+])  # fmt: skip
+def test_an_entry_that_training_would_trip_over_is_rebuilt(name, value, write, tmp_path):
+    """Its checksums are right: the folder may be shared."""
+    path, cache = write([ALPACA] * 3), tmp_path / "cache"
+    whole = vars(load(path, cache))
+    entry, = cache.glob("*/")
+    file, meta = entry / f"{name}.bin", json.loads((entry / "meta.json").read_text())
+    array = np.fromfile(file, data.ARRAYS[name])
+    array[0] = value or 0
+    file.unlink()  # it is mapped
+    (array if value else array[1:]).tofile(file)
+    meta["checks"] = data._checks(data._map_arrays(entry), meta["counts"])
+    (entry / "meta.json").write_text(json.dumps(meta))
+    for name, value in vars(load(path, cache)).items():
+        assert np.array_equal(value, whole[name]), name
+
+
 def test_one_process_builds_and_the_others_wait(write, tmp_path, monkeypatch):
     path = write([{"text": f"{i}"} for i in range(500)])
     context = multiprocessing.get_context("fork")

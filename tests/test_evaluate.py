@@ -17,7 +17,6 @@ import data
 import evaluate
 import grading
 import train
-from cli.inputs import apportion
 from grading import answers, replies
 from grading.replies import Journal, read
 from hf import shown, templates
@@ -374,7 +373,7 @@ def test_from_sources_to_accuracy_on_real_data(asset, here):
     tune = "--mode finetune --weights learned/weights.json --samples 60 --epochs 3 --out tuned"
     done(*tune.split(), flags=common)
     drawn = Counter(row["source"] for row in read(Path("tuned/mixture.jsonl")))
-    assert drawn == apportion(weights, 60)
+    assert drawn == data.apportion(weights, 60)
     code, out, _ = here("loss", "--model", model, "tuned/model", "--data", f"{sources}/test.json",
                         "--template", "alpaca", "--max-length", 128)  # fmt: skip
     before, after = (float(line.split()[3]) for line in out.splitlines()[1:3])

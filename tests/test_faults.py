@@ -1,6 +1,7 @@
 """What can go wrong around a run: it ends with a clear line, or goes on, and never hangs."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -110,7 +111,7 @@ def leave_free(n_bytes: int) -> None:
 
 def fill_the_disk() -> None:
     shard.RETRY_AFTER = 0.1
-    at("forward", 1, partial(leave_free, 1_000_000))
+    at("forward", 1, partial(leave_free, 0), entry=3)
 
 
 @pytest.mark.parametrize("flags", [[], ["--save-every", "2"], ["--keep", "0"]])
@@ -137,6 +138,25 @@ def test_a_run_waits_for_room_on_a_full_disk_and_loses_nothing(stopped, refusal,
         if ranks == 1:
             done("--out", "whole")
             forked.assert_same("disk/out", "whole", checkpoints=kept)
+
+
+def find_no_room_twice() -> None:
+    """Before and after a checkpoint is written, where rank 0 works alone."""
+    inner, calls = shard.delete, iter([True, False, True])
+    shard.RETRY_AFTER = 0.1
+
+    def delete(*args):
+        if next(calls, False):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        inner(*args)
+
+    shard.delete = delete
+
+
+def test_what_rank_0_alone_finds_on_the_disk_concerns_all_ranks():
+    runs = forked.start(["--out", "out", "--save-every", "6"], 2, {0: find_no_room_twice})
+    code, said = forked.finish(runs)
+    assert code == 0 and "nothing is lost" in said and saved("out") == ["step-12", "step-6"], said
 
 
 def test_an_out_that_cannot_be_written_is_refused(refusal):

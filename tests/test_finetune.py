@@ -14,7 +14,7 @@ import torch
 
 import data
 import train
-from cli import inputs, report
+from cli import report
 from cli.flags import parse
 from cli.inputs import prepare
 from model import from_pretrained, generate
@@ -45,7 +45,7 @@ def pipeline(tmp_path_factory):
 
 def test_the_pipeline_and_the_files_it_leaves(pipeline, capsys):
     weights = json.loads(Path("learned/weights.json").read_text())["weights"]
-    parts = inputs.apportion(weights, 40)
+    parts = data.apportion(weights, 40)
     assert json.loads(Path("tuned/config.json").read_text())["mixture"] == {
         name: {"weight": pytest.approx(weights[name]), "samples": parts[name]} for name in "ab"
     }

@@ -69,8 +69,8 @@ def test_weights_that_are_refused(tmp_path, monkeypatch, spec, expected):
 
 
 def test_apportion_by_largest_remainder():
-    assert inputs.apportion({"a": 0.5, "b": 0.3, "c": 0.2}, 11) == {"a": 6, "b": 3, "c": 2}
-    thirds = inputs.apportion(dict.fromkeys(NAMES, 1 / 3), 10_000)
+    assert data.apportion({"a": 0.5, "b": 0.3, "c": 0.2}, 11) == {"a": 6, "b": 3, "c": 2}
+    thirds = data.apportion(dict.fromkeys(NAMES, 1 / 3), 10_000)
     assert sorted(thirds.values()) == [3333, 3333, 3334]
 
 
@@ -83,45 +83,45 @@ def test_counts(sources, samples):
     sizes = {str(i): n for i, (_, n) in enumerate(sources)}
     if sum(weights.values()) < 1e-3:
         weights["0"] = 1.0
-    parts, notes = inputs.count_samples(weights, sizes, samples)
+    parts, notes = data.count_samples(weights, sizes, samples)
     assert list(parts) == list(weights)
     assert all(0 <= parts[name] <= sizes[name] * (weights[name] > 0) for name in parts)
     assert sum(parts.values()) == min(samples, sum(sizes[n] for n in parts if weights[n] > 0))
-    wanted = inputs.apportion(weights, samples)
+    wanted = data.apportion(weights, samples)
     assert bool(notes) == any(wanted[name] > sizes[name] for name in parts)
     open_ones = [name for name in parts if parts[name] < sizes[name]]
     for a in open_ones:
         for b in open_ones:
             share = weights[a] * parts[b] - weights[b] * parts[a]
             assert abs(share) <= weights[a] + weights[b]  # within one sample of each
-    assert sum(inputs.count_samples(weights, sizes, samples, repeat=True)[0].values()) == samples
+    assert sum(data.count_samples(weights, sizes, samples, repeat=True)[0].values()) == samples
 
 
 def test_a_short_source_is_named_and_the_rest_is_spread():
     weights, sizes = {"a": 0.8, "b": 0.15, "c": 0.05}, {"a": 10, "b": 100, "c": 100}
-    parts, (note,) = inputs.count_samples(weights, sizes, 50)
+    parts, (note,) = data.count_samples(weights, sizes, 50)
     assert parts == {"a": 10, "b": 30, "c": 10}
     assert note.startswith("a is short: 40 samples by its weight, but it has 10;")
     assert "the mixture has 50 in all" in note
-    parts, (note,) = inputs.count_samples({"a": 1, "b": 0, "c": 0}, sizes, 50)
+    parts, (note,) = data.count_samples({"a": 1, "b": 0, "c": 0}, sizes, 50)
     assert parts == {"a": 10, "b": 0, "c": 0} and "the mixture has 10 in all" in note
 
 
 def test_a_draw_is_without_replacement_and_depends_on_its_own_source_alone():
     sources = {"a": dataset(40), "b": dataset(30, "b"), "c": dataset(5, "c")}
     weights = {"a": 0.5, "b": 0.5, "c": 0.0}
-    drawn, notes = inputs.draw_samples(sources, weights, 40, seed=3)
+    drawn, notes = data.draw_samples(sources, weights, 40, seed=3)
     assert list(drawn) == ["a", "b"] and not notes
     for name, source in drawn.items():
         assert len(set(source.numbers.tolist())) == len(source) == 20
         for i, number in enumerate(source.numbers):  # the records go with their numbers
             assert np.array_equal(source.stored(i), sources[name].stored(number - 1))
-    again = inputs.draw_samples(dict(reversed(sources.items())), weights, 40, seed=3)[0]
-    other = inputs.draw_samples(sources, weights, 40, seed=4)[0]
+    again = data.draw_samples(dict(reversed(sources.items())), weights, 40, seed=3)[0]
+    other = data.draw_samples(sources, weights, 40, seed=4)[0]
     assert again["a"].numbers.tolist() == drawn["a"].numbers.tolist()
     assert other["a"].numbers.tolist() != drawn["a"].numbers.tolist()
 
-    repeated = inputs.draw_samples(sources, {"a": 0, "b": 0, "c": 1}, 13, repeat=True)[0]["c"]
+    repeated = data.draw_samples(sources, {"a": 0, "b": 0, "c": 1}, 13, repeat=True)[0]["c"]
     assert sorted(Counter(repeated.numbers.tolist()).values()) == [2, 2, 3, 3, 3]
     samples = [json.loads(line) for line in report.mixture_jsonl(drawn)]
     assert samples[0] == {"source": "a", "record": drawn["a"].numbers[0]}

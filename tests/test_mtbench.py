@@ -64,6 +64,10 @@ class Handler(BaseHTTPRequestHandler):
             with contextlib.suppress(OSError):
                 while True:
                     self.wfile.write(b" " * 65536)
+        elif fault == "hesitant":
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         elif fault == "elsewhere":
             self.reply(307, {}, {"Location": f"http://localhost:{server.server_port}/v1/x"})
         elif fault == "cut":
@@ -219,9 +223,12 @@ def test_a_server_that_knows_other_parameters_is_asked_by_them(server, ask):
     assert len(ask(temperature=0.5)[1]) == 2 * len(EVERY)
 
 
-@pytest.mark.parametrize(("fault", "told"), [("endless", "does not end"), ("elsewhere", "307 ")])
+@pytest.mark.parametrize(("fault", "told"), [
+    ("endless", "does not end"), ("hesitant", "try 2 of 2"), ("elsewhere", "307 "),
+])  # fmt: skip
 def test_a_judge_without_end_or_that_sends_elsewhere_is_left(server, ask, monkeypatch, fault, told):
     monkeypatch.setattr(mtbench, "BYTES", 10**6)
+    monkeypatch.setattr(mtbench, "PATIENCE", 1)
     server.fault = fault
     why, rows = ask(tries=2, concurrency=1)
     assert rows == [] and told in why and "\n" not in why

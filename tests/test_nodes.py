@@ -58,10 +58,10 @@ def test_what_is_wrong_on_one_machine_is_said_on_both(spoil, problem):
     assert on_two(spoil).startswith(f"rank 1: {problem}")
 
 
-def evaluates(machine: Callable[[], None] = lambda: None) -> None:
+def evaluates(machine: Callable[[], None] = lambda: None, more: str = "8") -> None:
     """It is evaluate.py that this rank runs, on a machine."""
     machine()
-    train.main = evaluate.main
+    train.main = lambda argv: evaluate.main([*argv, "--micro-batch-size", more])
 
 
 def test_evaluation_says_it_too():
@@ -70,6 +70,8 @@ def test_evaluation_says_it_too():
     other = partial(evaluates, partial(machine, "other", "rm val.jsonl"))
     code, said = finish(start([], 2, {0: evaluates, 1: other}, flags))
     assert code == 2 and said.count("rank 1 on ") == said.count("No such file") == 2
+    code, said = finish(start([], 2, {0: evaluates, 1: partial(evaluates, more="2")}, flags))
+    assert code == 2 and said.count("not as on rank 0: --micro-batch-size") == 2
     assert finish(start([], 2, {0: evaluates, 1: evaluates}, flags))[0] == 0
 
 

@@ -184,11 +184,14 @@ def test_a_text_that_a_tokenizer_cannot_do_is_a_line():
     ("--steps 999999999 --outer-rounds 999999999", "make 1e+18 steps: permitted are 1e9"),
     ("--epochs 999999999 --batch-size 1", "make 1.2e+11 steps: permitted are 1e9"),
     ("--tau 0.1 --outer-rounds 1000", "--tau 0.1: permitted is what leaves alpha between 1e-9"),
+    ("--resume loop", "--resume loop: holds no checkpoint"),
+    ("--lr-lambda 1e308", "--lr-lambda 1e+308: permitted is"),
     ("--mode finetune --weights uniform --samples 1000000000 --repeat", "--samples 1000000000: "),
 ])  # fmt: skip
-def test_numbers_that_would_take_for_ever_are_refused_at_once(flags, expected, own_folder, refusal):
+def test_flags_that_are_refused_at_once(flags, expected, own_folder, refusal):
     data = "--train a=train_a.jsonl b=train_b.jsonl c=train_c.jsonl --out out".split()
     val = [] if "finetune" in flags else ["--val", "val.jsonl"]
+    Path("loop").symlink_to("loop")
     (line,) = refusal([*data, *val, *flags.split()])
     assert expected in line
 
