@@ -95,27 +95,37 @@ LETTERS = [StringExtractionConfig(tuple("ABCDEFGHJKLMNOPQRSTUVWXYZ"), lowercase=
 NUMBER = (r"(?:(?<!\d)-)?(?:\d{1,3}(?:[, ]\d{3}){1,99}(?!\d)(?:\.\d{1,99})?"
           r"|\d{1,999}/[1-9]\d{0,99}(?![.\d])"
           r"|(?:\d{1,999}(?:\.\d{1,99})?|\.\d{1,99})(?:e-?\d\d?(?!\d))?)")  # fmt: skip
-WORD = (r"(?!(?:and|or|to|not|minus|negative|less|more|than|half|pi|sqrt|sin|cos|tan|log|ln|times)"
-        r"\b)[A-Za-z]{2,}")  # fmt: skip
-WHOLE = re.compile(rf"({NUMBER})\s*%?\s*(?:{WORD})?(?:\s+{WORD})*(?:\^?[23])?")
+WORD = (r"(?:(?!(?:and|or|to|not|minus|negative|less|more|than|half|pi|sqrt|sin|cos|tan|log|ln"
+        r"|times)\b)[A-Za-z]{2,}|[㐀-鿿¢]+)")  # fmt: skip
+WHOLE = re.compile(rf"({NUMBER})\s*%?\s*{WORD}?(?:\s+{WORD})*(?:\^?[23])?")
+# A clause that is a number, or one for so many.
+OPENS = re.compile(rf"{WHOLE.pattern}\s*(?:[.,:](?!\d)|[;(，。；：（]|\b(?:for|per|each)\b|\Z)")
 LAST = re.compile(rf"(?<!\d)(?<!\d\.)(?<![A-Za-qt-z]){NUMBER}")  # in "Rs18", not in "m2"
 PROSE = re.compile(rf"\A\s*(?:(?:\\text\{{[^{{}}]*\}}\s*)+(?=\S)"
                    rf"|(?:{WORD}[\s:]+)+(?![A-Za-z]{{2}}))")  # fmt: skip
 
 # Where a model goes on with a question of its own, or with the next turn of its template.
-GOES_ON = re.compile(r"\n[\s#*]{0,9}(?:Question|Problem|Exercise|Instruction|Human|User|Q|问题"
-                     r"|题目)\s*\d*[\s*]*[:：]|<\|\w+\|>|</?s>|\[/?INST\]")  # fmt: skip
+GOES_ON = re.compile(r"\n[\s#*]{0,9}(?:Question|Problem|Exercise|Instruction|Human|User|Q"
+                     r"|问题|题目)\s*\d*(?:[\s*]*[:：]|(?<=\d)\**\s*\n)"
+                     r"|<\|\w+\|>|</?s>|\[/?INST\]")  # fmt: skip
 # A box that only repeats the instruction: without braces, or with nothing in them.
 BLANK = r"(?:[^\w∞∅{}]|_|\b(?:text|[lc]?dots|q?quad|your|the|final|answer|here)\b)"
 NO_BOX = re.compile(
     rf"\\(?:boxed|fbox)(?:\s*\{{(?:{BLANK}|\{{{BLANK}*\}})*\}}|(?!\s*\{{))", re.I
 )  # fmt: skip
-# What an answer follows; #### may also open a heading. And what reasons for it follow.
+# What an answer follows; #### may also open a heading. What reasons for it, or what it is not,
+# follow; and what takes it back.
 SAID = re.compile(
-    r"(?:\banswer\b[^.\n]{0,40}?(?:\b(?:is|are|be)\b|[:=])|答案[是为]?)[\s*:：]*"
+    r"(?:\b(?:answer|réponse|respuesta|antwort)\b[^.\n]{0,40}?"
+    r"(?:\b(?:is|are|be|est|es|ist|lautet)\b|[:=])|答案[是为]?)[\s*:：]*"
     r"|####\s*(?=[^\n]*\s*\Z|\W*\d(?:[\d,.]*\d)?[A-Za-z ]*$)", re.I | re.M
 )  # fmt: skip
-REASON = re.compile(r"\b(?:because|since|explanation|check|verif\w+|proof)\b|因为|解释|验证", re.I)
+REASON = re.compile(r"\b(?:because|since|explanation|check|verif\w+|proof|not|rather than)\b"
+                    r"|因为|解释|验证", re.I)  # fmt: skip
+REVISED = re.compile(rf"\A(?:(?!{REASON.pattern})[^.!?\n])*\bbut\b"
+                     r"|[.!?\n]\s*(?:But|However|Wait|Actually|Oops)\b|但是?|不过")
+ASKS = re.compile(r"[^.!?。？\n]{0,300}[?？][\s*]{0,9}\Z")  # what comes last is a question
+ENDS = re.compile(r"[.!?](?:\s|$)|[。！？\n]")  # of sentences
 
 
 def extract(reply: str, answer: str) -> str | None:
@@ -125,7 +135,8 @@ def extract(reply: str, answer: str) -> str | None:
     if re.search("<think(?:ing)?>", text):  # cut off before it answered
         return None
     parts = (NO_BOX.sub("", part) for part in GOES_ON.split(text))  # the first may be a preface
-    return next(filter(None, (final(part, answer) for part in parts)), None)
+    asked = (ASKS.sub("", part) or part for part in parts)
+    return next(filter(None, (final(part, answer) for part in asked)), None)
 
 
 def final(text: str, answer: str) -> str | None:
@@ -137,18 +148,26 @@ def final(text: str, answer: str) -> str | None:
     if boxed:
         return boxed
     *_, said = [None, *SAID.finditer(text)]
-    told = text[said.end() :] if said else text
+    told, revised = text[said.end() :] if said else text, False
     if said and said[0][0] == "#":
         told = told.partition("\n")[0].strip()
-    elif said and (reason := REASON.search(told)):
-        told = told[: reason.start()]
+    elif said:
+        *before, told = REVISED.split(told)
+        revised, told = bool(before), REASON.split(told)[0]
     if number(answer) is not None:
-        return last_number(told) or last_number(text)
+        first = ENDS.split(told)[0] if said and not revised else ""
+        if opened := OPENS.match(plain(first)):
+            return opened[1]
+        bare = re.sub(r"(?<!\\)\([^()]*\)", "", first)
+        return last_number(bare) or last_number(told) or last_number(text)
     if said and not re.search(r"\$|\\[(\[]", told):
-        words = re.split(r"[.!?](?:\s|$)|[。！？\n]", told)[0].strip(" *")
+        words = ENDS.split(told)[0].strip(" *")
         if words and not re.match(rf"\D*\d.*(?<![\\A-Za-z]){WORD}", PROSE.sub("", words)):
             return words
     return expression(f"answer: {told}") or expression(text)
+
+
+SEVERAL = re.compile(r"[,;]|\\pm|\b(?:and|or)\b")
 
 
 def last_box(text: str, answer: str) -> str | None:
@@ -157,8 +176,10 @@ def last_box(text: str, answer: str) -> str | None:
     if not starts:
         return None
     items = re.sub(r"\(.*?\)|\[.*?\]", "", answer)
-    several = number(answer) is None and re.search(r"[,;]|\\pm|\b(?:and|or)\b", items)
+    several = number(answer) is None and SEVERAL.search(items)
     found = extract_boxed_content(text if several else text[starts[-1] :])
+    if several and not SEVERAL.search(found):
+        found = extract_boxed_content(text, "all")
     return found.lstrip("{") if found.count("{") > found.count("}") else found
 
 
@@ -186,10 +207,15 @@ def plain(text: str) -> str:
     """A text with its numbers as Python has them but for separators, and without currencies."""
     text = re.sub(r"(\s)\s+", r"\1", text.translate(SIGNS))
     text = re.sub(r"\\(?:text|mbox|math)[a-z]*\s*\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"(?<=\d)\{,\}(?=\d\d?(?!\d))", ".", text)
     text = re.sub(r"(?<=\d)(?:\{,\}|,?\\!\s*|\\[,;: ]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ",",
                   text)  # fmt: skip
     text = re.sub(r"(?<=\d)\s*(?:\\times|\\cdot|×|\*|x)\s*10\s*\^\s*\{?\s*(-?\d+)\}?", r"e\1", text)
     text = re.sub(r"((?<!\d)-)?\\?[$£€¥₹]\s*", r" \1", text)
+    text = re.sub(r"(?i)(?<![\d)] )\b(?:minus|negative)\s+(?=[\d.])", "-", text)
+    text = re.sub(r"(?<![\d.,/^_])(\d{1,9})\s+(\d{1,9})/([1-9]\d{0,8})(?![.\d])",
+                  lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}", text)  # fmt: skip
+    text = re.sub(r"\A\s*(?:\\(?:approx|simeq|sim)\b|[~=])\s*", "", text)
     return re.sub(r"\\[!,;: ()]|\\(?=%)|\*\*", " ", text).strip().rstrip(" .")
 
 
@@ -201,11 +227,11 @@ def number(text: str) -> Fraction | None:
 
 # What is also written without LaTeX.
 SIGNS = str.maketrans({"√": "\\sqrt", "∞": "\\infty ", "·": "\\cdot ", "°": "^\\circ ", "²": "^2",
-                       "³": "^3", "±": "\\pm ", "−": "-"})  # fmt: skip
+                       "³": "^3", "±": "\\pm ", "−": "-", "≈": "\\approx ", "½": " 1/2",
+                       "¼": " 1/4", "¾": " 3/4"})  # fmt: skip
 NAMES = re.compile(r"(?<![A-Za-z\\])(?=(?:pi|sqrt(?! ?\()|ln|log|sin|cos|tan)(?![A-Za-z]))")
-# What math-verify does not weigh: a number's base, a unit's power, the bracket at infinity.
-UNWEIGHED = re.compile(r"\d\w*\s*_\s*\{?\s*(\d+)|\\(?:text|mbox)\s*\{[^{}]*\}\s*\^\s*\{?(\d)"
-                       r"|([(\[])\s*-\s*\\infty|\\infty\s*(?:\\right)?([)\]])")  # fmt: skip
+# What math-verify does not weigh: a number's base, a unit's power; and in `equal` some brackets.
+UNWEIGHED = re.compile(r"\d\w*\s*_\s*\{?\s*(\d+)|\\(?:text|mbox)\s*\{[^{}]*\}\s*\^\s*\{?(\d)")
 DOTS = re.compile(r"\\[lc]?dots|…|\.\.\.")
 
 
@@ -221,11 +247,16 @@ def equal(answer: str, found: str | None) -> bool:
         return True
     found = PROSE.sub("", NAMES.sub(r"\\", found))
     a, b = (sorted(UNWEIGHED.findall(text)) for text in (answer, found))
-    if a and b and a != b:
+    open_ends = {text.count("[") - text.count("]") for text in (answer, found) if "," in text}
+    if a and b and a != b or len(open_ends) > 1:
         return False
     a, b = number(answer), number(found)
     if a is not None and b is not None:
-        return a == b
+        shares = ("%" in found) - ("%" in answer)  # 45% is 45, as of units, and 0.45
+        return a == b or shares != 0 and a == b / Fraction(100) ** shares
+    other = [plain(text) for text, x in ((answer, a), (found, b)) if x is None]
+    if len(other) == 1 and re.search(r"\d\D{0,99}\b(?:and|or)\b\D{0,99}\d", other[0]):
+        return False  # several numbers are not one
     if a is not None and "," in found:  # 100,200 may be a number, and a list
         answer = answer.replace(",", ", ")
     if DOTS.search(answer + found):
