@@ -190,8 +190,7 @@ def cache_dir() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "scalebio"
     except RuntimeError:
-        raise ValueError("no home directory is known: set XDG_CACHE_HOME to a folder for tokenised "
-                         "data") from None  # fmt: skip
+        raise ValueError("no home directory: set XDG_CACHE_HOME, for tokenised data") from None
 
 
 def load_dataset(

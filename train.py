@@ -197,21 +197,22 @@ def train(flags: Flags, inputs: Inputs, device: torch.device, signals: list[int]
     log.finish(held_out_losses(flags, inputs, trainer.w, total, total))
     shard.set_timeout(shard.FILES_TIMEOUT)
     add_tokenizer = partial(templates.save_tokenizer, inputs.tokenizer, template=inputs.template)
-
-    def write() -> None:
-        shard.jointly(log.settle)
-        shard.save(trainer.w, flags.out / "model", add_tokenizer)
-
-    shard.once_there_is_room(write, gives_up(signals))
+    write(partial(shard.save, trainer.w, flags.out / "model", add_tokenizer), log, signals)
     if not flags.keep and dist.get_rank() == 0:
         shard.delete(flags.out / "checkpoints", shard.whole_checkpoints(flags.out / "checkpoints"))
     return trainer
 
 
-def gives_up(signals: list[int]) -> Callable[[], bool]:
-    """Whether this rank has been asked to stop since now."""
+def write(work: Callable[[], None], log: report.Log, signals: list[int]) -> None:
+    """Do `work` after the log has all rows, once there is room for both, or until a signal that
+    comes from now on. Collective."""
     before = len(signals)
-    return lambda: len(signals) > before
+
+    def both() -> None:
+        shard.jointly(log.settle)
+        work()
+
+    shard.once_there_is_room(both, lambda: len(signals) > before)
 
 
 def tokens_of(trainer: Trainer, batch: tuple) -> int:
@@ -242,12 +243,7 @@ def save(
     shard.set_timeout(shard.FILES_TIMEOUT)
     folder, made_of = flags.out / "checkpoints", record(flags, inputs)
     settings = folder, done, state_of(trainer), made_of, max(1, flags.keep)
-
-    def write() -> None:
-        shard.jointly(log.settle)
-        shard.save_checkpoint(*settings)
-
-    shard.once_there_is_room(write, gives_up(signals))
+    write(partial(shard.save_checkpoint, *settings), log, signals)
     shard.set_timeout(flags.timeout)
     return f"saved {folder}/step-{done} in {time.perf_counter() - began:.1f} s"
 
