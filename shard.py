@@ -17,6 +17,7 @@ import re
 import shutil
 import socket
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -67,7 +68,13 @@ def start(timeout: float) -> torch.device:
         except OSError as error:  # which TCPStore would try again and again
             raise dist.DistNetworkError(f"torchrun is gone: {error}") from None
     if "RANK" in os.environ:
-        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+        guard = threading.Timer(2 * START_TIMEOUT, end_alone)  # TCPStore may wait for ever, where
+        guard.daemon = True  # something else listens that says nothing
+        guard.start()
+        try:
+            store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+        finally:
+            guard.cancel()
         # After a restart the store may still hold the addresses of ranks that are gone.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt {attempt}", store)
@@ -109,9 +116,7 @@ def command(work: Callable[[torch.device | None], int], group: bool = True) -> i
     except RuntimeError as error:
         if not lost_peer(error):
             raise
-        say(f"rank {os.environ['RANK']} ends: another rank is gone, or did not come in time",
-            file=sys.stderr)  # fmt: skip
-        exit_now(1)  # taking the process group down would wait for it
+        end_alone()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -165,6 +170,13 @@ def check_same(own: dict[str, object]) -> None:
 def lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone, or did not come in time."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def end_alone() -> None:
+    """End a rank without taking the process group down, which would wait for the others."""
+    said = f"rank {os.environ['RANK']} ends: another rank is gone, or did not come in time"
+    say(said, file=sys.stderr)
+    exit_now(1)
 
 
 def exit_now(code: int) -> None:
