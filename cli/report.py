@@ -409,11 +409,20 @@ def write_records(out: Path, drawn: dict[str, data.Dataset]) -> list[str]:
             if messages := as_messages(turns):
                 chats.append({"messages": messages})
     for name, rows in ("records.jsonl", records), ("messages.jsonl", chats):
-        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        lines = (json.dumps(strict(row), ensure_ascii=False) + "\n" for row in rows)
         (out / name).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     (out / "dataset_info.json").write_text(json.dumps(DATASET_INFO, indent=1))
     texts = len(records) - len(chats)
-    return [f"note: {texts} records are text: messages.jsonl lacks them"] * (texts > 0)
+    given = sum(any("weight" in message for message in chat["messages"]) for chat in chats)
+    return [f"note: {what}" for n, what in (
+        (texts, f"{texts} records are text: messages.jsonl lacks them"),
+        (given, f"{given} conversations have answers of weight 0, which other trainers may learn"),
+    ) if n]  # fmt: skip
+
+
+def strict(row: object) -> object:
+    """What JSON can say of a record: NaN and infinities are null, dates are texts."""
+    return json.loads(json.dumps(row, default=str), parse_constant=lambda _: None)
 
 
 def as_messages(turns: Turns) -> list[dict]:

@@ -77,8 +77,9 @@ def turns_of(form: Format | None, record: object) -> tuple[Turns, list[str]]:
     has something else, or in another shape, than `form` says."""
     if not isinstance(record, dict):
         raise ValueError(f"the record is {type(record).__name__}, not an object")
-    record, beside = dict(record), {"label"} if isinstance(form, str) else set()
-    _refuse(record, REFUSED | beside | ({"role"} if form == {"text": "text"} else set()))
+    record, rated = dict(record), isinstance(form, str) or form and "completion" in form.values()
+    beside = {"label"} if rated else {"role"} if form == {"text": "text"} else set()
+    _refuse(record, REFUSED | beside)
     if not form:
         found = ", ".join(map(repr, record))[:100] or "none"
         raise ValueError(f"unknown record, of keys {found}: none of README.md's formats; "

@@ -193,11 +193,20 @@ def test_overlap_is_dropped_before_validation_records_are_appended(files):
     assert 1 not in drawn["a"].numbers
 
 
-def test_texts_are_drawn_but_are_no_messages(files, capsys):
-    Path("b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    assert train.main([*DRAW, "--weights", "uniform", "--samples", "4"]) == 0
-    assert "note: 2 records are text: messages.jsonl lacks them" in capsys.readouterr().out
-    assert len(lines_of("mix/records.jsonl")) == 4 and len(lines_of("mix/messages.jsonl")) == 2
+def test_what_is_drawn_but_not_all_there_in_messages_is_told(files, capsys):
+    """And the records are JSON, whatever is in keys that are not read."""
+    Path("b.jsonl").write_text('{"text": "one", "score": NaN}\n{"text": "two", "x": [1e999]}\n')
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    chat = {"messages": [turns[0], turns[1] | {"weight": 0}, *turns]}
+    Path("c.json").write_text(json.dumps([chat]))
+    argv = [*DRAW, "--weights", "uniform", "--samples", "4", "--also", "c=c.json"]
+    assert train.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "note: 2 records are text: messages.jsonl lacks them" in said
+    assert "note: 1 conversations have answers of weight 0, which other trainers may learn" in said
+    records = lines_of("mix/records.jsonl")
+    assert records[2:] == [{"text": "one", "score": None}, {"text": "two", "x": [None]}, chat]
+    assert lines_of("mix/messages.jsonl")[2:] == [chat]
 
 
 def test_per_source_draws_as_many_of_each(files):

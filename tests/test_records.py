@@ -135,6 +135,7 @@ LOST = " would be lost"
     ({**ALPACA, "images": ["stork.png"]}, f"'images'{LOST}"),
     ({"prompt": ASK[1], "chosen": REPLY[1], "rejected": "No."}, LOST),
     ({"messages": CHAT, "label": False}, f"'label'{LOST}"),
+    ({"prompt": ASK[1], "completion": REPLY[1], "label": False}, f"'label'{LOST}"),
     ({"text": "Storks clatter.", "role": "assistant"}, f"'role'{LOST}"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
      "'messages[0].content' is image_url, not a string"),

@@ -217,8 +217,8 @@ TOO_LONG = "[Errno 36] File name too long: 'x"
         ({"--out": "x" * 300, "--resume": "never"}, TOO_LONG),
         ({"--train": ["nowhere*.json"]}, "--train nowhere*.json: no file matches"),
         ({"--train": ["twins"]}, "--train twins/train_x.jsonl: the name x is used twice"),
-        ({"--val": "train_a.jsonl"}, "--val train_a.jsonl is the same file as --train a"),
-        ({"--test": "val.jsonl"}, "--test val.jsonl is the same file as --val"),
+        ({"--val": "train_a.jsonl"}, "--val train_a.jsonl has the same records as --train a"),
+        ({"--test": "array.json"}, "--test array.json has the same records as --val"),
         ({"--train": [A, "b=as-val.jsonl"], "--drop-overlap": []},
          "train b: no record is left after --drop-overlap"),
         ({"--val-batch-size": "0"}, "--val-batch-size 0: "),
@@ -235,6 +235,7 @@ TOO_LONG = "[Errno 36] File name too long: 'x"
 def test_refusals(sound, refusal, change, expected):
     some = Path("val.jsonl").read_text().splitlines()[:5]
     Path("as-val.jsonl").write_text("\n".join(some))
+    Path("array.json").write_text(f"[{Path('val.jsonl').read_text()}]".replace("\n", ","))
     Path("twins").mkdir()
     for name in ("train_x.json", "train_x.jsonl"):
         Path("twins", name).write_text(some[0])
@@ -247,7 +248,7 @@ def test_sources_may_be_given_one_by_one_and_what_is_odd_is_noted(sound):
     same = a.replace("a=", "again=", 1)
     found = prepare(parse([*flags(sound), "--train", a, "--train", b, same]), 1)
     assert list(found.sources) == ["a", "b", "again"]
-    assert "a and again are the same records" in found.notes
+    assert "40 records of a have a prompt of again; 40 are the same throughout" in found.notes
     found = prepare(parse([*flags(sound), "--train", a]), 1)
     assert any("there is one source" in note for note in found.notes)
 
