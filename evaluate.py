@@ -18,13 +18,13 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     from cli import begin
+    from cli.flags import parse_evaluation
 
     begin()
+    parse_evaluation(None)  # --help, or a flag that cannot be read, does not wait for torch
 
 import argparse
 import math
-import sys
-from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,15 +38,12 @@ from torch import Tensor
 import data
 import hf
 import shard
-from cli.flags import Parser, spelt
+from cli.flags import parse_evaluation, spelt
 from grading import mtbench, replies
 from hf import Problems, templates
-from model import DTYPES, Transformer, generate
+from model import Transformer, generate
 from sources import tasks
 from sources.records import located_values, source_paths
-
-# What ScaleBiO's evaluation puts after a question of GSM8K or MATH.
-INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 # Means
 
@@ -316,8 +313,8 @@ def judged(questions: list[mtbench.Question], file: Path, judge: mtbench.Judge, 
     say(*(f"note: {note}" for note in sorted(judge.notes)), *score_table(questions, scored),
         f"graded by {judge.model}; {scores} keeps every judgement")  # fmt: skip
     if lacking := 2 * len(questions) - len(scored):
-        hf.say(f"{lacking} scores are missing ({failure or 'replies without a grade'}); the same "
-               "command asks for them again", file=sys.stderr)  # fmt: skip
+        hf.say_why(f"{lacking} scores are missing ({failure or 'replies without a grade'}); the "
+                   "same command asks for them again")  # fmt: skip
     return int(lacking > 0)
 
 
@@ -373,89 +370,15 @@ def plot_command(args: argparse.Namespace, _: None) -> int:
     return 0
 
 
-# The command line
-
-def from_to(least: float, most: float = 10**6) -> Callable[[str], float]:
-    """A type for argparse: a number in a range, whole where `least` is."""
-
-    def number(text: str) -> float:
-        if not least <= (value := type(least)(text)) <= most:
-            raise argparse.ArgumentTypeError(f"{text}: permitted is from {least} to {most}")
-        return value
-
-    return number
-
-
-COUNT, SEED = {"type": from_to(1)}, {"type": from_to(0, 2**32 - 1)}
-SEVERAL = {"nargs": "+", "required": True}
-FILE = {"type": Path, "metavar": "FILE"}
-ASKING, RUNNING = "gsm8k math mt-bench", "loss gsm8k math mt-bench generate"
-COMMANDS = {
-    "loss": (loss_command, "mean sample loss and perplexity"),
-    "gsm8k": (problems_command, "accuracy on GSM8K"),
-    "math": (problems_command, "accuracy on MATH"),
-    "mt-bench": (mtbench_command, "two-turn questions, and a judge"),
-    "generate": (generate_command, "continue prompts"),
-    "plot": (plot_command, "weights and losses of runs, as a picture"),
-}
-FLAGS = [  # commands, flag, default, help, and what argparse takes beside
-    ("loss", "--model", None, "directories or hub ids", SEVERAL),
-    ("loss", "--data", None, "records, as [NAME=]PATH; a directory or quoted glob stands for its "
-     "train_* files, TASK or TASK-seedN for the test records of a built-in task", SEVERAL),
-    ("loss", "--max-length", 512, "tokens of a sample, at most the model's positions", COUNT),
-    ("loss", "--micro-batch-size", 8, "samples of a forward", COUNT),
-    (ASKING, "--model", None, "a directory or hub id", {}),
-    ("generate", "--model", None, "a directory or hub id", {"required": True}),
-    ("generate", "--prompt", None, "users' turns with --template, else text to continue", SEVERAL),
-    ("gsm8k math", "--data", None, "JSON or JSONL of {question, answer} or {problem, solution}, or "
-     "owner/dataset/file of the hub", {}),
-    ("gsm8k math", "--shots", 0, "worked examples before each question", SEED),
-    ("gsm8k math", "--exemplars", None, "a file to take them from, like --data [4 of our own]", {}),
-    ("gsm8k math", "--instruction", INSTRUCTION, "what follows a question", {}),
-    ("gsm8k math", "--rescore", None, "score these replies again; needs no other flag", FILE),
-    ("mt-bench", "--questions", None, "FastChat's question.jsonl; may be owner/dataset/file", {}),
-    ("mt-bench", "--reference", None, "FastChat's gpt-4.jsonl or its like [from --questions]", {}),
-    ("mt-bench", "--answers", None, "grade these, in FastChat's format, not a --model's", {}),
-    ("mt-bench", "--judge-url", None, "OpenAI-compatible; its key, if any, in $JUDGE_API_KEY", {}),
-    ("mt-bench", "--judge-model", None, "the endpoint's name of the judge", {}),
-    ("mt-bench", "--judge-prompts", None, "FastChat's judge_prompts.jsonl [our own]", FILE),
-    ("mt-bench", "--judge-max-tokens", 2048, "of a judgement", COUNT),
-    ("mt-bench", "--judge-temperature", 0.0, "of judgements", {"type": from_to(0.0)}),
-    ("mt-bench", "--judge-concurrency", 4, "requests at a time", COUNT),
-    ("mt-bench", "--judge-timeout", 120, "seconds without a byte", {"type": from_to(1e-3)}),
-    ("mt-bench", "--judge-tries", 8, "of a request, before giving up", COUNT),
-    (ASKING, "--limit", None, "take the first so many questions [all]", COUNT),
-    (ASKING, "--max-new-tokens", 1024, "of a reply", COUNT),
-    ("generate", "--max-new-tokens", 128, "of a reply", COUNT),
-    (ASKING, "--batch-size", 16, "replies at a time, on each rank", COUNT),
-    ("generate", "--temperature", 0.0, "0 is the likeliest token", {"type": from_to(0.0)}),
-    ("generate", "--top-p", 1.0, "nucleus of the distribution", {"type": from_to(1e-6, 1)}),
-    ("mt-bench generate", "--seed", 0, "of the draws at temperature > 0", SEED),
-    (RUNNING, "--dtype", "auto", "bf16 on GPUs, fp32 on CPUs", {"choices": ("auto", *DTYPES)}),
-    (RUNNING, "--template", None, "[the model's]", {"choices": templates.NAMES}),
-    (ASKING, "--out", None, "directory of the replies [runs/eval-<model>]", {}),
-    ("plot", "run", None, "directories of train.py; runs that differ in their seed alone are drawn "
-     "together", {"nargs": "+", "type": Path}),
-    ("plot", "--out", None, "png, pdf or svg [weights.png; of one run, in its directory]", FILE),
-]  # fmt: skip
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description="Judge a model on held-out data, or let it talk.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command, (_, summary) in COMMANDS.items():
-        p = commands.add_parser(command, help=summary)
-        for of, flag, default, text, options in FLAGS:
-            if command in of.split():
-                text += f" [{default}]" if default is not None else ""
-                p.add_argument(flag, default=default, help=text, **options)
-    return parser.parse_args(argv)
+COMMANDS = {"loss": loss_command, "gsm8k": problems_command, "math": problems_command,
+            "mt-bench": mtbench_command, "generate": generate_command,
+            "plot": plot_command}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a judge that failed, 2 bad input."""
-    args = parse(argv)
-    command, _ = COMMANDS[args.command]
+    args = parse_evaluation(argv)
+    command = COMMANDS[args.command]
     if command is plot_command:  # needs no ranks, and no room on a GPU that is in use
         return shard.command(partial(command, args), group=False)
 

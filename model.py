@@ -671,4 +671,5 @@ def save_pretrained(model: Transformer, directory: str | Path) -> None:
     """Write an unsharded model in Hugging Face's format, without a tokenizer."""
     with pretrained.written_whole(directory) as temporary:
         parameters = ((name, p.detach().cpu()) for name, p in model.named_parameters())
-        pretrained.write_tensors(temporary, model.config, parameters)
+        like = ((name, p.detach().to("meta")) for name, p in model.named_parameters())
+        pretrained.write_tensors(temporary, model.config, parameters, like)

@@ -36,7 +36,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf import Problems, open_regular, pretrained, read_json, say
+from hf import Problems, open_regular, pretrained, read_json, refuse, say, say_why
 from hf.families import ModelConfig
 from hf.pretrained import CONFIG
 from lisa import local
@@ -106,12 +106,9 @@ def command(work: Callable[[torch.device | None], int], group: bool = True) -> i
     try:
         return work(start(FILES_TIMEOUT) if group else None)
     except (ValueError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0":
-            time.sleep(3)  # torchrun ends the other ranks when the first one leaves
-        say(*Problems.of(error), file=sys.stderr)
-        return 2
+        return refuse(*Problems.of(error))
     except MemoryError:
-        say("out of memory", file=sys.stderr)
+        say_why("out of memory")
         return 1
     except RuntimeError as error:
         if not lost_peer(error):
@@ -125,7 +122,9 @@ def command(work: Callable[[torch.device | None], int], group: bool = True) -> i
 def set_timeout(seconds: float) -> None:
     """From here on, a collective that takes longer ends the run. Collective."""
     dist.barrier()  # none may be short of time because another still had more of it
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+    public = hasattr(dist, "set_timeout")  # from torch 2.14 on
+    set_it = dist.set_timeout if public else dist.distributed_c10d._set_pg_timeout
+    set_it(timedelta(seconds=seconds))
 
 
 def jointly(work: Callable[[], T]) -> T:
@@ -174,8 +173,7 @@ def lost_peer(error: BaseException) -> bool:
 
 def end_alone() -> None:
     """End a rank without taking the process group down, which would wait for the others."""
-    said = f"rank {os.environ['RANK']} ends: another rank is gone, or did not come in time"
-    say(said, file=sys.stderr)
+    say_why(f"rank {os.environ['RANK']} ends: another rank is gone, or did not come in time")
     exit_now(1)
 
 
@@ -410,10 +408,12 @@ def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None
     move_to_device(model)
     release(model)
     tensors = full_tensors(model)
+    like = ((name, torch.empty(p.shape, dtype=p.dtype, device="meta"))
+            for name, p in model.named_parameters())  # fmt: skip
 
     def write() -> None:
         with pretrained.written_whole(target) as directory:
-            pretrained.write_tensors(directory, model.config, tensors)
+            pretrained.write_tensors(directory, model.config, tensors, like)
             finish(directory)
             sync(*directory.iterdir())
         sync(target.parent)

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     from cli import begin
+    from cli.flags import parse
 
     begin()
+    parse(None)  # --help, or a flag that cannot be read, does not wait for torch
 
 import contextlib
 import functools
@@ -28,6 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -35,8 +38,8 @@ import data
 import evaluate
 import shard
 from bilevel import PenaltyStep, PlainStep, SourceWeights
-from cli import plan, report
-from cli.flags import Flags, parse
+from cli import plan, report, tracker
+from cli.flags import Flags, as_json, parse
 from cli.inputs import (
     Inputs,
     about,
@@ -49,9 +52,10 @@ from cli.inputs import (
     record,
     total_steps,
 )
-from hf import say, templates
+from hf import say, say_why, templates
 from lisa import Lisa
 from model import Transformer, dtype_of, random_weights, read_tensors
+from sources.records import write_records
 
 
 def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
@@ -143,10 +147,14 @@ def make_batches(flags: Flags, inputs: Inputs) -> data.Batches:
     return data.Batches(sources, inputs.val, flags.batch_size, flags.val_batch_size, *common)
 
 
-def train(flags: Flags, inputs: Inputs, device: torch.device, signals: list[int]) -> Trainer:
+def train(
+    flags: Flags, inputs: Inputs, device: torch.device, signals: list[int],
+    track: Callable | None = None,
+) -> Trainer:  # fmt: skip
     """The loop of both modes, from loading to the saved model. Collective: every rank calls it.
 
     signals: takes in those that ask this process to stop; one rank's is enough
+    track: shows numbers and a step, on rank 0
     """
     trainer = make_trainer(flags, inputs, device)
     batches = make_batches(flags, inputs)
@@ -159,7 +167,8 @@ def train(flags: Flags, inputs: Inputs, device: torch.device, signals: list[int]
     start, origin = resume(flags, inputs, trainer)
     learned = {"model": flags.model, "sources": about(inputs.sources)}
     learned = learned if flags.mode == "bilevel" else None
-    log = report.Log(flags.out, learned, start, total, dist.get_rank() == 0, origin)
+    log = report.Log(flags.out, learned, start, total, dist.get_rank() == 0, origin, track)
+    log.say(ahead(flags, inputs, total - start))
     shard.set_timeout(flags.timeout)
     catch_signals(signals)  # before, there was nothing to save
 
@@ -170,7 +179,9 @@ def train(flags: Flags, inputs: Inputs, device: torch.device, signals: list[int]
         rates = trainer.set_rates(*factors, alpha)
         for _, opt in trainer.copies.values():
             opt.switch(step)  # LISA: the blocks that train
-        held_out = held_out_losses(flags, inputs, trainer.w, step, total)
+        held_out = held_out_losses(flags, inputs, trainer.w, step, total, log)
+        if step == start:
+            log.bar.unpause()  # the clock starts here
 
         began = time.perf_counter()
         train_part, val_part, counts = batch
@@ -194,13 +205,25 @@ def train(flags: Flags, inputs: Inputs, device: torch.device, signals: list[int]
             raise Stopped(f"stopped after {done} of {total} steps")
 
     trainer.opt_w.finish(total)
-    log.finish(held_out_losses(flags, inputs, trainer.w, total, total))
+    log.finish(held_out_losses(flags, inputs, trainer.w, total, total, log))
     shard.set_timeout(shard.FILES_TIMEOUT)
     add_tokenizer = partial(templates.save_tokenizer, inputs.tokenizer, template=inputs.template)
     write(partial(shard.save, trainer.w, flags.out / "model", add_tokenizer), log, signals)
     if not flags.keep and dist.get_rank() == 0:
         shard.delete(flags.out / "checkpoints", shard.whole_checkpoints(flags.out / "checkpoints"))
     return trainer
+
+
+def ahead(flags: Flags, inputs: Inputs, steps: int) -> str:
+    """What a run is about to do, in words."""
+    lengths, what = [d.lengths for d in inputs.used.values()], f"{flags.batch_size} training"
+    if flags.mode == "finetune":
+        tokens = flags.batch_size * np.concatenate(lengths).mean()
+    else:  # as many of every source
+        what += f" and {flags.val_batch_size} validation"
+        tokens = flags.batch_size * np.mean([each.mean() for each in lengths])
+        tokens += flags.val_batch_size * inputs.val.lengths.mean()
+    return f"{steps} steps of {what} samples: about {steps * tokens:,.0f} tokens"
 
 
 def write(work: Callable[[], None], log: report.Log, signals: list[int]) -> None:
@@ -284,13 +307,15 @@ def resume(flags: Flags, inputs: Inputs, trainer: Trainer) -> tuple[int, Path]:
 
 
 def held_out_losses(
-    flags: Flags, inputs: Inputs, w: Transformer, done: int, total: int
+    flags: Flags, inputs: Inputs, w: Transformer, done: int, total: int, log: report.Log
 ) -> dict:
     """The mean sample losses that are due after `done` steps: on the test records before and after
     the run, and every --eval-every steps; in a fine-tuning run on the validation records, also now
     and then. Collective."""
     often = flags.eval_every and done % flags.eval_every == 0
     due = {"test_loss": (inputs.test, done in (0, total) or often)}
+    if inputs.test and done in (0, total):
+        log.say(f"evaluating {len(inputs.test)} test records")
     if flags.mode == "finetune":
         # Ten times at most, and so often that it takes no more than a tenth of the run's time: a
         # sample takes three times as long to train on as to evaluate.
@@ -332,19 +357,22 @@ def run(flags: Flags, device: torch.device) -> int:
     if flags.mode == "draw":
         if dist.get_rank() == 0:
             announce(flags, inputs)
-            say(*report.write_records(flags.out, inputs.mixture), *report.render(flags.out))
+            say(*write_records(flags.out, inputs.mixture), *report.render(flags.out))
         return 0
     rank, code, last_words, signals, memory = dist.get_rank(), 0, [], [], None
+    track, end_track = None, lambda: None
     try:
         settings = plan_settings(flags, inputs, device)
         memory = plan.Memory(inputs.config, device.type, settings)
         if rank == 0:
             announce(flags, inputs, memory)
-        train(flags, inputs, device, signals)
+            if flags.report_to:
+                track, end_track = tracker(flags.report_to, flags.out, as_json(flags))
+        train(flags, inputs, device, signals, track)
         if rank == 0:
-            used = f"memory: {memory.planned}, measured {memory.measured()}"
             no_picture = draw_picture(flags)  # first, as the report lists the files
-            last_words = [*report.retold(flags.out), *no_picture, used]
+            used = [f"memory: {memory.planned}{seen}"] if (seen := memory.measured()) else []
+            last_words = [*report.retold(flags.out), *no_picture, *used]
     except Stopped as stopped:
         code = 128 + (signals or [signal.SIGTERM])[0]
         last_words = [f"{stopped}; the same command goes on from there"]
@@ -352,12 +380,13 @@ def run(flags: Flags, device: torch.device) -> int:
         code, last_words = 1, [str(error)]
     except Exception as error:
         what = report.why(error, flags.out, flags.timeout, memory, rank)
-        say(f"rank {rank} ends: {what}", file=sys.stderr)
+        say_why(f"rank {rank} ends: {what}")
         if dist.get_world_size() > 1:
             shard.exit_now(1)  # taking the process group down would wait for a rank that is gone
         return 1
+    end_track()
     if rank == 0:
-        say(*last_words, file=sys.stderr if code == 1 else sys.stdout)
+        (say_why if code == 1 else say)(*last_words)
     return code
 
 

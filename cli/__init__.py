@@ -1,9 +1,12 @@
 """What surrounds a run: its flags and their checks, the memory plan, the report; how it begins."""
 
 import ctypes
+import importlib
 import os
 import signal
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 
 def begin() -> None:
@@ -17,3 +20,16 @@ def begin() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         PR_SET_PDEATHSIG = 1  # see prctl(2)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def tracker(name: str, out: Path, settings: dict) -> tuple[Callable, Callable]:
+    """(what shows {name: number} and a step, what ends it) in wandb, in trackio, which is used
+    alike, or in a directory that tensorboard reads."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        to = SummaryWriter(out / name)
+        return lambda row, step: [to.add_scalar(k, x, step) for k, x in row.items()], to.close
+    module = importlib.import_module(name)
+    module.init(project="scalebio", name=out.name, config=settings)
+    return module.log, module.finish

@@ -1,11 +1,11 @@
-"""The flags of train.py.
+"""The flags of train.py and, at the end, of evaluate.py. Nothing here waits for torch.
 
     flags = parse(["--train", "alpaca=a.json", "math=b.jsonl", "--val", "val.json"])
     problems = check_flags(flags, world=8)
 
-A flag is a field of `Flags`: its type, its defaults, its help, what is permitted and the mode it
-belongs to stand there and nowhere else. The parser, the check of ranges, the comparison with the
-run that --out holds, and config.json are made from the fields.
+A flag of train.py is a field of `Flags`: its type, its defaults, its help, what is permitted and
+the mode it belongs to stand there and nowhere else. The parser, the check of ranges, the comparison
+with the run that --out holds, and config.json are made from the fields.
 """
 
 from __future__ import annotations
@@ -14,22 +14,27 @@ import argparse
 import dataclasses
 import math
 import os
+import re
+import shlex
 import shutil
 import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, get_args, get_type_hints
 
-import torch
-
-from cli import plan
-from hf import templates
-from lisa import ENDS
-from model import DTYPES
+from hf import refuse, templates
 from sources import tasks
+
+if TYPE_CHECKING:
+    import torch
+
+GB = 1_000_000_000
+RESERVED = 2 * GB  # of a GPU's memory, see cli/plan.py
+DTYPES = "auto", "bf16", "fp32", "fp64"
 
 WEIGHTS = "a weights.json, uniform, proportional, or NAME=WEIGHT,..."  # what --weights may be
 # How far λ_k can go in a run, at Adam's full speed: weights that start equal can end at a ratio of
@@ -55,7 +60,7 @@ SHARE = Range(lambda x: 0 <= x < 1, "a share from 0 to below 1")
 SEED = Range(lambda x: 0 <= x < 2**32, "a whole number from 0 to below 2^32")
 BLOCKS = Range(lambda x: x >= 0, "0 (all) or a number of blocks")
 STEPS = Range(lambda x: x >= 0, "a number of steps, or 0")
-MEMORY = Range(lambda x: plan.room(x) > 0, f"more than the {plan.RESERVED / plan.GB:g} kept back")
+MEMORY = Range(lambda x: x * GB > RESERVED, f"more than the {RESERVED / GB:g} kept back")
 
 
 def flag(group, default, text, *, tiny=None, permitted=None, choices=None, only=MODES,
@@ -90,8 +95,9 @@ class Flags:
                      "drawn by --weights; 'draw' writes these samples to files, and trains nothing",
                      choices=MODES[:3])
     model: str = MOST("tiny", "'tiny', a local Hugging Face directory, or a hub id", only=TRAINS)
-    train: list | None = MOST(None, "sources, as NAME=PATH ..., or one directory or quoted glob of "
-                              "train_* files; or of the hub, NAME=OWNER/NAME[:SPLIT[CONFIG]]. "
+    train: list | None = MOST(None, "sources, as NAME=PATH ... (a.json is a=a.json), or one "
+                              "directory or quoted glob of train_* files; or of the hub, "
+                              "NAME=OWNER/NAME[:SPLIT[CONFIG]]. "
                               ":prompt=KEY,answer=KEY after either names the keys to read",
                               metavar="NAME=PATH", same_run=False)
     val: str | None = MOST(None, "validation records: the weights minimise their loss; finetune "
@@ -99,8 +105,8 @@ class Flags:
     test: str | None = MOST(None, "held-out records, for the report", same_run=False)
     weights: str | None = MOST(None, "what finetune and draw draw samples by: " + WEIGHTS,
                                only=DRAWS, same_run=False)  # the numbers are compared
-    out: Path = MOST(None, "directory of the run [runs/<task or model>-seed<seed>; finetune: "
-                     "runs/<task or model>-finetune-seed<seed>]", same_run=False)
+    out: Path = MOST(None, "directory of the run [runs/<model>-<sources>-seed<seed>; with another "
+                     "--mode runs/<model>-<sources>-<mode>-seed<seed>]", same_run=False)
     steps: int | None = MOST(None, "steps of an outer round, instead of --epochs", tiny=200,
                              permitted=COUNT, only=TRAINS)
     batch_size: int = MOST(64, "training samples of a step, over all ranks", permitted=LOT,
@@ -166,11 +172,12 @@ class Flags:
                             permitted=BLOCKS)
     lisa_interval: int = LISA(20, "steps between two draws of the blocks", tiny=5, permitted=COUNT)
     lisa_ends: str = LISA("always", "embedding, final norm and head: trained always, drawn like a "
-                          "block, never", choices=ENDS)
+                          "block, never", choices=("always", "sampled", "frozen"))
     lisa_coupling: str = LISA("shared", "w and u train the same blocks, or draw their own",
                               choices=("shared", "independent"), only=LEARNS)
-    dtype: str = LISA("auto", "storage of parameters; auto is bf16 on CUDA and fp32 on CPU",
-                      choices=("auto", *DTYPES))
+    dtype: str = LISA("auto", "storage of parameters; auto is bf16 on CUDA and fp32 on CPU. Cards "
+                      "before Ampere (V100, T4) compute bf16 slowly: give fp32",
+                      choices=DTYPES)
     activation_checkpointing: bool = LISA(False, "keep only the inputs of blocks for backward, and "
                                           "compute the rest again", same_run=False)
     cpu_offload: bool = LISA(False, "the copy that is not at work, u while w is and w while u is, "
@@ -187,6 +194,8 @@ class Flags:
                        "its checkpoints, starts from there where --out has no checkpoint yet, "
                        "and may change every flag but those of model and data",
                        metavar="auto|never|DIR")
+    report_to: str | None = KEEP(None, "show the metrics there, too", only=TRAINS,
+                                 choices=("wandb", "tensorboard", "trackio"))
     timeout: float = KEEP(1800.0, "seconds after which a rank that is waited for in a step ends "
                           "the run (loading and saving have their own limit of 4 hours)",
                           permitted=SCALE)
@@ -230,6 +239,19 @@ BRANCHING = {f.name for f in dataclasses.fields(Flags)
 BRANCHING -= {"mode", "model", "dtype"}
 
 
+EXAMPLES = """\
+'A (tiny: B)' is the default A, and B for the built-in model. @FILE stands for the flags in a file,
+on as many lines as you like; what follows a # there is a comment.
+
+examples:
+  torchrun --standalone --nproc_per_node=2 train.py
+  torchrun --nproc_per_node=8 train.py --model meta-llama/Meta-Llama-3-8B \\
+      --train alpaca=a.json math=b.jsonl --val val.json --test test.json --out runs/x
+  torchrun --nproc_per_node=8 train.py --mode finetune --model meta-llama/Meta-Llama-3-70B \\
+      --train alpaca=a.json math=b.jsonl --weights runs/x/weights.json --out runs/y
+"""
+
+
 class Parser(argparse.ArgumentParser):
     """Refuses a flag in one line; the usage is for --help."""
 
@@ -241,15 +263,23 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(given)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{message}\n")
+        self.exit(refuse(message))
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f"{line}: {error}")
 
 
 def parse(argv: list[str] | None) -> Flags:
     """The command line, with the defaults of the chosen mode and model filled in."""
     parser = Parser(
-        description="Learn source weights by first-order bilevel optimisation (ScaleBiO), and "
+        description="Learn source weights by first-order bilevel optimisation (ScaleBiO), and\n"
         "fine-tune on the mixture that they make.",
-        epilog="'A (tiny: B)' is the default A, and B for the built-in model.",
+        usage="[torchrun --nproc_per_node=N] train.py [@FILE] [flags]",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
         argument_default=argparse.SUPPRESS,  # so that what was given is told from what was not
     )
     groups, hints, fields = {}, get_type_hints(Flags), dataclasses.fields(Flags)
@@ -268,10 +298,16 @@ def parse(argv: list[str] | None) -> Flags:
     } | given  # fmt: skip
     if "epochs" in given and "steps" not in given:
         values["steps"] = None
-    about = values["task"] if tiny and not values["train"] else Path(values["model"] or "").name
-    about += f"-{stub.mode}".replace("-bilevel", "")
-    out = values["out"] or Path(f"runs/{about.lstrip('-')}-seed{values['seed']}")
-    return Flags(**values | {"out": out})
+    names = []
+    for item in values["train"] or []:
+        name, equals, _ = item.partition("=")
+        if not equals or set(name) & set("/:"):  # no NAME=PATH
+            name = re.split("[.:]", Path(item).name)[0]
+        names.append(re.sub("[^A-Za-z0-9_]+", "", name)[:20] or "data")
+    model = Path(values["model"] or "").name if names or not tiny else values["task"]
+    about = [model, *names[:3], f"and-{len(names) - 3}-more" * (len(names) > 3),
+             stub.mode * (stub.mode != "bilevel"), f"seed{values['seed']}"]  # fmt: skip
+    return Flags(**values | {"out": values["out"] or Path("runs", "-".join(filter(None, about)))})
 
 
 def reading(hint: type, f: dataclasses.Field) -> dict:
@@ -348,6 +384,93 @@ def check_flags(flags: Flags, world: int) -> list[str]:
                         "and --mode draw")
     if not learns and not flags.weights and not flags.plan:
         problems.append(f"--weights is missing: --mode {flags.mode} needs {WEIGHTS}")
+    if flags.report_to and not find_spec(flags.report_to):
+        problems.append(f"--report-to {flags.report_to}: pip install {flags.report_to}")
     if flags.compile and not flags.plan and not shutil.which(os.environ.get("CXX", "g++")):
         problems.append("--compile needs a C++ compiler: install g++, or name one in CXX")
     return problems
+
+
+# --------------------------------------------------------------------------------------------------
+# The flags of evaluate.py
+
+# What ScaleBiO's evaluation puts after a question of GSM8K or MATH.
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+def from_to(least: float, most: float = 10**6) -> Callable[[str], float]:
+    """A type for argparse: a number in a range, whole where `least` is."""
+
+    def number(text: str) -> float:
+        if not least <= (value := type(least)(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{text}: permitted is from {least} to {most}")
+        return value
+
+    return number
+
+
+AT_LEAST_1, AT_LEAST_0 = {"type": from_to(1)}, {"type": from_to(0, 2**32 - 1)}
+SEVERAL = {"nargs": "+", "required": True}
+FILE = {"type": Path, "metavar": "FILE"}
+ASKING, RUNNING = "gsm8k math mt-bench", "loss gsm8k math mt-bench generate"
+EVALUATIONS = {
+    "loss": "mean sample loss and perplexity",
+    "gsm8k": "accuracy on GSM8K",
+    "math": "accuracy on MATH",
+    "mt-bench": "two-turn questions, and a judge",
+    "generate": "continue prompts",
+    "plot": "weights and losses of runs, as a picture",
+}
+EVALUATION = [  # commands, flag, default, help, and what argparse takes beside
+    ("loss", "--model", None, "directories or hub ids", SEVERAL),
+    ("loss", "--data", None, "records, as [NAME=]PATH; a directory or quoted glob stands for its "
+     "train_* files, TASK or TASK-seedN for the test records of a built-in task", SEVERAL),
+    ("loss", "--max-length", 512, "tokens of a sample, at most the model's positions", AT_LEAST_1),
+    ("loss", "--micro-batch-size", 8, "samples of a forward", AT_LEAST_1),
+    (ASKING, "--model", None, "a directory or hub id", {}),
+    ("generate", "--model", None, "a directory or hub id", {"required": True}),
+    ("generate", "--prompt", None, "users' turns with --template, else text to continue", SEVERAL),
+    ("gsm8k math", "--data", None, "JSON or JSONL of {question, answer} or {problem, solution}, or "
+     "owner/dataset/file of the hub", {}),
+    ("gsm8k math", "--shots", 0, "worked examples before each question", AT_LEAST_0),
+    ("gsm8k math", "--exemplars", None, "a file to take them from, like --data [4 of our own]", {}),
+    ("gsm8k math", "--instruction", INSTRUCTION, "what follows a question", {}),
+    ("gsm8k math", "--rescore", None, "score these replies again; needs no other flag", FILE),
+    ("mt-bench", "--questions", None, "FastChat's question.jsonl; may be owner/dataset/file", {}),
+    ("mt-bench", "--reference", None, "FastChat's gpt-4.jsonl or its like [from --questions]", {}),
+    ("mt-bench", "--answers", None, "grade these, in FastChat's format, not a --model's", {}),
+    ("mt-bench", "--judge-url", None, "OpenAI-compatible; its key, if any, in $JUDGE_API_KEY", {}),
+    ("mt-bench", "--judge-model", None, "the endpoint's name of the judge", {}),
+    ("mt-bench", "--judge-prompts", None, "FastChat's judge_prompts.jsonl [our own]", FILE),
+    ("mt-bench", "--judge-max-tokens", 2048, "of a judgement", AT_LEAST_1),
+    ("mt-bench", "--judge-temperature", 0.0, "of judgements", {"type": from_to(0.0)}),
+    ("mt-bench", "--judge-concurrency", 4, "requests at a time", AT_LEAST_1),
+    ("mt-bench", "--judge-timeout", 120, "seconds without a byte", {"type": from_to(1e-3)}),
+    ("mt-bench", "--judge-tries", 8, "of a request, before giving up", AT_LEAST_1),
+    (ASKING, "--limit", None, "take the first so many questions [all]", AT_LEAST_1),
+    (ASKING, "--max-new-tokens", 1024, "of a reply", AT_LEAST_1),
+    ("generate", "--max-new-tokens", 128, "of a reply", AT_LEAST_1),
+    (ASKING, "--batch-size", 16, "replies at a time, on each rank", AT_LEAST_1),
+    ("generate", "--temperature", 0.0, "0 is the likeliest token", {"type": from_to(0.0)}),
+    ("generate", "--top-p", 1.0, "nucleus of the distribution", {"type": from_to(1e-6, 1)}),
+    ("mt-bench generate", "--seed", 0, "of the draws at temperature > 0", AT_LEAST_0),
+    (RUNNING, "--dtype", "auto", "bf16 on GPUs, fp32 on CPUs", {"choices": DTYPES}),
+    (RUNNING, "--template", None, "[the model's]", {"choices": templates.NAMES}),
+    (ASKING, "--out", None, "directory of the replies [runs/eval-<model>]", {}),
+    ("plot", "run", None, "directories of train.py; runs that differ in their seed alone are drawn "
+     "together", {"nargs": "+", "type": Path}),
+    ("plot", "--out", None, "png, pdf or svg [weights.png; of one run, in its directory]", FILE),
+]  # fmt: skip
+
+
+def parse_evaluation(argv: list[str] | None) -> argparse.Namespace:
+    """The command line of evaluate.py."""
+    parser = Parser(description="Judge a model on held-out data, or let it talk.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, summary in EVALUATIONS.items():
+        p = commands.add_parser(command, help=summary)
+        for of, flag, default, text, options in EVALUATION:
+            if command in of.split():
+                text += f" [{default}]" if default is not None else ""
+                p.add_argument(flag, default=default, help=text, **options)
+    return parser.parse_args(argv)

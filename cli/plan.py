@@ -36,12 +36,11 @@ from torch.utils._pytree import tree_leaves
 
 import shard
 from bilevel import Slopes
+from cli.flags import GB, RESERVED
 from hf import say
 from hf.families import ModelConfig
 from model import Context, Rows, Transformer, causal_mask, dtype_of, rope_tables, wide
 
-GB = 1_000_000_000
-RESERVED = 2 * GB
 STATE = "parameters", "masters", "AdamW moments", "gradients"
 
 
@@ -482,16 +481,15 @@ def peak_memory() -> int:
 
 
 class Memory:
-    """The planned peak of a run and beside it, on this rank, the measured one."""
+    """The planned peak of a run, with the `settings` that plan takes; and, on this rank's GPU, the
+    measured one. On a CPU what a process holds is mostly Python's: it says nothing."""
 
     def __init__(self, config, device_type: str, settings: dict):
-        """settings: what plan.plan takes. Make it before the model is loaded."""
         self.config, self.device_type, self.settings = config, device_type, settings
         self.planned = f"planned peak {plan(config, **settings).peak / GB:.2f} GB a rank"
-        self.before = peak_memory()  # on a CPU: Python, its libraries and the data
 
     def measured(self) -> str:
-        return f"{(peak_memory() - self.before) / GB:.2f} GB"
+        return f", measured {peak_memory() / GB:.2f} GB" * (self.device_type == "cuda")
 
 
 def command(flags, config: ModelConfig) -> int:

@@ -5,8 +5,6 @@ Row t of metrics.jsonl holds the losses at the point from which step t starts, a
 it ends with. The first row has the `test_loss` of the model as loaded, the last one that of the
 model as saved. A fine-tuning run has the `train_loss` of its batches, and now and then the
 `val_loss` on all validation records, the last one again of the model as saved.
-
-S sources.
 """
 
 from __future__ import annotations
@@ -21,11 +19,13 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -36,29 +36,36 @@ import data
 import shard
 from bilevel import StepStats
 from cli import plan
-from cli.flags import HARMLESS
-from hf import JSON_BYTES, Problems, open_regular, parse_json, read_json, say, shown
-from hf.tokenizer import Turns
-from sources.records import iter_records, locate
+from cli.flags import HARMLESS, as_json, parse, spelt
+from hf import JSON_BYTES, Problems, open_regular, parse_json, read_json, say
+from sources.records import recipes
 
 SHORT = 50  # steps
 FALSE_ALARMS = 0.01  # share of runs without differences in which one is seen
 MIXTURE = 10_000  # samples in the mixture that the report proposes
 
 
-# --------------------------------------------------------------------------------------------------
 # While it goes on
+
+# Of tqdm where there is no terminal, in which a bar could move: a line now and then.
+LINES = {
+    "file": SimpleNamespace(write=lambda text: say(*text.split("\r")[1:], file=sys.stderr),
+                            flush=lambda: None),
+    "bar_format": "{n_fmt} of {total_fmt} steps, {elapsed}, {remaining} left, {rate_fmt}{postfix}",
+    "mininterval": 20, "maxinterval": 20, "miniters": 1, "delay": 1e-9,
+}  # fmt: skip
 
 
 class Log:
-    """Writes a run's files as it goes on and draws the progress bar. Only rank 0 does either."""
+    """Writes a run's files as it goes on, and draws the progress bar. Only rank 0 does either."""
 
     def __init__(
-        self, out: Path, about: dict | None, start: int, total: int, main: bool, origin: Path
-    ):
+        self, out: Path, about: dict | None, start: int, total: int, main: bool, origin: Path,
+        track: Callable | None,
+    ):  # fmt: skip
         """about: what weights.json says besides the results, None for a run that learns none;
         start: steps already done, of which the rows are kept; origin: the directory of the run
-        that did them."""
+        that did them; track: shows numbers by their names, and a step."""
         self.out, self.about, self.main, self.late = out, about, main, main
         self.rows, file = read_rows(origin, start) if main else [], f"{origin}/metrics.jsonl"
         if main and len(self.rows) < start:
@@ -67,14 +74,15 @@ class Log:
             self.settle()
         except (LookupError, TypeError, AttributeError, ArithmeticError):
             raise OSError(errno.EINVAL, "holds rows that no step of this run left", file) from None
-        often = dict.fromkeys(["mininterval", "maxinterval"], 0.5 if sys.stderr.isatty() else 20)
-        self.bar = tqdm(total=total, initial=start, disable=not main, **often)
+        self.track, look = track, {"mininterval": 0.5} if sys.stderr.isatty() else LINES
+        self.bar = tqdm(total=total, initial=start, disable=not main, unit="step", **look)
 
     def write(self, row: dict) -> None:
         """Add a row to metrics.jsonl, every tenth to weights.json; if there is no room, later."""
         if not self.main:
             return
         self.rows.append(row)
+        self.show(row)
         try:
             if not self.late:
                 with open(self.out / "metrics.jsonl", "a") as file:
@@ -96,6 +104,7 @@ class Log:
             self.bar.close()
             for row in self.rows[-1:]:
                 row |= held_out
+                self.show(held_out | {"step": row["step"]})
             self.late = True
 
     def settle(self) -> None:
@@ -107,10 +116,19 @@ class Log:
         if self.main:
             shard.sync(self.out / "metrics.jsonl")
 
+    def show(self, row: dict) -> None:
+        """Hand the numbers of a row to --report-to."""
+        dicts = ({f"{key}/{name}": x for name, x in value.items()} if isinstance(value, dict)
+                 else {key: value} for key, value in row.items() if key != "step")  # fmt: skip
+        numbers = {k: x for part in dicts for k, x in part.items() if type(x) in (int, float)}
+        if self.track:
+            self.track(numbers, step=row["step"])
+
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         if self.main:
-            self.bar.write(shown(line))
+            with self.bar.external_write_mode():
+                say(line)
 
     def write_weights(self) -> None:
         if self.rows and self.main and self.about is not None:
@@ -179,7 +197,6 @@ def read_rows(out: Path, before: float = math.inf) -> list[dict]:
             and row["step"] < before]  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------
 # When it cannot go on
 
 
@@ -193,8 +210,8 @@ def why(error: Exception, out: Path, timeout: float, memory: plan.Memory | None,
         log = out / f"error-rank{rank}.log"
         log.write_text("".join(traceback.format_exception(error)))
         helpful = plan.most_helpful(memory.config, memory.device_type, **memory.settings)
-        return (f"out of memory: {memory.planned}, measured {memory.measured()}; most likely to "
-                f"help: {' or '.join(helpful)}; traceback in {log}")  # fmt: skip
+        return (f"out of memory: {memory.planned}{memory.measured()}; most likely to help: "
+                f"{' or '.join(helpful)}; traceback in {log}")  # fmt: skip
     if isinstance(error, OSError):
         return f"{error.filename or out}: {error.strerror or error}"
     if shard.lost_peer(error):
@@ -223,7 +240,6 @@ def nonfinite_message(row: dict, counts: Tensor, out: Path) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------------------
 # Results
 
 
@@ -312,24 +328,47 @@ def render(out: Path) -> list[str]:
         lines += [*[""] * bool(lines[-1]), *elsewhere(result, train, out)]
     if (out / "messages.jsonl").exists():
         lines += ["", "Elsewhere:", *recipes(out)]
-    left_out = [f"{n} of {name}: {reason}" for name, dataset in record["data"].items()
-                for reason, n in dataset["dropped"].items() if n]  # fmt: skip
+    left_out = defaultdict(list)
+    for name, dataset in record["data"].items():
+        for reason, n in dataset["dropped"].items():
+            left_out[reason] += [f"{n} of {name}"] * bool(n)
     if branch := record.get("branch"):
         changed = "; ".join(f"{flag} {now}, was {was}"
                             for flag, (was, now) in branch["changed"].items())  # fmt: skip
         lines += ["", f"branched off from {branch['from']}: {changed or 'nothing changed'}"]
-    if left_out:
-        lines += ["", f"records left out: {'; '.join(left_out)}"]
+    if any(left_out.values()):
+        lines += ["", "records left out:"]
+        lines += [f"  {reason}: {', '.join(parts)}" for reason, parts in left_out.items() if parts]
     files = ", ".join(sorted(p.name for p in out.glob("[!.]*")))
-    return [*lines, "", f"Files in {out}: {files}"]
+    return [*lines, "", f"Files in {out}: {files}", *what_next(record, out)]
+
+
+def what_next(record: dict, out: Path) -> list[str]:
+    """The command that makes use of a run; none of one that only drew records."""
+    flags, ranks = record["flags"], record["world_size"]
+    data = flags["test"] or flags["val"]
+    if flags["mode"] == "bilevel":
+        usual, words = as_json(parse(["--model", flags["model"]])), []
+        for name in ("model", "train", "task", "template", "max_length", "seed"):
+            if name == "model" and flags[name] != "tiny" or flags[name] != usual[name]:
+                words += [spelt(name), *map(str, np.ravel(flags[name]))]
+        command = ["train.py", "--mode", "finetune", *words, "--weights", f"{out}/weights.json"]
+    elif flags["mode"] == "finetune" and (data or not flags["train"]):
+        data = data or f"{flags['task']}-seed{flags['seed']}"
+        command = ["evaluate.py", "loss", "--model", f"{out}/model", "--data", data]
+    else:
+        return []
+    launch = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["python"]
+    return [f"Next: {shlex.join(launch + command)}"]
 
 
 def table(rows: dict[str, tuple[float | None, int, str]], last: str) -> list[str]:
-    """Of each source its weight, as a number and a bar, its samples, and what is `last`."""
-    width = max(len("source"), *map(len, rows))
+    """Of each source its weight, as a number and as a bar, its samples, and what is `last`; from
+    the greatest weight down."""
+    width, largest = max(len("source"), *map(len, rows)), max(p or 0 for p, *_ in rows.values())
     lines = [f"{'source':{width}}  weight  {'':30}  samples{last}"]
-    for name, (p, samples, rest) in rows.items():
-        bar = "" if p is None else "█" * round(30 * min(p, 1)) or "▏"
+    for name, (p, samples, rest) in sorted(rows.items(), key=lambda row: -(row[1][0] or 0)):
+        bar = "" if p is None else "█" * round(30 * p / largest) or "▏"
         weight = "-" if p is None else f"{p:.4f}"
         lines.append(f"{name:{width}}  {weight:6}  {bar:30}  {samples:7}{rest}")
     return lines
@@ -341,39 +380,33 @@ def weight_lines(result: dict) -> list[str]:
     for name, p in result["weights"].items():
         gap, se = result["gap"][name], result["gap_se"][name]
         gap = "-" if gap is None else f"{gap:+.1e} ± {se:.0e}"
-        error, differs = result["weights_se"][name], "yes" if result["differs"][name] else "no"
-        rest = f"  {error:8.4f}  {gap:18}  {differs:3} ({result['snr'][name]:.1f})"
-        rows[name] = p, result["sources"][name]["samples"], rest
-    lines = table(rows, "  ± weight  gap of w and u      differs")
-    return [*lines, "", *verdict(result)]
-
-
-def elsewhere(result: dict, train: list[str], out: Path) -> list[str]:
-    """How other tools get the learned mixture, how much of it, and which source limits that."""
-    weights = result["weights"]
-    sizes = {name: about.get("of", about["samples"]) for name, about in result["sources"].items()}
-    counts, short = data.count_samples(weights, sizes, MIXTURE)
-    command = ["--train", *train, "--weights", str(out / "weights.json"), "--out", "mix"]
-    parts = data.apportion(weights, MIXTURE)  # so that the printed probabilities sum to one
-    parts = {name: n / MIXTURE for name, n in parts.items() if n}
-    drawn = {name: sizes[name] / p for name, p in parts.items()}  # until a source is used up
-    first, last = (choose(drawn, key=drawn.get) for choose in (min, max))
-    way = "under" if 2 * drawn[first] >= sum(counts.values()) else "over"
+        differs = f"{'yes' if result['differs'][name] else 'no':3} ({result['snr'][name]:.1f})"
+        error = f"{se:8.4f}" if (se := result["weights_se"][name]) > 5e-5 or not se else " <0.0001"
+        rows[name] = p, result["sources"][name]["samples"], f"  {error}  {gap:18}  {differs}"
+    threshold = differs_above(result["step"], len(rows))
     return [
-        f"The same mixture elsewhere, {sum(counts.values())} records:", *short,
-        f"  python train.py --mode draw {shlex.join(command)}",
-        *recipes(Path("mix")),
-        "or mixed at random while loading, in LLaMA-Factory:",
-        f"  dataset: {','.join(parts)}",
-        f"  mix_strategy: interleave_{way}",
-        f"  interleave_probs: {','.join(f'{p:.4f}' for p in parts.values())}",
-        f"interleave_under yields about {drawn[first]:.0f} samples, until {first} is used up; "
-        f"interleave_over about {drawn[last]:.0f}, until {last} is",
-        "(stopping_strategy first_exhausted and all_exhausted of datasets.interleave_datasets).",
+        *table(rows, "  ± weight  gap of w and u      differs"), "",
+        "± weight: its standard error; gap: the loss under w less that under u, at the end: low is",
+        f"good; differs: from the others, above {threshold:.1f} standard errors.", "",
+        *verdict(result),
     ]  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------
+def elsewhere(result: dict, train: list[str], out: Path) -> list[str]:
+    """How other tools get the learned mixture, and how much of it."""
+    sizes = {name: about.get("of", about["samples"]) for name, about in result["sources"].items()}
+    counts, short = data.count_samples(result["weights"], sizes, MIXTURE)
+    command = ["--train", *train, "--weights", str(out / "weights.json"), "--out", "mix"]
+    shares = [f"{{path: json, data_files: {result['sources'][name]['path']}, fraction: {p:.4f}}}"
+              for name, p in result["weights"].items() if p >= 5e-5]  # fmt: skip
+    return [
+        f"The same mixture elsewhere, {sum(counts.values())} records:", *short,
+        f"  python train.py --mode draw {shlex.join(command)}", *recipes(Path("mix")),
+        "or mixed while loading, where the sources' own keys are alike and known to TRL:",
+        f"  datasets: [{', '.join(shares)}]",
+    ]  # fmt: skip
+
+
 # The records of a mixture
 
 
@@ -385,71 +418,6 @@ def mixture_jsonl(drawn: dict[str, data.Dataset]) -> Iterator[str]:
             yield json.dumps({"source": name, "record": number}, ensure_ascii=False) + "\n"
 
 
-# How LLaMA-Factory is told of messages.jsonl.
-DATASET_INFO = {"mixture": {
-    "file_name": "messages.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages"},
-    "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user",
-             "assistant_tag": "assistant", "system_tag": "system"},
-}}  # fmt: skip
-
-
-def write_records(out: Path, drawn: dict[str, data.Dataset]) -> list[str]:
-    """Write the records of a mixture, in the order of mixture.jsonl, as they are in their files,
-    and the conversations as messages. Returns notes. ValueError if a file cannot be read any more.
-    """
-    records, chats, problems = [], [], Problems()
-    for source in drawn.values():
-        found = dict.fromkeys(source.numbers.tolist())
-        for n, *record in iter_records(locate(source.path), problems, defaultdict(Counter)):
-            if n in found:
-                found[n] = record
-        problems.raise_if_any()
-        for turns, record in (found[n] for n in source.numbers.tolist()):
-            records.append(record)
-            if messages := as_messages(turns):
-                chats.append({"messages": messages})
-    for name, rows in ("records.jsonl", records), ("messages.jsonl", chats):
-        lines = (json.dumps(strict(row), ensure_ascii=False) + "\n" for row in rows)
-        (out / name).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-    (out / "dataset_info.json").write_text(json.dumps(DATASET_INFO, indent=1))
-    texts = len(records) - len(chats)
-    given = sum(any("weight" in message for message in chat["messages"]) for chat in chats)
-    return [f"note: {what}" for n, what in (
-        (texts, f"{texts} records are text: messages.jsonl lacks them"),
-        (given, f"{given} conversations have answers of weight 0, which other trainers may learn"),
-    ) if n]  # fmt: skip
-
-
-def strict(row: object) -> object:
-    """What JSON can say of a record: NaN and infinities are null, dates are texts."""
-    return json.loads(json.dumps(row, default=str), parse_constant=lambda _: None)
-
-
-def as_messages(turns: Turns) -> list[dict]:
-    """A conversation in OpenAI's format; [] for text. An input joins the question."""
-    messages = []
-    for role, text in turns:
-        if role == "input":
-            messages[-1]["content"] += f"\n{text}"
-        elif role != "text":
-            weight = {"weight": 0} if role == "given" else {}
-            role = "assistant" if weight else role
-            messages.append({"role": role, "content": text} | weight)
-    return messages
-
-
-def recipes(folder: Path) -> list[str]:
-    """How other tools are told of what --mode draw wrote into a folder."""
-    file = folder / "messages.jsonl"
-    return [
-        f"  open-instruct   --dataset_mixer_list {file} 1.0",
-        f"  LLaMA-Factory   dataset_dir: {folder}, dataset: mixture",
-        f"  axolotl         datasets: [{{path: {file}, type: chat_template}}]",
-        f"  TRL             datasets: [{{path: json, data_files: {file}}}]",
-    ]
-
-
-# --------------------------------------------------------------------------------------------------
 # Pictures
 
 
@@ -487,8 +455,7 @@ def read_run(path: Path) -> Run:
 
 
 def plot(paths: list[Path], file: Path) -> None:
-    """Draw runs into an image file. ValueError, a line per problem: no matplotlib, directories that
-    hold no run, a file that cannot be written."""
+    """Draw runs into an image file. ValueError, a line for each reason why it cannot be."""
     runs, problems = [], Problems()
     for path in paths:
         with problems.collecting():
@@ -501,7 +468,7 @@ def plot(paths: list[Path], file: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a font without some character: it is drawn as a box
         try:
-            figure.savefig(file, dpi=110)
+            figure.savefig(file, dpi=92)
         except (OSError, ValueError) as error:
             raise ValueError(f"{file}: {getattr(error, 'strerror', 0) or error}") from None
 
@@ -518,7 +485,8 @@ def figure_of(runs: list[Run]):
     for run in runs:
         groups.setdefault(run.kind, []).append(run)
     height = max(3.2, 1.2 + 0.22 * max(len(run.names) for run in runs))
-    figure = Figure(figsize=(15, height * len(groups)), layout="constrained")
+    width = 15 if max(len(name) for run in runs for name in run.names) <= 16 else 19
+    figure = Figure(figsize=(width, height * len(groups)), layout="constrained")
     parts = figure.subfigures(len(groups), 1, squeeze=False)[:, 0]
     for part, group in zip(parts, groups.values(), strict=True):
         draw_row(part, group)
@@ -526,70 +494,93 @@ def figure_of(runs: list[Run]):
 
 
 def draw_row(figure, runs: list[Run]) -> None:
-    """The learned weights, or of fine-tuning the losses; the sources' losses under w; and the
-    weights as bars, which name the colours."""
-    from matplotlib import colormaps
-
+    """The learned weights and the gaps that drive them, or of fine-tuning the losses; the sources'
+    losses; and the final weights as bars. Of many sources the first three and the last two have a
+    colour and a name, and the curves of the others are grey, or left out."""
     run, others = runs[0], f" and {len(runs) - 1} more of other seeds" if len(runs) > 1 else ""
     figure.suptitle(shorten(str(run.path), 120) + others, fontsize="medium", parse_math=False)
-    left, middle, right = figure.subplots(1, 3)
-    tab20 = colormaps["tab20"].colors  # every second one is light
-    colours = dict(zip(run.names, itertools.cycle(tab20[::2] + tab20[1::2]), strict=False))
+    bars = {name: bar(runs, name) for name in run.names}
+    order = sorted(bars, key=lambda name: -bars[name][0])
+    few = order if len(order) <= 6 else [*order[:3], *order[-2:]]
+    colours = dict.fromkeys(order, "0.75") | {name: f"C{i}" for i, name in enumerate(few)}
+    labels = dict.fromkeys(order) | {name: shorten(name, 16) for name in few}
 
-    weights, losses = (
-        [(key, name, colour, None) for name, colour in colours.items()]
-        for key in ("weights", "source_loss_w")
-    )
-    train = "train_loss", None, "C0", "training"
-    val = "val_loss", None, "black", "validation"
-    test = "test_loss", None, "C3", "test"
-    what = "loss under w, running mean"
-    if run.shares is None:
-        draw_curves(left, runs, "weight", weights)
-    else:
-        draw_curves(left, runs, what, [train, val, test])
+    def curves(key: str, names: list[str]) -> list[tuple]:
+        return [(key, name, colours[name], labels[name]) for name in names]
+
+    train, val, test = (("train_loss", None, "0.5", "training"),
+                        ("val_loss", None, "black", "validation"),
+                        ("test_loss", None, "C9", "test"))  # fmt: skip
     between = run.shares is None and np.isfinite(run.series("test_loss")).sum() > 2
-    draw_curves(middle, runs, what, [*losses, val, *[test] * int(between)])
-    draw_bars(right, runs, colours)
+    *first, losses, last = figure.subplots(1, 4 if run.shares is None else 3)
+    if run.shares is None:
+        for axes, y in zip(first, (1 / len(order), 0), strict=True):
+            axes.axhline(y, color="0.3", linewidth=1, linestyle=":")
+        draw_curves(first[0], runs, "weight (dotted: all equal)", curves("weights", order[::-1]))
+        draw_curves(first[1], runs, "gap of w and u, ± standard error", curves("gap", few))
+    else:
+        draw_curves(first[0], runs, "loss under w", [train, val, test])
+    held_out = [val, *[test] * int(between)]
+    draw_curves(losses, runs, "loss under w", [*curves("source_loss_w", few), *held_out])
+    draw_bars(last, runs, {name: bars[name] for name in order}, colours)
 
 
 def draw_curves(axes, runs: list[Run], what: str, curves: list[tuple]) -> None:
-    """Columns of metrics.jsonl over the steps, each as (key, name, colour, label). Losses that most
-    steps have are drawn as running means."""
+    """Columns of metrics.jsonl over the steps, each as (key, name, colour, label at its end). All
+    but the weights are running means over a twentieth of the steps that have them."""
+    ends = []
     for (key, name, colour, label), run in itertools.product(curves, runs):
         y = run.series(key, name)
         x = np.flatnonzero(np.isfinite(y))
         if not len(x):
             continue
-        window = 1 if key == "weights" else max(1, len(x) // 50)
-        x, y = (np.convolve(z, np.ones(window) / window, "valid") for z in (x, y[x]))
+        window = 1 if key == "weights" else max(1, len(x) // 20)
+        mean, y = partial(np.convolve, v=np.ones(window) / window, mode="valid"), y[x]
+        squares = mean(run.series("gap_se", name)[x] ** 2) / window if key == "gap" else None
+        x, y = mean(x), mean(y)
         marker = "." if len(x) < 20 else ""  # a line of one point is none
-        axes.plot(x, y, color=colour, marker=marker, linewidth=1,
-                  label=label if run is runs[0] else None)  # fmt: skip
+        axes.plot(x, y, color=colour, marker=marker, linewidth=1, label=label)
+        if key == "gap":
+            axes.fill_between(x, y - squares**0.5, y + squares**0.5, color=colour, alpha=0.25)
+        if label and run is runs[0]:
+            ends.append((y[-1], x[-1], label, colour))
     axes.set(xlabel="step", ylabel=what)
-    axes.set_ylim(bottom=0)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+    if not curves or curves[0][0] != "gap":
+        axes.set_ylim(bottom=0)
+    bottom, top = axes.get_ylim()
+    ends.sort(key=lambda end: end[0])
+    least = (top - bottom) * 14 / axes.bbox.height  # pixels of a line of text
+    places = spread([end[0] for end in ends], least, top)
+    for (y, x, label, colour), place in zip(ends, places, strict=True):
+        axes.annotate(label, (x, y), (1.04, place), textcoords=("axes fraction", "data"),
+                      color="0.15", fontsize=8, va="center", parse_math=False,
+                      arrowprops={"arrowstyle": "-", "color": colour, "relpos": (0, 0.5),
+                                  "shrinkA": 0, "shrinkB": 0})  # fmt: skip
 
 
-def draw_bars(axes, runs: list[Run], colours: dict) -> None:
-    """The sources from the greatest weight down, each named with its value."""
-    values = {name: bar(runs, name) for name in colours}
-    order = sorted(values, key=lambda name: -values[name][0])
-    names = []
-    for y, name in enumerate(order):
-        value, se, final = values[name]
-        axes.barh(y, value, color=colours[name], xerr=se, ecolor="black", capsize=2)
-        axes.plot(final, [y + 0.28] * len(final), "o", color="black", markersize=2.5)
-        label = f"{shorten(name, 32)}  {value:.4f}" + (f" ± {se:.4f}" if se else "")
-        threshold = differs_above(len(runs[0].rows), len(colours))
+def spread(ys: list[float], least: float, top: float) -> list[float]:
+    """Places for labels of these, which rise: at least so far apart, and none above the top."""
+    up = itertools.accumulate(ys, lambda below, y: max(y, below + least))
+    down = itertools.accumulate([min(y, top) for y in up][::-1], lambda y, x: min(x, y - least))
+    return [*down][::-1]
+
+
+def draw_bars(axes, runs: list[Run], bars: dict[str, tuple], colours: dict) -> None:
+    """The sources with their values, pale where the data do not tell one from the others."""
+    threshold = differs_above(len(runs[0].rows), len(bars))
+    for y, (name, (value, se, final)) in enumerate(bars.items()):
         apart = len(runs) > 1 or runs[0].shares or runs[0].rows[-1]["snr"][name] > threshold
-        names.append(label if apart else f"{label}, not told from others")
-    axes.set_yticks(range(len(order)), names, fontsize=8)
-    for name, label in zip(order, axes.get_yticklabels(), strict=True):
-        label.set(color=colours[name], parse_math=False)  # a "$" in a name is a dollar
-    axes.set(xlabel="share of the mixture" if runs[0].shares else "final weight", xlim=(0, None),
-             ylim=(max(len(order), 3) - 0.4, -0.6))  # fmt: skip
+        axes.barh(y, value, color=colours[name], alpha=1 if apart else 0.35, xerr=se,
+                  ecolor="black", capsize=2)  # fmt: skip
+        axes.plot(final, [y + 0.28] * len(final), "o", color="black", markersize=2.5)
+    names = [f"{shorten(name, 32)}  {value:.4f}" + (f" ± {se:.4f}" if se and se > 5e-5 else "")
+             for name, (value, se, _) in bars.items()]  # fmt: skip
+    axes.set_yticks(range(len(bars)), names, fontsize=8)
+    for label in axes.get_yticklabels():
+        label.set(color="0.15", parse_math=False)  # a "$" in a name is a dollar
+    what = "final weight (pale: not told from the others)"
+    axes.set_xlabel("share of the mixture" if runs[0].shares else what, loc="right")
+    axes.set(xlim=(0, None), ylim=(max(len(bars), 3) - 0.4, -0.6))
 
 
 def bar(runs: list[Run], name: str) -> tuple[float, float | None, list[float]]:

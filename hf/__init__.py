@@ -17,6 +17,8 @@ import os
 import re
 import resource
 import stat
+import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date
@@ -183,6 +185,25 @@ def say(*lines: object, file: TextIO | None = None) -> None:
     """Print lines: whatever is printed goes through here."""
     for line in lines:
         print(shown(line), file=file, flush=True)
+
+
+def say_why(*lines: object) -> None:
+    """Print on stderr why this process ends; and tell torchrun, whose own traceback would otherwise
+    stand below, by the file and in the form that its `record` writes: it then says so last."""
+    say(*lines, file=sys.stderr)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        text = "\n".join(map(shown, lines))
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+
+
+def refuse(*lines: object) -> int:
+    """Say what is wrong with the input, on the first rank of a node. Returns the exit code."""
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0":
+        time.sleep(3)  # torchrun ends the other ranks when the first one leaves
+    say_why(*lines)
+    return 2
 
 
 class Problems(ValueError):

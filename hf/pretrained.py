@@ -12,12 +12,14 @@ import fnmatch
 import json
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -258,17 +260,6 @@ def to_hf(config: ModelConfig, tensors: Named) -> Named:
         yield key.name, (tensor.T if key.transposed else tensor).contiguous()
 
 
-def batches(tensors: Named, max_bytes: float) -> Iterator[dict[str, Tensor]]:
-    """Cut a stream of tensors into dicts of at most `max_bytes`, or of one tensor."""
-    batch: dict[str, Tensor] = {}
-    for key, tensor in tensors:
-        if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > max_bytes:
-            yield batch
-            batch.clear()  # in place: the caller holds it too
-        batch[key] = tensor
-    yield batch
-
-
 def write_file(tensors: dict[str, Tensor], file: Path) -> None:
     """Write a safetensors file for whom the umask permits: the library makes one for its owner.
     OSError if there is no room."""
@@ -282,25 +273,24 @@ def write_file(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def write_tensors(
-    directory: str | Path, config: ModelConfig, tensors: Named, max_bytes: float = 5e9
+    directory: str | Path, config: ModelConfig, tensors: Named, like: Named, max_bytes: float = 5e9
 ) -> None:
     """Write tensors, which come in the model's order, as safetensors files of at most `max_bytes`
-    (or one tensor), with index and config.json. Holds one file's tensors at a time."""
-    directory, files, total = Path(directory), [], 0
-    for batch in batches(to_hf(config, tensors), max_bytes):
-        write_file(batch, directory / f"{len(files)}.part")
-        files.append(list(batch))
-        total += sum(tensor.nbytes for tensor in batch.values())
-        dtype = next(iter(batch.values())).dtype
-    index = {}
-    for i, keys in enumerate(files, start=1):
-        name = f"model-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else WEIGHTS
-        (directory / f"{i - 1}.part").rename(directory / name)
-        index |= dict.fromkeys(keys, name)
+    (or one tensor), with index and config.json. A file is written, and its tensors are let go, as
+    soon as all are there. `like`: meta tensors of the same names, shapes and dtype."""
+    empty = dict(to_hf(config, like))
+    plan = split_torch_state_dict_into_shards(empty, max_shard_size=int(max_bytes))
+    directory, waiting = Path(directory), defaultdict(dict)
+    for key, tensor in to_hf(config, tensors):
+        file = plan.tensor_to_filename[key]
+        waiting[file][key] = tensor
+        if len(waiting[file]) == len(plan.filename_to_tensors[file]):
+            write_file(waiting.pop(file), directory / file)
+    dtype = next(iter(empty.values())).dtype
     dtype_key = "dtype" if "dtype" in config.hf else "torch_dtype"
     written = {CONFIG: config.hf | {dtype_key: str(dtype).removeprefix("torch.")}}
-    if len(files) > 1:
-        written[INDEX] = {"metadata": {"total_size": total}, "weight_map": index}
+    if plan.is_sharded:
+        written[INDEX] = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
     for name, content in written.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
 

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -335,3 +335,69 @@ def _parsed(text: str, path: str | os.PathLike, line: int, problems: Problems) -
         what = f"broken JSON: {getattr(error, 'msg', error)}"
     problems.add(f"{path}:{line}: {what}")
     return []
+
+
+# What is drawn from sources, for other trainers
+
+# How LLaMA-Factory is told of messages.jsonl.
+DATASET_INFO = {"mixture": {
+    "file_name": "messages.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages"},
+    "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user",
+             "assistant_tag": "assistant", "system_tag": "system"},
+}}  # fmt: skip
+
+
+def write_records(out: Path, drawn: dict) -> list[str]:
+    """Write the records of a mixture, in the order of mixture.jsonl, as they are in their files,
+    and the conversations as messages. Returns notes. ValueError if a file cannot be read any more.
+    """
+    records, chats, problems = [], [], Problems()
+    for source in drawn.values():
+        found = dict.fromkeys(source.numbers.tolist())
+        for n, *record in iter_records(locate(source.path), problems, defaultdict(Counter)):
+            if n in found:
+                found[n] = record
+        problems.raise_if_any()
+        for turns, record in (found[n] for n in source.numbers.tolist()):
+            records.append(record)
+            if messages := as_messages(turns):
+                chats.append({"messages": messages})
+    for name, rows in ("records.jsonl", records), ("messages.jsonl", chats):
+        lines = (json.dumps(strict(row), ensure_ascii=False) + "\n" for row in rows)
+        (out / name).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    (out / "dataset_info.json").write_text(json.dumps(DATASET_INFO, indent=1))
+    texts = len(records) - len(chats)
+    given = sum(any("weight" in message for message in chat["messages"]) for chat in chats)
+    return [f"note: {what}" for n, what in (
+        (texts, f"{texts} records are text: messages.jsonl lacks them"),
+        (given, f"{given} conversations have answers of weight 0, which other trainers may learn"),
+    ) if n]  # fmt: skip
+
+
+def strict(row: object) -> object:
+    """What JSON can say of a record: NaN and infinities are null, dates are texts."""
+    return json.loads(json.dumps(row, default=str), parse_constant=lambda _: None)
+
+
+def as_messages(turns: Turns) -> list[dict]:
+    """A conversation in OpenAI's format; [] for text. An input joins the question."""
+    messages = []
+    for role, text in turns:
+        if role == "input":
+            messages[-1]["content"] += f"\n{text}"
+        elif role != "text":
+            weight = {"weight": 0} if role == "given" else {}
+            role = "assistant" if weight else role
+            messages.append({"role": role, "content": text} | weight)
+    return messages
+
+
+def recipes(folder: Path) -> list[str]:
+    """How other tools are told of what --mode draw wrote into a folder."""
+    file = folder / "messages.jsonl"
+    return [
+        f"  open-instruct   --mixer_list {file} 1.0   (finetune.py: --dataset_mixer_list)",
+        f"  LLaMA-Factory   dataset_dir: {folder}, dataset: mixture",
+        f"  axolotl         datasets: [{{path: {file}, type: chat_template}}]",
+        f"  TRL             datasets: [{{path: json, data_files: {file}}}]",
+    ]

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 
 pytest.importorskip("matplotlib")
 import evaluate
-from cli import report
+from cli import report, tracker
+from cli.flags import as_json, parse
 
 LONG = [
     "GPTeacher-General-Instruct", "orca-math-word-problems-200k", "code_contests_$python$_filtered",
@@ -33,6 +35,8 @@ def write_run(path, names, steps=60, seed=0, learns=True, absent=0.0):
         if learns:
             row |= {"weights": dict(zip(names, p.tolist(), strict=True)), "val_loss": 1.0}
             row |= {"weights_se": dict.fromkeys(names, 0.01), "snr": dict.fromkeys(names, 3.0)}
+            row |= {"gap": dict(zip(names, p - 0.5, strict=True))}
+            row |= {"gap_se": dict.fromkeys(names, 0.1)}
         else:
             row |= {"train_loss": 1 + 1 / (1 + t)} | ({"val_loss": 1.5} if t % 9 == 0 else {})
         rows.append(row)
@@ -58,7 +62,8 @@ def written(figure, monkeypatch) -> list:
     monkeypatch.setattr(Text, "draw", lambda text, *rest: drawn.append(text) or draw(text, *rest))
     canvas.draw()
     drawn = [text for text in drawn if text.get_text() and text.get_visible()]
-    boxes = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in drawn]
+    boxes = [(text.get_text(), Text.get_window_extent(text, canvas.get_renderer()))
+             for text in drawn]  # without the lines that lead to labels
     width, height = canvas.get_width_height()
     for text, box in boxes:
         assert min(box.x0, box.y0) >= 0 and box.x1 <= width and box.y1 <= height, text
@@ -91,6 +96,62 @@ def test_what_a_bar_says(tmp_path):
     assert report.bar([tuned], "c") == (0.5, None, [])
 
 
+@pytest.mark.parametrize("ys, places", [
+    ([0, 5, 9], [0, 5, 9]), ([1, 1, 1], [1, 3, 5]), ([9, 9, 9.5], [6, 8, 10]), ([], []),
+])  # fmt: skip
+def test_labels_stand_apart_and_below_the_top(ys, places):
+    assert report.spread(ys, 2, 10) == places
+
+
+def test_a_gap_is_drawn_with_the_error_of_its_mean(tmp_path):
+    (part,) = report.figure_of([report.read_run(write_run(tmp_path / "x", ["a", "b"]))]).subfigs
+    weights, gap, *_ = part.axes
+    assert list(weights.get_lines()[0].get_ydata()) == [0.5, 0.5]  # 1/S
+    (zero, a, _), (band, _) = gap.get_lines(), gap.collections
+    assert list(zero.get_ydata()) == [0, 0] and len(a.get_ydata()) == 58
+    half = 0.1 / 3**0.5  # of three steps, a twentieth of them
+    highest = band.get_paths()[0].get_extents().y1
+    assert highest - a.get_ydata().max() == pytest.approx(half)
+
+
+def test_a_table_is_sorted_and_scaled_to_the_largest_weight():
+    rows = {"a": (0.1, 5, ""), "none": (0.0, 5, ""), "b": (0.2, 5, ""), "all": (None, 5, "")}
+    _, *lines = report.table(rows, "")
+    assert [line.split()[0] for line in lines] == ["b", "a", "none", "all"]
+    assert [line.count("█") for line in lines] == [30, 15, 0, 0] and "▏" in lines[2]
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({}, "python train.py --mode finetune --weights x/weights.json"),
+    ({"model": "o/M", "train": ["a=a b.json", "c.json"], "template": "own", "max_length": 512,
+      "world_size": 8},
+     "torchrun --nproc_per_node=8 train.py --mode finetune --model o/M --train 'a=a b.json' c.json "
+     "--template own --weights x/weights.json"),
+    ({"mode": "finetune", "seed": 3}, "python evaluate.py loss --model x/model --data "
+                                      "denoising-seed3"),
+    ({"mode": "finetune", "train": ["a.json"], "val": "v.json"},
+     "python evaluate.py loss --model x/model --data v.json"),
+    ({"mode": "draw"}, None),
+])  # fmt: skip
+def test_a_report_ends_with_the_next_command(changed, said):
+    flags = as_json(parse([])) | {"template": "plain", "world_size": 1} | changed
+    next_one = report.what_next({"flags": flags, "world_size": flags["world_size"]}, Path("x"))
+    assert next_one == [f"Next: {said}"] * bool(said)
+
+
+def test_a_tracker_is_shown_every_number(tmp_path, monkeypatch):
+    shown = []
+    fake = SimpleNamespace(init=lambda **about: shown.append(about), finish=lambda: shown.append(0),
+                           log=lambda row, step: shown.append((step, row)))  # fmt: skip
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    track, end = tracker("wandb", tmp_path, {"seed": 1})
+    log = report.Log(tmp_path, {}, 0, 1, True, tmp_path, track)
+    log.show({"step": 3, "weights": {"a": 0.5, "b": None}, "finite": True, "val_loss": 2.0})
+    end()
+    assert shown == [{"project": "scalebio", "name": tmp_path.name, "config": {"seed": 1}},
+                     (3, {"weights/a": 0.5, "val_loss": 2.0}), 0]  # fmt: skip
+
+
 @pytest.mark.parametrize("every", [0, 5])
 def test_the_curve_of_the_test_loss_is_drawn_where_there_is_one(tmp_path, every):
     path = write_run(tmp_path / "x", ["a", "b"])
@@ -99,7 +160,7 @@ def test_the_curve_of_the_test_loss_is_drawn_where_there_is_one(tmp_path, every)
         row["test_loss"] = 7.0
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
     (part,) = report.figure_of([report.read_run(path)]).subfigs
-    curves = {line.get_label(): line.get_ydata() for line in part.axes[1].get_lines()}
+    curves = {line.get_label(): line.get_ydata() for line in part.axes[2].get_lines()}
     assert ("test" in curves) == bool(every)
     if every:
         assert curves["test"].tolist() == [7.0] * 13
@@ -138,7 +199,7 @@ def test_what_cannot_be_drawn_is_one_line_each(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("error, said", [
-    (MemoryError(), "out of memory: planned, measured peak; most likely to help: --flag"),
+    (MemoryError(), "out of memory: planned, and peak; most likely to help: --flag"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: planned"),
     (OSError(28, "No space left on device", "out/x"), "out/x: No space left on device"),
     (torch.distributed.DistNetworkError("closed"), "goes on from the last checkpoint"),
@@ -147,7 +208,7 @@ def test_what_cannot_be_drawn_is_one_line_each(tmp_path, capsys, monkeypatch):
 def test_why_a_rank_ends_is_one_line(tmp_path, monkeypatch, capsys, error, said):
     monkeypatch.setattr(report.shard, "whole_checkpoints", lambda _: ["step-2"])
     monkeypatch.setattr(report.plan, "most_helpful", lambda *_, **__: ["--flag"])
-    memory = SimpleNamespace(planned="planned", measured=lambda: "peak", config=None,
+    memory = SimpleNamespace(planned="planned", measured=lambda: ", and peak", config=None,
                              device_type="cpu", settings={})  # fmt: skip
     line = report.why(error, tmp_path, 30.0, memory, 1)
     assert said in line and "\n" not in line

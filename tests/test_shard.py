@@ -115,8 +115,9 @@ def test_loading_holds_one_full_tensor_beside_the_shards(tmp_path):
              "num_key_value_heads": 4, "vocab_size": 32000}  # fmt: skip
     config = ModelConfig.from_hf(FAMILIES["llama"] | sizes)
     (tmp_path / "model").mkdir()
-    weights = random_weights(config, 0)
-    pretrained.write_tensors(tmp_path / "model", config, weights, max_bytes=7e7)
+    weights = [*random_weights(config, 0)]
+    like = [(name, tensor.to("meta")) for name, tensor in weights]
+    pretrained.write_tensors(tmp_path / "model", config, weights, like, max_bytes=7e7)
     assert len(list(tmp_path.glob("model/*.safetensors"))) > 2
     slack = 16e6  # FSDP's and the allocator's own, and the interpreter's
     for ranks in (1, 2):

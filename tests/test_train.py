@@ -1,8 +1,10 @@
 """train.py as a user meets it: runs on real input, the files they leave, and refusals."""
 
+import dataclasses
 import json
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from cli.flags import parse
-from cli.inputs import prepare
-from cli.plan import RESERVED
-from model import build, from_pretrained, random_weights
+from cli import flags as flags_of_train
+from cli.flags import RESERVED, Flags, parse
+from cli.inputs import prepare, source_paths
+from lisa import ENDS
+from model import DTYPES, build, from_pretrained, random_weights
 from tests.forked import FLAGS, done, rows, run, saved, write_model
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +63,10 @@ def test_denoising_orders_the_sources(refusal):
     assert weights["clean"] > max(weights["shuffled"], weights["junk"]) + 0.1
     assert sum(weights.values()) == pytest.approx(1) and after < 0.5 * before
     assert all(text in said for text in ("held-out test loss", "█")) and "elsewhere" not in said
+    before_steps = said.partition(" of 20 steps, ")[0]  # off a terminal a bar is lines
+    assert before_steps.count("evaluating 384 test records\n") == 1 and "\r" not in said
+    assert "20 steps of 48 training and 32 validation samples: about " in before_steps
+    assert said.count("planned peak") == 1 and "measured" not in said
     table = rows("out")
     assert len(table) == 20 and table[0]["source_loss_w"] == table[0]["source_loss_u"]
     assert table[0]["weights"] == {name: pytest.approx(1 / 3, abs=1e-6) for name in weights}
@@ -182,7 +189,7 @@ def test_out_of_memory_names_the_plan_and_what_helps():
     assert code == 1 and "Traceback" not in said
     planned = said.split("memory: ")[1].splitlines()[0]
     (line,) = (line for line in said.splitlines() if "rank 0 ends: " in line)
-    assert f"out of memory: {planned}, measured " in line and "--activation-checkpointing" in line
+    assert f"out of memory: {planned}; most likely" in line and "--activation-checkp" in line
     assert "Traceback" in Path("out/error-rank0.log").read_text()
 
 
@@ -244,6 +251,7 @@ def test_refusals(sound, refusal, change, expected):
 
 
 def test_sources_may_be_given_one_by_one_and_what_is_odd_is_noted(sound):
+    assert source_paths(["a.json", "x/b.jsonl"]) == {"a": Path("a.json"), "b": Path("x/b.jsonl")}
     a, b = sound.pop("--train")
     same = a.replace("a=", "again=", 1)
     found = prepare(parse([*flags(sound), "--train", a, "--train", b, same]), 1)
@@ -355,6 +363,42 @@ def test_bad_input_under_torchrun_prints_its_lines_and_no_traceback_of_ours():
     assert ended.returncode != 0 and not Path("runs").exists()
     assert "take 62 or 64" in ended.stderr and "--lisa-layers 9" in ended.stderr
     assert "train.py\", line" not in ended.stderr
+    *_, first, second, _ = ended.stderr.splitlines()  # what torchrun prints ends with ours
+    assert first.endswith("2 ranks: take 62 or 64") and second.strip().startswith("--lisa-layers 9")
+
+
+@pytest.mark.parametrize("program, said", [("train", "[0]\n"), ("evaluate", "mt-bench")])
+def test_help_does_not_wait_for_torch(program, said):
+    code = (f"import runpy, sys; sys.modules['torch'] = None; sys.argv[1:] = ['--help']; "
+            f"runpy.run_path({str(ROOT / program)!r} + '.py', run_name='__main__')")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and said in done.stdout, done.stderr
+    if program == "train":
+        assert done.stdout.partition("examples:\n")[2].count("torchrun ") == 3
+        choices = {f.name: f.metadata["choices"] for f in dataclasses.fields(Flags)}
+        assert choices["lisa_ends"] == ENDS and choices["dtype"] == ("auto", *DTYPES)
+
+
+@pytest.mark.parametrize("argv, out", [
+    ("", "denoising-seed0"), ("--task graded --seed 3", "graded-seed3"),
+    ("--train a.json b/c.jsonl.gz", "tiny-a-c-seed0"),
+    ("--model org/M-8B --mode finetune --train x=a=b.json d=org/wiki:test[en] 'y/t*' z=e a/",
+     "M-8B-x-d-t-and-2-more-finetune-seed0"),
+    ("--mode draw --train tatsu-lab/alpaca", "alpaca-draw-seed0"),
+])  # fmt: skip
+def test_where_a_run_goes_names_model_and_data(argv, out):
+    assert parse(shlex.split(argv)).out == Path("runs", out)
+
+
+def test_flags_may_stand_in_a_file(capsys):
+    Path("run.args").write_text("# a comment\n--steps 7  # and another\n\n--train 'a b.json' c=d\n")
+    flags = parse(["@run.args", "--seed", "2"])
+    assert (flags.steps, flags.train, flags.seed) == (7, ["a b.json", "c=d"], 2)
+    for content in ("--out 'x", None):
+        Path("run.args").write_text(content) if content else Path("run.args").unlink()
+        with pytest.raises(SystemExit):
+            parse(["@run.args"])
+        assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("flags", [["--seed", "1e3"], ["--sed", "1"], ["--lr-lambda", "x"]])
@@ -370,6 +414,11 @@ def test_compile_without_a_compiler_is_refused_in_a_line(refusal, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     (line,) = refusal(["--compile"])
     assert line.startswith("--compile needs a C++ compiler")
+
+
+def test_a_tracker_that_is_missing_is_refused_in_a_line(refusal, monkeypatch):
+    monkeypatch.setattr(flags_of_train, "find_spec", lambda name: None)
+    assert refusal(["--report-to", "trackio"]) == ["--report-to trackio: pip install trackio"]
 
 
 def test_plan_from_a_config_alone(capsys, refusal):

@@ -285,8 +285,10 @@ def make(path: str) -> dict:
              "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000}  # fmt: skip
     config = ModelConfig.from_hf(FAMILIES["llama"] | sizes)
     Path(path).mkdir(parents=True)
-    zeros = ((name, torch.zeros(shape)) for name, shape in parameter_shapes(config).items())
-    pretrained.write_tensors(path, config, zeros, max_bytes=1e9)
+    shapes = parameter_shapes(config).items()
+    zeros = ((name, torch.zeros(shape)) for name, shape in shapes)
+    like = ((name, torch.zeros(shape, device="meta")) for name, shape in shapes)
+    pretrained.write_tensors(path, config, zeros, like, max_bytes=1e9)
     return {"files": len(list(Path(path).glob("*.safetensors")))}
 
 
