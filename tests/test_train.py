@@ -63,9 +63,9 @@ def test_denoising_orders_the_sources(refusal):
     assert weights["clean"] > max(weights["shuffled"], weights["junk"]) + 0.1
     assert sum(weights.values()) == pytest.approx(1) and after < 0.5 * before
     assert all(text in said for text in ("held-out test loss", "█")) and "elsewhere" not in said
-    before_steps = said.partition(" of 20 steps, ")[0]  # off a terminal a bar is lines
-    assert before_steps.count("evaluating 384 test records\n") == 1 and "\r" not in said
-    assert "20 steps of 48 training and 32 validation samples: about " in before_steps
+    ahead = "20 steps of 48 training and 32 validation samples: about "
+    assert said.index(ahead) < said.index("evaluating 384 test records\n") < said.index(" steps, ")
+    assert "20 of 20 steps, " in said and "\r" not in said  # off a terminal a bar is lines
     assert said.count("planned peak") == 1 and "measured" not in said
     table = rows("out")
     assert len(table) == 20 and table[0]["source_loss_w"] == table[0]["source_loss_u"]
