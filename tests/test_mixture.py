@@ -247,6 +247,8 @@ def test_the_size_of_a_recipe_and_what_limits_it_are_said():
     assert "elsewhere, 10000 records:\n  python train.py --mode draw --train a=a.json" in said
     collapsed = mixture_elsewhere({"a": 12000, "few": 3, "none": 50}, [0.7, 0.3, 0.0])
     assert "few is short: 3000 samples by its weight, but it has 3; the mixture has" in collapsed
+    assert said.endswith("\nwhich yields about 15000 samples: then a is used up")
+    assert collapsed.endswith("\nwhich yields about 10 samples: then few is used up")
 
 
 def test_loaders_of_others_read_what_is_drawn(files):
@@ -260,7 +262,8 @@ def test_loaders_of_others_read_what_is_drawn(files):
     trl = pytest.importorskip("trl.scripts.utils", reason="needs trl")
     config = trl.DatasetMixtureConfig([{"path": "json", "data_files": "mix/messages.jsonl"}])
     assert trl.get_dataset(config)["train"].to_list() == rows
-    line = mixture_elsewhere({"a": 40, "few": 3}, [0.75, 0.25]).splitlines()[-1]
+    *_, line, last = mixture_elsewhere({"a": 40, "few": 3}, [0.75, 0.25]).splitlines()
+    assert last == "which yields about 12 samples: then few is used up"
     shares = yaml.safe_load(line)["datasets"]
     assert Counter(row["question"].split()[0] for row in (
         trl.get_dataset(trl.DatasetMixtureConfig(shares))["train"].to_list())) == {"a": 9, "few": 3}

@@ -97,13 +97,13 @@ def trajectory(
 
 def trajectories(folder: str) -> dict:
     """By family, dtype, micro-batch size and padding; and after one step, by dtype."""
-    sizes = [(4, 8), (16, 32)][: 2 if dist.get_world_size() == 1 else 1]
+    sizes = [(4, 8), (16, 32)] if dist.get_world_size() == 1 else [(8, 8)]
     found = {
         (family, dtype, *size): trajectory(f"{folder}/{family}", dtype, *size)
         for family in ("gpt2", "llama") for dtype in ("fp64", "fp32") for size in sizes
     }  # fmt: skip
     dtypes = "fp32", "bf16"
-    return found | {dtype: trajectory(f"{folder}/gpt2", dtype, 4, 8, 1) for dtype in dtypes}
+    return found | {dtype: trajectory(f"{folder}/gpt2", dtype, 8, 8, 1) for dtype in dtypes}
 
 
 def offload(folder: str) -> list[list[dict]]:
