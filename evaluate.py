@@ -18,9 +18,11 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     from cli import begin
-    from cli.flags import parse_evaluation
 
     begin()
+
+    from cli.flags import parse_evaluation
+
     parse_evaluation(None)  # --help, or a flag that cannot be read, does not wait for torch
 
 import argparse

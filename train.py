@@ -14,9 +14,11 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     from cli import begin
-    from cli.flags import parse
 
     begin()
+
+    from cli.flags import parse
+
     parse(None)  # --help, or a flag that cannot be read, does not wait for torch
 
 import contextlib

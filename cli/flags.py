@@ -234,8 +234,8 @@ class Flags:
 # Flags that a run may change when it goes on: they do not decide what it computes.
 HARMLESS = {f.name for f in dataclasses.fields(Flags) if not f.metadata["same_run"]}
 # Flags that a run may change when it branches off: not those of the state's shapes and of the data.
-BRANCHING = {f.name for f in dataclasses.fields(Flags)
-             if f.metadata["group"] not in ("model and data", "--mode finetune")}  # fmt: skip
+BRANCHING = {f.name for f in dataclasses.fields(Flags) if f.metadata["only"] != DRAWS
+             and f.metadata["group"] != "model and data"}  # fmt: skip
 BRANCHING -= {"mode", "model", "dtype"}
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import shard
+from cli.flags import BRANCHING
 from tests import forked, kill_trial
 from tests.forked import at, done, rows, run, saved, send, state
 
@@ -160,6 +161,7 @@ def test_a_run_branches_off_from_a_checkpoint_of_another(whole, refusal):
     said = done("--out", "longer", "--resume", whole, *longer, ranks=2)
     assert f"branched off from {newest[0]}: --steps 16, was 12; --alpha 3.0, was 10.0" in said
     assert rows("longer")[:12] == rows(whole) and len(rows("longer")) == 16
+    assert not {"max_length", "per_source", "samples", "repeat"} & BRANCHING  # the data
     for flags, problem in (
         (["--resume", whole], "12 steps are done there, and this run has 12: take more --steps"),
         (["--resume", whole, "--steps", "16", "--max-length", "32"], "--max-length was "),

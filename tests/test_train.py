@@ -240,9 +240,9 @@ TOO_LONG = "[Errno 36] File name too long: 'x"
     ],
 )
 def test_refusals(sound, refusal, change, expected):
-    some = Path("val.jsonl").read_text().splitlines()[:5]
-    Path("as-val.jsonl").write_text("\n".join(some))
-    Path("array.json").write_text(f"[{Path('val.jsonl').read_text()}]".replace("\n", ","))
+    held_out = Path("val.jsonl").read_text().splitlines()
+    Path("as-val.jsonl").write_text("\n".join(some := held_out[:5]))
+    Path("array.json").write_text(f"[{','.join(held_out[::-1])}]")
     Path("twins").mkdir()
     for name in ("train_x.json", "train_x.jsonl"):
         Path("twins", name).write_text(some[0])
