@@ -117,12 +117,16 @@ class Log:
             shard.sync(self.out / "metrics.jsonl")
 
     def show(self, row: dict) -> None:
-        """Hand the numbers of a row to --report-to."""
+        """Hand the numbers of a row to --report-to, until that fails."""
         dicts = ({f"{key}/{name}": x for name, x in value.items()} if isinstance(value, dict)
                  else {key: value} for key, value in row.items() if key != "step")  # fmt: skip
         numbers = {k: x for part in dicts for k, x in part.items() if type(x) in (int, float)}
-        if self.track:
-            self.track(numbers, step=row["step"])
+        try:
+            if self.track:
+                self.track(numbers, step=row["step"])
+        except Exception as error:  # of any kind: a service elsewhere is not worth a run
+            self.say(f"--report-to is shown no more: {error!r}")
+            self.track = None
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""

@@ -139,7 +139,7 @@ def test_a_report_ends_with_the_next_command(changed, said):
     assert next_one == [f"Next: {said}"] * bool(said)
 
 
-def test_a_tracker_is_shown_every_number(tmp_path, monkeypatch):
+def test_a_tracker_is_shown_every_number(tmp_path, monkeypatch, capsys):
     shown = []
     fake = SimpleNamespace(init=lambda **about: shown.append(about), finish=lambda: shown.append(0),
                            log=lambda row, step: shown.append((step, row)))  # fmt: skip
@@ -148,6 +148,11 @@ def test_a_tracker_is_shown_every_number(tmp_path, monkeypatch):
     log = report.Log(tmp_path, {}, 0, 1, True, tmp_path, track)
     log.show({"step": 3, "weights": {"a": 0.5, "b": None}, "finite": True, "val_loss": 2.0})
     end()
+    log.track = fake.init = lambda *_, **__: 1 / 0
+    log.show({"step": 4, "val_loss": 1.0})  # a line, and the run goes on
+    assert log.track is None and "no more: ZeroDivisionError" in capsys.readouterr().out
+    with pytest.raises(OSError, match="division by zero: '--report-to wandb'"):
+        tracker("wandb", tmp_path, {})
     assert shown == [{"project": "scalebio", "name": tmp_path.name, "config": {"seed": 1}},
                      (3, {"weights/a": 0.5, "val_loss": 2.0}), 0]  # fmt: skip
 
