@@ -218,6 +218,8 @@ def why(error: Exception, out: Path, timeout: float, memory: plan.Memory | None,
                 f"{' or '.join(helpful)}; traceback in {log}")  # fmt: skip
     if isinstance(error, OSError):
         return f"{error.filename or out}: {error.strerror or error}"
+    if isinstance(error, Problems):  # an OSError on some rank, see shard.jointly
+        return "; ".join(error.lines)
     if shard.lost_peer(error):
         saved = shard.whole_checkpoints(out / "checkpoints")
         goes_on = "goes on from the last checkpoint" if saved else "starts anew: nothing was saved"

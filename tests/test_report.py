@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 import evaluate
 from cli import report, tracker
 from cli.flags import as_json, parse
+from hf import Problems
 
 LONG = [
     "GPTeacher-General-Instruct", "orca-math-word-problems-200k", "code_contests_$python$_filtered",
@@ -207,6 +208,7 @@ def test_what_cannot_be_drawn_is_one_line_each(tmp_path, capsys, monkeypatch):
     (MemoryError(), "out of memory: planned, and peak; most likely to help: --flag"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: planned"),
     (OSError(28, "No space left on device", "out/x"), "out/x: No space left on device"),
+    (Problems(["[Errno 5] x", "rank 1 on n: y"]), "[Errno 5] x; rank 1 on n: y"),
     (torch.distributed.DistNetworkError("closed"), "goes on from the last checkpoint"),
     (RuntimeError("a bug\nof two lines"), "a bug"),
 ])  # fmt: skip
