@@ -260,7 +260,10 @@ class Parser(argparse.ArgumentParser):
         for text in given:
             if text.encode(errors="ignore").decode() != text:
                 self.error(f"{text}: not in UTF-8")  # the files of a run could not say it
-        return super().parse_args(given)
+        try:
+            return super().parse_args(given)
+        except UnicodeDecodeError as error:
+            self.error(f"a file of flags is not in UTF-8: {error}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(refuse(message))

@@ -394,8 +394,8 @@ def test_flags_may_stand_in_a_file(capsys):
     Path("run.args").write_text("# a comment\n--steps 7  # and another\n\n--train 'a b.json' c=d\n")
     flags = parse(["@run.args", "--seed", "2"])
     assert (flags.steps, flags.train, flags.seed) == (7, ["a b.json", "c=d"], 2)
-    for content in ("--out 'x", None):
-        Path("run.args").write_text(content) if content else Path("run.args").unlink()
+    for content in (b"--out 'x", b"--out caf\xe9\xff", None):
+        Path("run.args").write_bytes(content) if content else Path("run.args").unlink()
         with pytest.raises(SystemExit):
             parse(["@run.args"])
         assert len(capsys.readouterr().err.splitlines()) == 1
