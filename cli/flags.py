@@ -258,17 +258,21 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: list[str] | None = None) -> argparse.Namespace:
         given = sys.argv[1:] if args is None else args
         for text in given:
-            if text.encode(errors="ignore").decode() != text:
-                self.error(f"{text}: not in UTF-8")  # the files of a run could not say it
+            self.check(text)
         try:
             return super().parse_args(given)
-        except UnicodeDecodeError as error:
+        except UnicodeDecodeError as error:  # of Python before 3.12
             self.error(f"a file of flags is not in UTF-8: {error}")
+
+    def check(self, text: str) -> None:
+        if text.encode(errors="ignore").decode() != text:
+            self.error(f"{text}: not in UTF-8")  # the files of a run could not say it
 
     def error(self, message: str) -> NoReturn:
         self.exit(refuse(message))
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
+        self.check(line)
         try:
             return shlex.split(line, comments=True)
         except ValueError as error:
