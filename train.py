@@ -340,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         outlive(stream)
     if flags.plan:
-        return shard.command(lambda _: plan.command(flags, plan_inputs(flags)), group=False)
+        return shard.command(lambda _: plan.command(flags, *plan_inputs(flags)), group=False)
     handlers = {number: signal.getsignal(number) for number in STOPPING}
     try:
         return shard.command(partial(run, flags))

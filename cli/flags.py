@@ -36,6 +36,27 @@ GB = 1_000_000_000
 RESERVED = 2 * GB  # of a GPU's memory, see cli/plan.py
 DTYPES = "auto", "bf16", "fp32", "fp64"
 
+
+class Card(NamedTuple):
+    """A GPU as its maker publishes it; rates in 10⁹ a second."""
+
+    products: float  # FLOPs in bf16 without sparsity
+    memory: float  # GB
+    moves: float  # bytes from and to memory
+    link: float  # bytes from the other cards: NVLink, or PCIe where there is none or in pairs alone
+    host: float  # bytes from the host: PCIe
+
+
+CARDS = {
+    "A40": Card(149_700, 48, 696, 32, 32),
+    "A100-40": Card(312_000, 40, 1555, 300, 32),
+    "A100-80": Card(312_000, 80, 2039, 300, 32),
+    "H100": Card(989_000, 80, 3350, 450, 64),
+    "H200": Card(989_000, 141, 4800, 450, 64),
+    "L40S": Card(362_000, 48, 864, 32, 32),
+    "4090": Card(165_200, 24, 1008, 32, 32),
+}
+
 WEIGHTS = "a weights.json, uniform, proportional, or NAME=WEIGHT,..."  # what --weights may be
 # How far λ_k can go in a run, at Adam's full speed: weights that start equal can end at a ratio of
 # exp(2 REACH).
@@ -203,6 +224,10 @@ class Flags:
     gpus: int = PLAN(8, "GPUs of the plan", permitted=COUNT)
     gpu_memory: float | None = PLAN(None, "of each, in 10^9 bytes; 2 are kept back",
                                     permitted=MEMORY)
+    card: str | None = PLAN(None, "a GPU of these, for the time of a step; gives --gpu-memory",
+                            choices=tuple(CARDS))
+    price: float | None = PLAN(None, "of one GPU and hour in dollars, for that of the run",
+                               permitted=SCALE)
     json: bool = PLAN(False, "the plan as JSON")
 
     def lambda_rate(self, total: int) -> float:
@@ -219,6 +244,27 @@ class Flags:
         span = f"{steps} steps" if total or self.lr_lambda is not None else "the run"
         return (f"in {span} a logit moves by {far:.1f} at Adam's full speed: from "
                 f"{1 / n_sources:.3f} to {most:.5f} for one of {n_sources} sources")
+
+    def cost(self, s: dict[str, float], bound: str, total: int | None) -> dict:
+        """Of a run of `total` steps, from what plan.times says of one."""
+        hours = total and total * s["step"] / 3600
+        dollars = hours and self.price and hours * self.gpus * self.price
+        return {"seconds": s, "bound": bound, "steps": total, "hours": hours, "dollars": dollars}
+
+    def cost_in_words(self, cost: dict) -> list[str]:
+        """Lines of what `cost` gave, and of the micro-batch size that hides gathering."""
+        *parts, step = (f"{what} {s:.4g} s" for what, s in cost["seconds"].items())
+        where = f"{self.gpus} {self.card}{' (as if in one machine)' * (self.gpus > 8)}"
+        lines = [f"a {step.replace(' ', ': ', 1)} on {where}, bound by {cost['bound']}; "
+                 f"all samples {self.max_length} tokens long",
+                 f"of which {', '.join(parts)}"]  # fmt: skip
+        if n := cost.get("hidden_from"):
+            beyond = "" if cost["hidden_fits"] else ", which does not fit"
+            lines += [f"computing takes longer than gathering from --micro-batch-size {n}{beyond}"]
+        if not cost["hours"]:
+            return [*lines, "for how many hours: --steps, or --train"]
+        price = f", {cost['dollars']:,.2f} dollars" if self.price else ""
+        return [*lines, f"{cost['steps']} steps: {cost['hours']:,.4g} hours{price}"]
 
     def slopes(self, dtype: torch.dtype) -> bool:
         """Whether the gap is had from gradients, for parameters of this dtype."""
@@ -350,6 +396,12 @@ def spelt(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def as_flags(change: dict, ranks: str) -> str:
+    """The command line's form of a change, in which `ranks` is the flag for their number."""
+    typed = ((f"--{ranks}" if k == "ranks" else spelt(k), value) for k, value in change.items())
+    return " ".join(flag if value is True else f"{flag} {value}" for flag, value in typed)
+
+
 def as_json(flags: Flags) -> dict:
     """The flags, as config.json keeps them."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(flags).items()}
@@ -376,6 +428,10 @@ def check_flags(flags: Flags, world: int) -> list[str]:
         if not abs(last) < math.log(1e9):
             problems.append(f"--tau {flags.tau}: permitted is what leaves alpha between 1e-9 and "
                             "1e9 in the last outer round")
+    if flags.card and flags.dtype in ("fp32", "fp64"):
+        problems.append(f"--dtype {flags.dtype}: the rates of a --card are those of bf16")
+    if flags.price and not flags.card:
+        problems.append("--price needs --card: without, no time is known")
     if flags.save_every and flags.keep == 0:
         problems.append("--keep 0 contradicts --save-every: none would be kept")
     for name, value in ("lisa_ends", "sampled"), ("lisa_coupling", "independent"):

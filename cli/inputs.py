@@ -22,6 +22,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO
 
 import numpy as np
@@ -174,16 +175,23 @@ def total_steps(flags: Flags, inputs: Inputs) -> int:
     return total
 
 
-def plan_inputs(flags: Flags) -> ModelConfig:
-    """The configuration that --plan asks about. Raises one ValueError with all problems."""
+def plan_inputs(flags: Flags) -> tuple[ModelConfig, int | None]:
+    """The configuration that --plan asks about, and the run's steps where flags or, for a --card,
+    records tell them: as if none were dropped or cut. Raises one ValueError with all problems."""
     problems = Problems(check_flags(flags, max(1, flags.gpus)))
     if flags.mode == "draw":  # there is no model
         problems.raise_if_any()
     with problems.collecting():
         config = read_config(flags.model)
         check_fit(flags, config)
+    with problems.collecting():
+        cap, part = (None, flags.also) if flags.samples else (flags.per_source, flags.train)
+        named = open_data(flags, None) if flags.card and part and not flags.steps else {}
+        used = {name: range(len(named[f"train {name}"]))[:cap]
+                for name in (source_paths(part) if named else ())}  # fmt: skip
+        total = total_steps(flags, SimpleNamespace(used=used | {"": range(flags.samples or 0)}))
     problems.raise_if_any()
-    return config
+    return config, total or None
 
 
 def open_model(flags: Flags) -> tuple[ModelConfig, Path | None, tokenizer.Tokenizer]:

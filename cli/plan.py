@@ -1,14 +1,16 @@
-"""How much memory a run needs: bytes per rank by component, before any GPU is rented.
+"""How much memory a run needs, and how long it takes, before any GPU is rented.
 
     peak  = state + the worst moment of a backward pass
     state = the stored parameters of w and u; and the fp32 masters, AdamW moments and gradients of
             what LISA trains at a time; all of it sharded over the ranks
 
-Reads a ModelConfig and the run's flags, no weights. Nothing is fitted. What is sharded, gathered or
+Reads a ModelConfig and the run's flags, no weights. No byte is fitted. What is sharded, gathered or
 reduced follows from shapes and from the groups that shard.shard makes. What a block and the head
 allocate is counted by running them forward and backward on the meta device, following each storage
 from its creation to its release (`Live`).
 Every sample has `max_length` tokens, all with loss: prompts and padding need less.
+The time is that of the products at a share of a card's rate, of the bytes that other operations
+read and write at a share of its memory's, and of what outlasts both, gathered over its links.
 Left out, and the reason why RESERVED bytes of each GPU are kept back: kernels' workspaces, the
 CUDA context, NCCL, and the allocator's rounding and fragmentation.
 
@@ -25,23 +27,30 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 import shard
 from bilevel import Slopes
-from cli.flags import GB, RESERVED
+from cli.flags import CARDS, GB, RESERVED, Card, as_flags
 from hf import say
 from hf.families import ModelConfig
 from model import Context, Rows, Transformer, causal_mask, dtype_of, rope_tables, wide
 
 STATE = "parameters", "masters", "AdamW moments", "gradients"
+# Shares of a card's rates that were reached on an H200, see docs/speed.md; a link's is not known.
+PRODUCTS, MOVES = 0.67, 0.57
+COMPUTING, GATHERING = ("products", "other operations"), "gathering beside these"
+FLOPS = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -50,12 +59,14 @@ STATE = "parameters", "masters", "AdamW moments", "gradients"
 
 class Live(TorchDispatchMode):
     """Counts the bytes of the meta tensors' storages that are alive, and their peak, leaving out
-    those of the tensors `given`."""
+    those of the tensors `given`; and what is done: products' FLOPs, the bytes that they read and
+    write, and those of all other operations."""
 
     def __init__(self, given: list[Tensor]):
         super().__init__()
         self.seen = {t.untyped_storage()._cdata for t in given}
         self.bytes = self.peak = 0
+        self.work = np.zeros(3)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -66,6 +77,13 @@ class Live(TorchDispatchMode):
                 self.bytes += n_bytes
                 self.peak = max(self.peak, self.bytes)
                 weakref.finalize(storage, self.release, key, n_bytes)
+        if func.is_view:
+            return out
+        moved = sum(t.nbytes for t in {id(t): t for t in tensors([args, kwargs, out])}.values())
+        if flops := FLOPS.get(func._overloadpacket):
+            self.work += flops(*args, **(kwargs or {}), out_val=out), moved, 0
+        else:
+            self.work[2] += moved
         return out
 
     def release(self, key: int, n_bytes: int) -> None:
@@ -97,8 +115,11 @@ class Fused(torch.autograd.Function):
 class FusedKernels(TorchFunctionMode):
     """On the meta device torch spells out attention and RMSNorm; on a GPU it runs one kernel."""
 
+    flops = 0  # of attention, forward, as if it were not causal
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
+            self.flops += 4 * args[0].numel() * args[1].shape[-2]
             return Fused.apply(True, *args[:3])
         if func is F.rms_norm:
             return Fused.apply(False, args[0], (*args, *(kwargs or {}).values())[2])
@@ -113,22 +134,25 @@ def meta_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
 
 
 class Cost(NamedTuple):
-    """Bytes that a module allocates beside its input and parameters."""
+    """Bytes that a module allocates beside its input and parameters, and its work (see Live)."""
 
     saved: int  # alive between forward and backward, its output included
     forward: int  # peak of forward
     backward: int  # peak of backward, with the gradients of input and parameters
+    ahead: np.ndarray  # work of forward
+    back: np.ndarray  # work of backward
 
 
 def cost(module, c: ModelConfig, dtype: torch.dtype, n: int, given: list[Tensor], *args) -> Cost:
     """Of forward and backward of `module(x, *args)`, x of n rows."""
     x = torch.empty(n, c.width, dtype=dtype, device="meta", requires_grad=True)
-    with Live([x, *given]) as live, FusedKernels():
+    with Live([x, *given]) as live, FusedKernels() as kernels:
         y = module(x, *args)
-        saved, forward = live.bytes, live.peak
+        saved, forward, ahead = live.bytes, live.peak, live.work.copy()
         live.peak = 0
         y.backward(y.detach())  # the gradient takes the place of the output
-    return Cost(saved, forward, live.peak)
+    attention = np.array([kernels.flops, 0, 0])
+    return Cost(saved, forward, live.peak, ahead + attention, live.work - ahead + 2 * attention)
 
 
 def watch(module: nn.Module, B: int, T: int) -> None:
@@ -163,9 +187,7 @@ def block_pass(
     return cost(block, c, dtype, B * T, [*block.parameters(), *tensors(at)], at)
 
 
-def shared_by_blocks(
-    c: ModelConfig, dtype: torch.dtype, B: int, T: int
-) -> tuple[Context, int]:
+def shared_by_blocks(c: ModelConfig, dtype: torch.dtype, B: int, T: int) -> tuple[Context, int]:
     """What the first block is told, see Transformer.forward; and the bytes of all RoPE tables and
     masks."""
     positions = torch.arange(T, device="meta")[None]
@@ -230,6 +252,14 @@ def state(
 # The plan
 
 
+def draws(config: ModelConfig, lisa_layers: int, lisa_ends: str) -> list[tuple[int, bool, float]]:
+    """What LISA may draw: how many blocks, whether the ends, and how often."""
+    n = lisa_layers or config.n_layers
+    share = n / (config.n_layers + 1)
+    return {"always": [(n, True, 1)], "frozen": [(n, False, 1)],
+            "sampled": [(n, False, 1 - share), (n - 1, True, share)]}[lisa_ends]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Plan:
     """Bytes per rank: the components at the peak, and what the host holds for an idle copy."""
@@ -259,13 +289,10 @@ def plan(
                       validation's need beyond training's
     slopes            the gap is had from gradients of the training samples: bilevel.Slopes
     """
-    n = lisa_layers or config.n_layers
-    draws = {"always": [(n, True)], "frozen": [(n, False)], "sampled": [(n, False), (n - 1, True)]}
-
     def worst(batch: int, slopes: bool) -> Plan:
         B = min(micro_batch_size, max(1, batch // ranks))
         plans = []
-        for draw in draws[lisa_ends]:
+        for *draw, _ in draws(config, lisa_layers, lisa_ends):
             one = state(config, ranks, dtype, *draw)
             waiting = (copies - 1) * one["gradients"]  # u's stay on the device: see shard.Offload
             host = sum(one.values()) - one["gradients"] if cpu_offload else 0
@@ -319,7 +346,7 @@ class Pass:
         # Elements, padded to equal shards.
         self.block, self.embed, self.head, self.both = (held(s, ranks) * ranks for s in shapes)
         block, _, _, both = (held(s, 1) for s in shapes)
-        self.alone = ranks == 1
+        self.alone, self.checkpointing, self.slopes = ranks == 1, checkpointing, slopes
         self.once = (config.n_layers * block + both) * self.size <= shard.GATHER_ONCE_BYTES
         largest = max(map(math.prod, shapes[1]))  # one rank adds one to the sum at a time
         self.embed_grads = self.size * (largest if self.alone else self.embed)
@@ -327,7 +354,7 @@ class Pass:
         self.x = B * T * config.width * self.size
         trained, frozen = (block_pass(*of, active, slopes, self.alone, False)
                            for active in (True, False))  # fmt: skip
-        self.below_last = trained if n_active else frozen
+        self.below_last, self.frozen = trained if n_active else frozen, frozen
         self.last = block_pass(*of, n_active > 0, slopes, self.alone, True)
         self.loss = head_pass(*of, ends, slopes)
         # d of the embedding's largest parameter, by which its output would change, and a product.
@@ -336,6 +363,23 @@ class Pass:
         kept = [self.last, *[trained] * max(0, n_active - 1)]
         kept += [frozen] * (config.n_layers - len(kept))
         self.kept = [self.x if checkpointing else block.saved for block in kept]
+
+    def seconds(self, card: Card) -> np.ndarray:
+        """Of a micro-batch, on the average of LISA's draws: the products, other operations, and
+        beside these the gathering of parameters and reduction of gradients, (3,)."""
+        N, n = self.config.n_layers, self.n_active
+        reached = N if self.ends else N - (N - n) / (n + 1)  # blocks from the lowest that trains up
+        flops, read, moved = (
+            (N + reached * self.checkpointing) * self.frozen.ahead + n * self.below_last.back
+            + (reached - n) * self.frozen.back + self.loss.ahead + self.loss.back
+        )  # fmt: skip
+        trained = n * self.block + self.ends * self.both
+        moved += trained / self.ranks * (self.size + 2 * self.full)  # gradients are summed up
+        # Forward and backward; for the slopes w − u, whole.
+        gathered = (N + reached) * self.block + self.both + self.slopes * trained
+        sent = (gathered * self.size + trained * self.full) * (1 - 1 / self.ranks)
+        products = max(flops / (PRODUCTS * card.products), read / (MOVES * card.moves))
+        return np.array([products, moved / (MOVES * card.moves), sent / card.link]) / GB
 
     def __iter__(self) -> Iterator[dict[str, int]]:
         self.resharded = self.reduced = 0  # elements of groups that backward is through with
@@ -413,6 +457,39 @@ class Pass:
         }
 
 
+def times(config: ModelConfig, card: Card, **settings) -> tuple[dict[str, float], str]:
+    """Seconds of a step and of its parts, from what `plan` takes; and the part that bounds it."""
+    s, parts = SimpleNamespace(**settings), np.zeros(5)
+    passes = [(s.batch_size, s.copies, s.slopes), (s.val_batch_size, s.copies - 1, False)]
+    for *draw, share in draws(config, s.lisa_layers, s.lisa_ends):
+        adam = 7 * s.copies * state(config, s.ranks, s.dtype, *draw)["gradients"]  # 3 are written
+        parts[3] += share * adam / (MOVES * card.moves) / GB
+        for batch, copies, slopes in passes:
+            mine = max(1, batch // s.ranks)
+            n, B = math.ceil(mine / s.micro_batch_size), min(s.micro_batch_size, mine)
+            of = s.ranks, B, s.max_length, *draw, slopes, s.activation_checkpointing
+            one = Pass(config, s.dtype, *of)
+            took = n * one.seconds(card) / [1, 1, n if one.once else 1]
+            parts += share * copies * np.array([*took, 0, max(took[0] + took[1], took[2])])
+    parts[3] += 4 * plan(config, **settings).host / card.host / GB  # copies go and come
+    parts[4] += parts[3]
+    seconds = dict(zip((*COMPUTING, GATHERING, "update", "step"), parts.tolist(), strict=True))
+    longest = GATHERING if parts[2] > parts[0] + parts[1] else max(COMPUTING, key=seconds.get)
+    return seconds, longest
+
+
+def hidden_from(config: ModelConfig, card: Card, **settings) -> int | None:
+    """The micro-batch size from which on computing takes longer than gathering; None if the ranks
+    have not so many samples."""
+
+    def hides(B: int) -> bool:
+        return times(config, card, **settings | {"micro_batch_size": B})[1] != GATHERING
+
+    sizes = range(1, settings["batch_size"] // settings["ranks"] + 1)
+    n = bisect.bisect_left(sizes, True, key=hides)
+    return sizes[n] if n < len(sizes) else None
+
+
 def room(gpu_memory: float) -> float:
     """Bytes that a run may use of a GPU of `gpu_memory` GB."""
     return gpu_memory * GB - RESERVED
@@ -464,15 +541,6 @@ def most_helpful(config: ModelConfig, device_type: str, **settings) -> list[str]
     return [as_flags(change, ranks="nproc_per_node") for change in changes[:2]]
 
 
-def as_flags(change: dict, ranks: str) -> str:
-    """The command line's form of a change, in which `ranks` is the flag for their number."""
-    words = []
-    for name, value in change.items():
-        flag = ranks if name == "ranks" else name.replace("_", "-")
-        words.append(f"--{flag}" if value is True else f"--{flag} {value}")
-    return " ".join(words)
-
-
 def peak_memory() -> int:
     """Bytes: allocated on this rank's GPU, or else resident in this process."""
     if torch.cuda.is_available():
@@ -492,17 +560,24 @@ class Memory:
         return f", measured {peak_memory() / GB:.2f} GB" * (self.device_type == "cuda")
 
 
-def command(flags, config: ModelConfig) -> int:
-    """Print the plan of a model by these flags, as JSON or as an aligned table of bytes. Returns 1
-    if there is a --gpu-memory and it does not do, else 0."""
+def command(flags, config: ModelConfig, total: int | None) -> int:
+    """Print the plan of a model by these flags, as JSON or as an aligned table of bytes; of a card
+    also what `total` steps take. Returns 1 if a GPU's memory is known and does not do, else 0."""
     of = settings(flags, flags.gpus, dtype_of(flags.dtype, "cuda"))
-    p, spare, fix = plan(config, **of), 0, None
+    p, spare, fix, card = plan(config, **of), 0, None, CARDS.get(flags.card)
     answer = {"components": p.components, "persistent": p.persistent, "peak": p.peak}
-    if flags.gpu_memory is not None:
-        spare = room(flags.gpu_memory) - p.peak
-        answer |= {"fits": spare >= 0, "room": room(flags.gpu_memory)}
+    memory = flags.gpu_memory or card and card.memory
+    if memory is not None:
+        spare = room(memory) - p.peak
+        answer |= {"fits": spare >= 0, "room": room(memory)}
     if spare < 0:
-        fix = first_fix(config, flags.gpu_memory, **of)
+        fix = first_fix(config, memory, **of)
+    if card:
+        answer |= flags.cost(*times(config, card, **of), total)
+    if answer.get("bound") == GATHERING:
+        n = answer["hidden_from"] = hidden_from(config, card, **of)
+        of["micro_batch_size"] = n or of["micro_batch_size"]
+        answer["hidden_fits"] = plan(config, **of).peak <= room(memory)
     if flags.json:
         say(json.dumps(answer | {"host": p.host, "fix": fix}))
         return int(spare < 0)
@@ -510,13 +585,14 @@ def command(flags, config: ModelConfig) -> int:
     rows = {"persistent": p.persistent, "peak": p.peak, "in host memory": p.host}
     for name, n in (p.components | rows).items():
         say(f"{name:<22}{n:>18,} {n / GB:>9.2f} GB")
-    if flags.gpu_memory is not None:
+    if memory is not None:
         verdict = "does not fit, {:.2f} GB too much" if spare < 0 else "fits, {:.2f} GB to spare"
-        say(f"{flags.gpu_memory:g} GB GPU, {RESERVED / GB:g} GB kept back: "
+        say(f"{memory:g} GB GPU, {RESERVED / GB:g} GB kept back: "
             + verdict.format(abs(spare) / GB))  # fmt: skip
     if spare < 0:
         say(f"would fit with: {fix}" if fix else "no flag makes it fit")
+    if card:
+        say(*flags.cost_in_words(answer))
     if flags.mode == "bilevel":
-        total = flags.steps and flags.steps * flags.outer_rounds
         say(f"weights: {flags.reach(total, max(2, len(flags.train or ())))}")
     return int(spare < 0)

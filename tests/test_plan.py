@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,8 +23,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import shard
 import train
+from benchmarks import speed
 from bilevel import PenaltyStep
 from cli import plan as planning
+from cli.flags import CARDS, Card
 from hf.families import ModelConfig
 from lisa import ENDS, local
 from model import DTYPES, parameter_shapes
@@ -318,6 +321,75 @@ def test_most_helpful_flags_of_a_run():
     for device, flag in ("cuda", "--cpu-offload"), ("cpu", "--activation-checkpointing"):
         best = planning.most_helpful(CONFIGS["LLaMA-3-8B"], device, **FLAGS | {"ranks": 1})
         assert best[0].startswith("--nproc_per_node") and best[1] == flag
+
+
+@pytest.mark.parametrize(
+    "title, seconds",  # as docs/speed.md has them
+    [
+        ("124M, ours ", 0.524), ("124M, ours --lisa-ends frozen", 0.482),
+        ("8B, ours ", 13.434), ("8B, ours --lisa-ends frozen", 12.613),
+    ],
+)  # fmt: skip
+def test_seconds_of_a_step_are_near_those_measured_on_an_h200(title, seconds):
+    """Within 15%. With frozen ends the plan is 12% short: it is for the average of the draws, and
+    those that were measured had the lowest block."""
+    (case,) = (case for case in speed.CASES["cuda"] if case.title == title)
+    settings = planning.settings(case.flags, 1, torch.bfloat16)
+    planned, bound = planning.times(case.config, CARDS["H200"], **settings)
+    assert abs(planned["step"] - seconds) < 0.15 * seconds
+    assert bound == ("other operations" if case.shape == "gpt2" else "products")
+
+
+def test_work_and_bytes_of_a_pass():
+    """Against formulas, for a card that does one of them a second."""
+    config, B, T = CONFIGS["LLaMA-3-8B"], 2, 256
+    block, _, head, both = (sum(map(math.prod, shapes)) for shapes in planning.sizes(config))
+    rows, attention = B * T, 4 * B * T * T * config.width
+    one = Card(1 / planning.PRODUCTS, 0, math.inf, 1, 1)
+
+    def work(n: int, ends: bool, checkpointing: bool = False) -> np.ndarray:
+        of = config, torch.bfloat16, 8, B, T, n, ends, False, checkpointing
+        return planning.Pass(*of).seconds(one)[[0, 2]] * [1e9, 1e9 * 8 / 7]
+
+    flops = 6 * rows * (32 * block + head) + 32 * 3 * attention
+    sent = 32 * block * (2 + 2 + 4) + both * (2 + 4)
+    assert work(32, True) == pytest.approx([flops, sent], rel=2e-3)
+    again, _ = work(32, True, checkpointing=True) - work(32, True)
+    assert again == pytest.approx(32 * (2 * rows * block + attention), rel=1e-3)
+    assert work(3, True) - work(2, True) == pytest.approx([2 * rows * block, 4 * block], rel=1e-3)
+    # Of two among 32 blocks the lowest has ten below it on the average: no backward, no gathering.
+    flops = (32 + 22) * (2 * rows * block + attention) + 2 * 2 * rows * block + 4 * rows * head
+    flops += 22 * attention  # whose backward has twice the products
+    sent = (32 + 22) * block * 2 + both * 2 + 2 * block * 4
+    assert work(2, False) == pytest.approx([flops, sent], rel=2e-3)
+
+
+def test_34b_on_eight_a40_waits_for_what_it_gathers(own_folder, capsys, refusal):
+    config = CONFIGS["Yi-34B"]
+    flags = FLAGS | {"activation_checkpointing": True}
+    for card, B, bound in (
+        ("A40", 1, planning.GATHERING), ("A40", 2, "products"), ("A100-80", 1, "products"),
+    ):  # fmt: skip
+        settings = flags | {"micro_batch_size": B}
+        assert planning.times(config, CARDS[card], **settings)[1] == bound
+    Path("c.json").write_text(json.dumps(MODELS["Yi-34B"]))
+    Path("a.jsonl").write_text('{"text": "a b"}\n' * 640)
+    Path("v.jsonl").write_text('{"text": "c"}\n')
+    line = "--plan --model c.json --max-length 1024 --micro-batch-size 1 --card".split()
+    data = "--train a=a.jsonl --val v.jsonl --price 2 --json".split()
+    data += ["--activation-checkpointing"]
+    assert train.main([*line, "A40", *data]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["room"] == 46e9 and answer["hidden_from"] == 2 and answer["hidden_fits"]
+    assert answer["steps"] == 10
+    assert answer["hours"] * 360 == pytest.approx(answer["seconds"]["step"])
+    assert answer["dollars"] == answer["hours"] * 8 * 2
+    assert train.main([*line, "A40"]) == 0
+    text = capsys.readouterr().out
+    assert "longer than gathering from --micro-batch-size 3, which does not fit" in text
+    assert "for how many hours: --steps, or --train" in text
+    assert len(refusal([*line, "A40", "--dtype", "fp32"])) == 1
+    assert len(refusal([*line[:-1], "--price", "1"])) == 1
 
 
 def fits(p: planning.Plan, card: float) -> bool:
