@@ -403,18 +403,22 @@ def elsewhere(result: dict, train: list[str], out: Path) -> list[str]:
     sizes = {name: about.get("of", about["samples"]) for name, about in result["sources"].items()}
     counts, short = data.count_samples(result["weights"], sizes, MIXTURE)
     command = ["--train", *train, "--weights", str(out / "weights.json"), "--out", "mix"]
+    lines = [f"The same mixture elsewhere, {sum(counts.values())} records:", *short,
+             f"  python train.py --mode draw {shlex.join(command)}", *recipes(Path("mix"))]
     shares = {name: p for name, p in result["weights"].items() if p >= 5e-5}
-    rows = [f"{{path: json, data_files: {result['sources'][name]['path']}, fraction: {p:.4f}}}"
-            for name, p in shares.items()]  # fmt: skip
+    files = {name: result["sources"][name]["path"] for name in shares}
+    if not all(file.endswith((".json", ".jsonl")) for file in files.values()):
+        return lines
+    mixed = ", ".join(f"{{path: json, data_files: {files[name]}, fraction: {p:.4f}}}"
+                      for name, p in shares.items())  # fmt: skip
     yields = {name: sizes[name] / p for name, p in shares.items()}  # until a source is used up
     first = min(yields, key=yields.get)
     return [
-        f"The same mixture elsewhere, {sum(counts.values())} records:", *short,
-        f"  python train.py --mode draw {shlex.join(command)}", *recipes(Path("mix")),
+        *lines,
         "or mixed while loading, where the sources' own keys are alike and known to TRL:",
-        f"  datasets: [{', '.join(rows)}]",
+        f"  datasets: [{mixed}]",
         f"which yields about {yields[first]:.0f} samples: then {first} is used up",
-    ]  # fmt: skip
+    ]
 
 
 # The records of a mixture

@@ -235,8 +235,10 @@ def test_what_draw_cannot_do_is_refused(files, refusal):
     assert line == "--also goes with --mode finetune or draw alone"
 
 
-def mixture_elsewhere(sizes: dict[str, int], weights: list[float]) -> str:
-    about = {name: {"samples": n, "path": f"{name}.json"} for name, n in sizes.items()}
+def mixture_elsewhere(
+    sizes: dict[str, int], weights: list[float], ending: str = ".json"
+) -> str:
+    about = {name: {"samples": n, "path": f"{name}{ending}"} for name, n in sizes.items()}
     result = {"weights": dict(zip(sizes, weights, strict=True)), "sources": about}
     train = [f"{name}={name}.json" for name in sizes]
     return "\n".join(report.elsewhere(result, train, Path("runs/x")))
@@ -249,6 +251,7 @@ def test_the_size_of_a_recipe_and_what_limits_it_are_said():
     assert "few is short: 3000 samples by its weight, but it has 3; the mixture has" in collapsed
     assert said.endswith("\nwhich yields about 15000 samples: then a is used up")
     assert collapsed.endswith("\nwhich yields about 10 samples: then few is used up")
+    assert "fraction" not in mixture_elsewhere({"a": 9000}, [1.0], ".json:prompt=q,answer=a")
 
 
 def test_loaders_of_others_read_what_is_drawn(files):
