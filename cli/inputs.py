@@ -175,9 +175,10 @@ def total_steps(flags: Flags, inputs: Inputs) -> int:
     return total
 
 
-def plan_inputs(flags: Flags) -> tuple[ModelConfig, int | None]:
-    """The configuration that --plan asks about, and the run's steps where flags or, for a --card,
-    records tell them: as if none were dropped or cut. Raises one ValueError with all problems."""
+def plan_inputs(flags: Flags) -> tuple[ModelConfig, int | None, int]:
+    """The configuration that --plan asks about; the run's steps where flags or, for a --card,
+    records tell them: as if none were dropped or cut; and how many sources there are, 2 where none
+    are named. Raises one ValueError with all problems."""
     problems = Problems(check_flags(flags, max(1, flags.gpus)))
     if flags.mode == "draw":  # there is no model
         problems.raise_if_any()
@@ -185,13 +186,14 @@ def plan_inputs(flags: Flags) -> tuple[ModelConfig, int | None]:
         config = read_config(flags.model)
         check_fit(flags, config)
     with problems.collecting():
+        n_sources = len(source_names(flags)) if flags.train or flags.model == "tiny" else 2
         cap, part = (None, flags.also) if flags.samples else (flags.per_source, flags.train)
         named = open_data(flags, None) if flags.card and part and not flags.steps else {}
         used = {name: range(len(named[f"train {name}"]))[:cap]
                 for name in (source_paths(part) if named else ())}  # fmt: skip
         total = total_steps(flags, SimpleNamespace(used=used | {"": range(flags.samples or 0)}))
     problems.raise_if_any()
-    return config, total or None
+    return config, total or None, n_sources
 
 
 def open_model(flags: Flags) -> tuple[ModelConfig, Path | None, tokenizer.Tokenizer]:

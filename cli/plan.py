@@ -560,7 +560,7 @@ class Memory:
         return f", measured {peak_memory() / GB:.2f} GB" * (self.device_type == "cuda")
 
 
-def command(flags, config: ModelConfig, total: int | None) -> int:
+def command(flags, config: ModelConfig, total: int | None, n_sources: int) -> int:
     """Print the plan of a model by these flags, as JSON or as an aligned table of bytes; of a card
     also what `total` steps take. Returns 1 if a GPU's memory is known and does not do, else 0."""
     of = settings(flags, flags.gpus, dtype_of(flags.dtype, "cuda"))
@@ -594,5 +594,5 @@ def command(flags, config: ModelConfig, total: int | None) -> int:
     if card:
         say(*flags.cost_in_words(answer))
     if flags.mode == "bilevel":
-        say(f"weights: {flags.reach(total, max(2, len(flags.train or ())))}")
+        say(f"weights: {flags.reach(total, n_sources)}")
     return int(spare < 0)
