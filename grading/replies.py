@@ -170,11 +170,10 @@ def answer_batch(
     )  # fmt: skip
     every = [None] * world
     dist.all_gather_object(every, dict(zip(own, new, strict=True)))
-    mark = templates.USER_MARKS.get(c.template)
     for i, ids in {i: ids for part in every for i, ids in part.items()}.items():
         text = c.tokenizer.decode(ids)
-        if mark:  # no control token opens a user's turn: a model may go on with one of its own
-            text = text.split(mark)[0]
+        if c.template == "alpaca":  # no control token opens a user's turn: it may go on with one
+            text = text.split("### Instruction:")[0]
         limit = min(max_new_tokens, room - len(prompts[i]))
         replies[i] = Reply(text.strip(), len(ids), "stop" if len(ids) < limit else "length")
     return replies

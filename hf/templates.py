@@ -76,7 +76,6 @@ TEMPLATES = {
 }
 OWN = "own"
 NAMES = (*TEMPLATES, OWN)
-USER_MARKS = {"alpaca": "### Instruction:"}  # text that opens a user's turn, not a control token
 
 
 def chat_template(tokenizer: Tokenizer, template: str | None) -> str:
@@ -216,8 +215,7 @@ def stop_ids(tokenizer: Tokenizer, template: str | None) -> list[int]:
     ask = functools.partial(encode_conversations, tokenizer, template, [turns])
     if template == OWN:
         tried(ask, tokenizer.path)
-    [(ids, has_loss)] = ask()
-    *_, end = (i for i, learned in zip(ids, has_loss, strict=True) if learned)
+    *_, end = (i for i, learned in zip(*ask()[0], strict=True) if learned)
     return list(dict.fromkeys([end, *tokenizer.eos_ids]))
 
 
@@ -259,5 +257,4 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike, template:
     if (directory / "config.json").is_file():
         written["config.json"] = read_json(directory / "config.json") | stops
     for name, content in written.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        (directory / name).write_text(text + "\n", encoding="utf-8")
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -23,6 +23,11 @@ ASSETS = Path(os.environ.get("SCALEBIO_ASSETS", BESIDE))
 LONG = ("test_shard", "test_resume", "test_plan", "test_fidelity", "test_train", "test_faults")
 
 
+def pytest_xdist_auto_num_workers():
+    """One more than cores, up to four: tests often wait for the processes that they start."""
+    return min(4, (os.cpu_count() or 1) + 1)
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 

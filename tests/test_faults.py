@@ -109,8 +109,12 @@ def leave_free(n_bytes: int) -> None:
         file.write(bytes(shutil.disk_usage("disk").free - n_bytes))
 
 
-def fill_the_disk() -> None:
+def retry_soon() -> None:
     shard.RETRY_AFTER = 0.1
+
+
+def fill_the_disk() -> None:
+    retry_soon()
     at("forward", 1, partial(leave_free, 0), entry=3)
 
 
@@ -124,7 +128,7 @@ def test_a_run_waits_for_room_on_a_full_disk_and_loses_nothing(stopped, refusal,
         assert line.startswith("--out disk/out: 0.000 GB are free, and the model and the last ")
         Path("disk/ballast").unlink()
         ranks = 1 + ("--save-every" in flags)
-        runs = forked.start(["--out", "disk/out", *flags], ranks, {0: fill_the_disk})
+        runs = forked.start(["--out", "disk/out", *flags], ranks, {0: fill_the_disk, 1: retry_soon})
         log = runs[0].log
         while not (log.exists() and "nothing is lost" in log.read_text()):
             assert runs[0].is_alive() or not log.exists(), log.read_text()
@@ -143,7 +147,7 @@ def test_a_run_waits_for_room_on_a_full_disk_and_loses_nothing(stopped, refusal,
 def find_no_room_twice() -> None:
     """Before and after a checkpoint is written, where rank 0 works alone."""
     inner, calls = shard.delete, iter([True, False, True])
-    shard.RETRY_AFTER = 0.1
+    retry_soon()
 
     def delete(*args):
         if next(calls, False):
@@ -154,7 +158,8 @@ def find_no_room_twice() -> None:
 
 
 def test_what_rank_0_alone_finds_on_the_disk_concerns_all_ranks():
-    runs = forked.start(["--out", "out", "--save-every", "6"], 2, {0: find_no_room_twice})
+    faults = {0: find_no_room_twice, 1: retry_soon}
+    runs = forked.start(["--out", "out", "--save-every", "6"], 2, faults)
     code, said = forked.finish(runs)
     assert code == 0 and "nothing is lost" in said and saved("out") == ["step-12", "step-6"], said
 
