@@ -33,6 +33,7 @@ Shapes: S sources, b samples of one micro-batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -525,5 +526,7 @@ def _local_grads(opt) -> list[Tensor]:
 
 
 def _local_square_norm(opt) -> Tensor:
-    """This rank's share of ‖gradient‖², in the gradients' dtype."""
-    return torch.stack(torch._foreach_norm(_local_grads(opt))).square().sum()
+    """This rank's share of ‖gradient‖², in the gradients' dtype. Replicas of a shard split it."""
+    first = opt.param_groups[0]["params"][0]
+    replicas = math.prod(first.device_mesh.shape[:-1]) if isinstance(first, DTensor) else 1
+    return torch.stack(torch._foreach_norm(_local_grads(opt))).square().sum() / replicas

@@ -233,6 +233,6 @@ def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
 def _generator(p: Tensor, seed: int, step: int, index: int) -> torch.Generator:
     """Noise of one shard at one step: the same for the copies w and u, so that it cancels in the
     gap between their losses."""
-    shard = p.device_mesh.get_local_rank() if isinstance(p, DTensor) else 0
+    shard = p.device_mesh.get_coordinate()[-1] if isinstance(p, DTensor) else 0
     digest = hashlib.sha256(f"{seed} {step} {index} {shard}".encode()).digest()
     return torch.Generator(p.device).manual_seed(int.from_bytes(digest[:7], "big"))

@@ -4,6 +4,7 @@ The same code runs on CPU with gloo and on CUDA with nccl, on one process or man
 `fully_shard` cuts each parameter along its first dimension: of D ranks, rank r holds the rows
 [r ⌈n/D⌉, (r+1) ⌈n/D⌉). A model is built on the meta device, cut, and filled tensor by tensor, so
 that no rank ever holds more than one full tensor beside its shards. A single rank cuts nothing.
+With --shard-size D every D ranks in a row hold a model, and the others replicas of it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -187,8 +188,18 @@ def exit_now(code: int) -> None:
 
 # A model over the ranks
 
-def shard(model: Transformer, device: torch.device, keep_gathered: bool) -> None:
-    """Cut `model` over the ranks, in place: each block is gathered on its own when it is used.
+def make_mesh(device_type: str, shard_size: int = 0) -> DeviceMesh:
+    """All ranks, (D,); or (replicas, D) for D = `shard_size` that is less. Collective."""
+    world = dist.get_world_size()
+    n = shard_size or world
+    shape = (world // n, n) if n < world else (world,)
+    names = ("replicas", "shards")[-len(shape) :]
+    return init_device_mesh(device_type, shape, mesh_dim_names=names)
+
+
+def shard(model: Transformer, mesh: DeviceMesh, keep_gathered: bool) -> None:
+    """Cut `model` over the mesh's last dimension, in place, and replicate it over the first of two:
+    each block is gathered on its own when it is used.
 
     keep_gathered: keep what was gathered until the end of backward (see `once_per_pass`).
     """
@@ -198,7 +209,6 @@ def shard(model: Transformer, device: torch.device, keep_gathered: bool) -> None
         **low if torch.finfo(dtype).bits < 32 else {},
         cast_forward_inputs=False,  # a block's RoPE tables stay fp32
     )
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     rules = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": not keep_gathered}
     for block in model.blocks:
         fully_shard(block, **rules)
@@ -233,17 +243,19 @@ def differences(w: nn.Module, u: nn.Module, opt_w, opt_u) -> Callable[[Tensor, T
 
 
 def build(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, offload: Offload | None = None
-) -> Transformer:
-    """A model, sharded if there are several ranks, not filled yet. Copies that take turns on the
-    device share an `offload`. Collective."""
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, offload: Offload | None = None,
+    mesh: DeviceMesh | None = None,
+) -> Transformer:  # fmt: skip
+    """A model, sharded if there are several ranks, not filled yet. Copies share a `mesh` if it is
+    not that of all ranks, and if they take turns on the device an `offload`. Collective."""
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
     several = dist.get_world_size() > 1
     n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     model.gather_once = several and n_bytes <= GATHER_ONCE_BYTES
     if several:
-        shard(model, device, keep_gathered=model.gather_once)
+        mesh = mesh or make_mesh(device.type)
+        shard(model, mesh, keep_gathered=model.gather_once)
     model.offload = offload
     if offload is not None:
         offload.follow(model)
@@ -282,9 +294,11 @@ def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Copy this rank's rows of each full tensor into its shard."""
     missing = dict(model.named_parameters())
     for name, full in tensors:
-        rows = -(-full.shape[0] // dist.get_world_size())
-        first = rows * dist.get_rank()
-        local(missing.pop(name)).copy_(full[first : first + rows])
+        p, cut, place = missing.pop(name), 1, 0
+        if isinstance(p, DTensor):
+            cut, place = p.device_mesh.shape[-1], p.device_mesh.get_coordinate()[-1]
+        rows = -(-full.shape[0] // cut)
+        local(p).copy_(full[place * rows : (place + 1) * rows])
     assert not missing, f"no tensor for {sorted(missing)}"
 
 
@@ -298,11 +312,13 @@ def copy_shards(target: nn.Module, source: nn.Module) -> None:
 
 def once_per_pass(model: Transformer, last: bool) -> None:
     """For PenaltyStep.on_micro: gather parameters with the first micro-batch of a pass, and reduce
-    gradients with the last, where the model is small enough."""
+    gradients with the last, where the model is small enough; with replicas of it always with the
+    last."""
     move_to_device(model)
-    if model.gather_once:
-        model.set_requires_gradient_sync(last)
-        model.set_reshard_after_backward(last)
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or not model.gather_once)
+        model.set_requires_all_reduce(last)
+        model.set_reshard_after_backward(last or not model.gather_once)
 
 
 def release(model: nn.Module) -> None:
@@ -334,10 +350,10 @@ class Offload:
     fails. On a CPU both memories are one, but the moves are made all the same.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, shard_size: int = 0):
         """Collective: every rank calls it."""
         self.pinned = device.type == "cuda"
-        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        self.mesh = make_mesh("cpu", shard_size)
         self.state: dict[nn.Module, Callable[[], Iterable[Tensor]]] = {}
         self.here: nn.Module | None = None
         self.waiting: dict[nn.Module, dict[int, tuple[Tensor, Tensor]]] = {}

@@ -89,8 +89,9 @@ def load_copies(
     flags: Flags, inputs: Inputs, device: torch.device, n: int
 ) -> list[Transformer]:
     """n copies of the model, equal to the last bit. Collective: every rank calls it."""
-    offload = shard.Offload(device) if flags.cpu_offload else None
-    settings = inputs.config, dtype_of(flags.dtype, device.type), device, offload
+    offload = shard.Offload(device, flags.shard_size) if flags.cpu_offload else None
+    mesh = shard.make_mesh(device.type, flags.shard_size)
+    settings = inputs.config, dtype_of(flags.dtype, device.type), device, offload, mesh
     w = shard.build(*settings)
     if inputs.checkpoint:
         shard.fill(w, read_tensors(inputs.checkpoint, inputs.config))

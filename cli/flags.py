@@ -80,6 +80,7 @@ RATE = Range(lambda x: 0 <= x < 1e9, "a number of at least 0 and below 1e9")
 SHARE = Range(lambda x: 0 <= x < 1, "a share from 0 to below 1")
 SEED = Range(lambda x: 0 <= x < 2**32, "a whole number from 0 to below 2^32")
 BLOCKS = Range(lambda x: x >= 0, "0 (all) or a number of blocks")
+CUT = Range(lambda x: x == 0 or x > 1, "0 (all) or at least 2 ranks")
 STEPS = Range(lambda x: x >= 0, "a number of steps, or 0")
 MEMORY = Range(lambda x: x * GB > RESERVED, f"more than the {RESERVED / GB:g} kept back")
 
@@ -203,6 +204,8 @@ class Flags:
                                           "compute the rest again", same_run=False)
     cpu_offload: bool = LISA(False, "the copy that is not at work, u while w is and w while u is, "
                              "waits in host memory", only=LEARNS, same_run=False)
+    shard_size: int = LISA(0, "ranks that a model is cut over, such as the GPUs of a machine; each "
+                           "so many have a replica; 0 = all", permitted=CUT, same_run=False)
     compile: bool = LISA(False, "fuse what each block does, with torch.compile; needs a C++ "
                          "compiler")
 
@@ -258,6 +261,9 @@ class Flags:
         lines = [f"a {step.replace(' ', ': ', 1)} on {where}, bound by {cost['bound']}; "
                  f"all samples {self.max_length} tokens long",
                  f"of which {', '.join(parts)}"]  # fmt: skip
+        if cost["exchanged"]:
+            lines += [f"of what is sent, {cost['exchanged'] / GB:.3g} GB a GPU and step go between "
+                      f"replicas, the rest among every {self.shard_size} GPUs"]  # fmt: skip
         if n := cost.get("hidden_from"):
             beyond = "" if cost["hidden_fits"] else ", which does not fit"
             lines += [f"computing takes longer than gathering from --micro-batch-size {n}{beyond}"]
@@ -423,6 +429,8 @@ def check_flags(flags: Flags, world: int) -> list[str]:
             below, above = value // world * world, -(-value // world) * world
             near = " or ".join(str(v) for v in (below, above) if v)
             problems.append(f"{spelt(name)} {value} is not divisible by {world} ranks: take {near}")
+    if (flags.shard_size or 0) > 1 and world % flags.shard_size:
+        problems.append(f"--shard-size {flags.shard_size}: {world} ranks are not divisible by it")
     if learns and 0 < flags.alpha < 1e9 and flags.tau > 0:
         last = math.log(flags.alpha) + (flags.outer_rounds - 1) * math.log(flags.tau)  # ln alpha
         if not abs(last) < math.log(1e9):

@@ -279,7 +279,7 @@ class Plan:
 def plan(
     config: ModelConfig, *, ranks: int, dtype: torch.dtype, micro_batch_size: int, max_length: int,
     lisa_layers: int, lisa_ends: str, activation_checkpointing: bool, cpu_offload: bool,
-    copies: int, batch_size: int, val_batch_size: int, slopes: bool,
+    copies: int, batch_size: int, val_batch_size: int, slopes: bool, shard_size: int,
 ) -> Plan:  # fmt: skip
     """The peak of w's pass, while u's gradients wait for the update, in the worst of LISA's draws.
 
@@ -288,16 +288,19 @@ def plan(
     batch_size, val_batch_size    samples of a step over all ranks. "validation pass" is what
                       validation's need beyond training's
     slopes            the gap is had from gradients of the training samples: bilevel.Slopes
+    shard_size        ranks that a model is cut over, with replicas on the rest; 0 = all
     """
+    shards = shard_size or ranks
+
     def worst(batch: int, slopes: bool) -> Plan:
         B = min(micro_batch_size, max(1, batch // ranks))
         plans = []
         for *draw, _ in draws(config, lisa_layers, lisa_ends):
-            one = state(config, ranks, dtype, *draw)
+            one = state(config, shards, dtype, *draw)
             waiting = (copies - 1) * one["gradients"]  # u's stay on the device: see shard.Offload
             host = sum(one.values()) - one["gradients"] if cpu_offload else 0
             here = {name: (copies - bool(cpu_offload)) * n_bytes for name, n_bytes in one.items()}
-            of = config, dtype, ranks, B, max_length, *draw, slopes, activation_checkpointing
+            of = config, dtype, shards, B, max_length, *draw, slopes, activation_checkpointing
             for moment in Pass(*of):
                 gradients = waiting + moment.get("gradients", one["gradients"])
                 plans.append(Plan(here | moment | {"gradients": gradients}, host))
@@ -312,7 +315,7 @@ def settings(flags, ranks: int, dtype: torch.dtype) -> dict:
     """What `plan` takes, from the flags of a run."""
     names = (
         "micro_batch_size", "max_length", "lisa_layers", "lisa_ends", "activation_checkpointing",
-        "cpu_offload", "batch_size",
+        "cpu_offload", "batch_size", "shard_size",
     )  # fmt: skip
     given = {name: getattr(flags, name) for name in names}
     # Fine-tuning has no validation in a step.
@@ -460,22 +463,32 @@ class Pass:
 def times(config: ModelConfig, card: Card, **settings) -> tuple[dict[str, float], str]:
     """Seconds of a step and of its parts, from what `plan` takes; and the part that bounds it."""
     s, parts = SimpleNamespace(**settings), np.zeros(5)
+    shards = s.shard_size or s.ranks
     passes = [(s.batch_size, s.copies, s.slopes), (s.val_batch_size, s.copies - 1, False)]
     for *draw, share in draws(config, s.lisa_layers, s.lisa_ends):
-        adam = 7 * s.copies * state(config, s.ranks, s.dtype, *draw)["gradients"]  # 3 are written
+        adam = 7 * s.copies * state(config, shards, s.dtype, *draw)["gradients"]  # 3 are written
         parts[3] += share * adam / (MOVES * card.moves) / GB
         for batch, copies, slopes in passes:
             mine = max(1, batch // s.ranks)
             n, B = math.ceil(mine / s.micro_batch_size), min(s.micro_batch_size, mine)
-            of = s.ranks, B, s.max_length, *draw, slopes, s.activation_checkpointing
+            of = shards, B, s.max_length, *draw, slopes, s.activation_checkpointing
             one = Pass(config, s.dtype, *of)
             took = n * one.seconds(card) / [1, 1, n if one.once else 1]
             parts += share * copies * np.array([*took, 0, max(took[0] + took[1], took[2])])
     parts[3] += 4 * plan(config, **settings).host / card.host / GB  # copies go and come
-    parts[4] += parts[3]
+    parts[2] += (alike := exchanged(config, s) / card.link / GB)
+    parts[4] += parts[3] + alike
     seconds = dict(zip((*COMPUTING, GATHERING, "update", "step"), parts.tolist(), strict=True))
     longest = GATHERING if parts[2] > parts[0] + parts[1] else max(COMPUTING, key=seconds.get)
     return seconds, longest
+
+
+def exchanged(config: ModelConfig, s: SimpleNamespace) -> float:
+    """Bytes of gradients that a rank sends to the replicas of its shard in a step: once a pass."""
+    shards = s.shard_size or s.ranks
+    sums = (share * state(config, shards, s.dtype, *draw)["gradients"]
+            for *draw, share in draws(config, s.lisa_layers, s.lisa_ends))  # fmt: skip
+    return 2 * (1 - shards / s.ranks) * s.copies * sum(sums)
 
 
 def hidden_from(config: ModelConfig, card: Card, **settings) -> int | None:
@@ -506,6 +519,7 @@ def remedies(settings: dict) -> list[tuple[str, Sequence]]:
     kinds = [
         ("micro_batch_size", range(B - 1, 0, -1)),
         *((name, [True]) for name in switches if not settings[name]),
+        ("shard_size", [0] * bool(settings["shard_size"])),
         ("ranks", [n for n in more if all(batch % n == 0 for batch in batches)]),
     ]
     return [(name, values) for name, values in kinds if values]
@@ -574,6 +588,7 @@ def command(flags, config: ModelConfig, total: int | None, n_sources: int) -> in
         fix = first_fix(config, memory, **of)
     if card:
         answer |= flags.cost(*times(config, card, **of), total)
+        answer["exchanged"] = exchanged(config, SimpleNamespace(**of))
     if answer.get("bound") == GATHERING:
         n = answer["hidden_from"] = hidden_from(config, card, **of)
         of["micro_batch_size"] = n or of["micro_batch_size"]

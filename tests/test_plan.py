@@ -58,7 +58,7 @@ FLAGS = {
     "ranks": 8, "dtype": torch.bfloat16, "micro_batch_size": 1, "max_length": 1024,
     "lisa_layers": 2, "lisa_ends": "always", "activation_checkpointing": False,
     "cpu_offload": False, "copies": 2, "batch_size": 512, "val_batch_size": 512,
-    "slopes": True,
+    "slopes": True, "shard_size": 0,
 }  # fmt: skip
 EVERYTHING = {"lisa_layers": 0}  # trains, as AdamW without LISA does
 
@@ -273,6 +273,8 @@ def test_34b_fits_eight_gpus_of_48_gb_and_70b_eight_of_80_gb():
         ("Yi-34B", 20, {"activation_checkpointing": True, "cpu_offload": True}, "--gpus 16"),
         ("LLaMA-3-70B", 60, {"activation_checkpointing": True, "cpu_offload": True,
                              "max_length": 8192, "micro_batch_size": 2}, "--micro-batch-size 1"),
+        ("LLaMA-3-70B", 36, {"ranks": 16, "shard_size": 8, "activation_checkpointing": True,
+                             "cpu_offload": True, "batch_size": 16}, "--shard-size 0"),
         ("GPT-2", 2.001, {}, None),
     ],
 )
@@ -362,6 +364,16 @@ def test_work_and_bytes_of_a_pass():
     flops += 22 * attention  # whose backward has twice the products
     sent = (32 + 22) * block * 2 + both * 2 + 2 * block * 4
     assert work(2, False) == pytest.approx([flops, sent], rel=2e-3)
+
+
+def test_replicas_hold_what_fewer_ranks_hold_and_exchange_gradients_once_a_pass():
+    config, flags = CONFIGS["LLaMA-3-8B"], FLAGS | {"batch_size": 512, "val_batch_size": 512}
+    cut, eight = flags | {"ranks": 16, "shard_size": 8}, planning.plan(config, **flags)
+    assert planning.plan(config, **cut) == eight
+    slow = Card(math.inf, 0, math.inf, 1, math.inf)
+    a, b = (planning.times(config, slow, **f)[0]["step"] for f in (flags, cut))
+    # Half the micro-batches; then each rank's gradients to the other replica, of u and of w.
+    assert b - a / 2 == pytest.approx(eight.components["gradients"] / 1e9)
 
 
 def test_34b_on_eight_a40_waits_for_what_it_gathers(own_folder, capsys, refusal):

@@ -199,8 +199,10 @@ def test_all_problems_are_printed_together(sound, refusal):
     Path("empty.json").write_text("[]")
     sound["--train"] += ["c=broken.jsonl", "d=odd.jsonl", "e=empty.json", "f=missing.json"]
     sound |= {"--batch-size": "63", "--lisa-layers": "4", "--max-length": "129", "--tau": "0"}
+    sound["--shard-size"] = "3"
     lines = refusal(flags(sound), world=2)
     for expected in ("broken.jsonl:2: ", "odd.jsonl:2: ", "empty.json: ", "missing.json: ",
+                     "--shard-size 3: 2 ranks are not divisible by it",
                      "--batch-size 63 is not divisible by 2 ranks: take 62 or 64",
                      "--lisa-layers 4: the model has 3 blocks", "--tau 0.0: ",
                      "--max-length 129: the model has 128 positions"):  # fmt: skip
