@@ -59,6 +59,12 @@ class SourceWeights(nn.Module):
     differ in place, as it passes 3 √B in three steps of a thousand.
     Differs from the paper: there Adam steps at full length whatever the error, as here with z = 0.
 
+    Where sources differ, errors last: w − u, moved by chance, stays so for a while and favours one
+    of them. What gaps differ by from their mean over the sources is summed over blocks of 50 steps,
+    and compared from block to block: κ, at least 1, is the mean of (difference of two blocks)² over
+    the variance that it would have were errors of one step gone in the next (the method of batch
+    means). The weights' errors are √κ times what they would be then.
+
     To weight something else (single samples, features of a sample), replace `probs` in a subclass:
     it may be any differentiable function of the parameter `lam`.
 
@@ -68,6 +74,7 @@ class SourceWeights(nn.Module):
     """
 
     memory = 0.99  # β
+    block = 50  # steps; see κ
     warmup = 10  # steps after which the errors are known well enough for `snr`
 
     def __init__(
@@ -81,15 +88,20 @@ class SourceWeights(nn.Module):
         # Covariance of λ's errors, by the noise of its steps so far, (S, S).
         self.register_buffer("covariance", torch.diag(zeros))
         self.register_buffer("snr", zeros.clone())  # the largest |A| / √B so far
+        # Sums of the gaps' differences and of their variances, of this block and of the last, each
+        # (S,); steps in this block; what κ is the mean of, and of how many.
+        self.register_buffer("blocks", torch.stack([self.evidence] * 2))
+        self.register_buffer("kappa", torch.zeros(3, dtype=dtype))
         self.reset_optimizer()
 
     def reset_optimizer(self) -> None:
-        """Forget Adam's moments, A and B, as when alpha changes the scale of g_λ.
+        """Forget Adam's moments, A, B and the blocks, as when alpha changes the scale of g_λ.
 
         Differs from the paper's code: no weight decay, which would pull p towards uniform.
         """
         self.opt = torch.optim.Adam([self.lam], lr=self.lr, betas=(0.9, 0.999), eps=1e-8)
-        self.evidence.zero_()
+        for state in self.evidence, self.blocks, self.kappa[:1]:
+            state.zero_()
 
     def set_rate(self, factor: float) -> float:
         """Let Adam step with `factor` times the learning rate; returns that."""
@@ -136,15 +148,29 @@ class SourceWeights(nn.Module):
             scale = adam["exp_avg_sq"] / (1 - group["betas"][1] ** adam["step"])
             moves = (sure * group["lr"] / (scale.maximum(noise).sqrt() + 1e-8))[:, None] * jac.T
             self.covariance += (moves * variance) @ moves.T
+            self._compare_blocks(gap, variance)
             if adam["step"] > self.warmup:
                 self.snr.copy_(self.snr.maximum((a2 / b).sqrt().nan_to_num(posinf=0)))
+
+    def _compare_blocks(self, gap: Tensor, variance: Tensor) -> None:
+        centre = torch.eye(len(gap), dtype=gap.dtype) - 1 / len(gap)
+        self.blocks[0] += torch.stack([centre @ gap, centre.square() @ variance])
+        self.kappa[0] += 1
+        if self.kappa[0] % self.block == 0:
+            (now, noise), (last, noise_of_last) = self.blocks
+            if self.kappa[0] > self.block:
+                ratio = (now - last).square() / (noise + noise_of_last)
+                ratio = ratio.nan_to_num(posinf=0).mean()
+                self.kappa[1:] += torch.stack([ratio, ratio.new_ones(())])
+            self.blocks[1], self.blocks[0] = self.blocks[0].clone(), 0
 
     def row(self) -> dict[str, Tensor]:
         """What metrics.jsonl says of the sources after a step, (S,) each: the weights, their
         standard errors to first order, and by how many standard errors a source's gradient has
-        differed from 0 at its clearest."""
-        jac = self.jacobian()
-        errors = ((jac @ self.covariance) * jac).sum(1).clamp(min=0).sqrt()
+        differed from 0 at its clearest. Before two blocks are through κ is not known, and 1."""
+        jac, (_, ratios, n) = self.jacobian(), self.kappa
+        kappa = (ratios / n.clamp(min=1)).clamp(min=1)
+        errors = ((jac @ (kappa * self.covariance)) * jac).sum(1).clamp(min=0).sqrt()
         return {"weights": self.probs().detach(), "weights_se": errors, "snr": self.snr}
 
 

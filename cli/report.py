@@ -392,9 +392,11 @@ def weight_lines(result: dict) -> list[str]:
     threshold = differs_above(result["step"], len(rows))
     return [
         *table(rows, "  ± weight  gap of w and u      differs"), "",
-        "± weight: what the samples leave uncertain; runs of other seeds differ by more. gap: the",
-        "loss under w less that under u, at the end: low is good. differs: from the others, above",
-        f"{threshold:.1f} standard errors.", "",
+        "± weight: standard error, by how the gaps swung in this run" + (
+            "." if result["step"] >= 100 else ": from 100 steps on; here from their samples alone."
+        ),
+        "gap: the loss under w less that under u, at the end: low is good.",
+        f"differs: from the others, above {threshold:.1f} standard errors.", "",
         *verdict(result),
     ]  # fmt: skip
 

@@ -175,6 +175,27 @@ def test_a_source_that_differs_gets_the_weight():
     assert 0 < sources.row()["weights_se"][0] < 0.1
 
 
+def follow(persistence, steps=400, seed=0):
+    """Stated errors and weights after steps on gaps that two sources differ by in their errors
+    alone, of which a share lasts from step to step; and κ."""
+    rng, sources = np.random.default_rng(seed), SourceWeights(2, lr=0.002)
+    state = np.zeros(2)
+    for _ in range(steps):
+        state = persistence * state + rng.normal(size=2) * (1 - persistence**2) ** 0.5
+        fresh = rng.normal(size=2)
+        sources.update(torch.tensor(state + fresh).float(), torch.ones(2))
+    row = sources.row()
+    return row["weights"][0].item(), row["weights_se"][0].item()
+
+
+@pytest.mark.parametrize("persistence", [0.0, 0.9])
+def test_stated_errors_are_what_seeds_scatter_by(persistence):
+    """Errors that last, which samples of one step do not show, are in the stated errors."""
+    weights, errors = np.array([follow(persistence, seed=seed) for seed in range(40)]).T
+    ratio = weights.std(ddof=1) / np.sqrt(np.mean(errors**2))
+    assert 0.7 < ratio < 1.6, ratio
+
+
 def test_z_of_zero_is_adam():
     ours, theirs = SourceWeights(3, lr=0.1), nn.Parameter(torch.zeros(3))
     adam, rng = torch.optim.Adam([theirs], lr=0.1), np.random.default_rng(0)
