@@ -5,23 +5,25 @@
 
 A cell, (task, setting, seed), is one run of `train.py` on one thread. It does what the command line
 does, with a smaller built-in model (MODEL) and fewer samples (SIZE); a setting that is no flag of
-train.py replaces one of its classes. Each leaves its run under --out, a run that is cut off goes on
-when the command is given again, and the tables made of all that are there are --out/tables.md and
-tables.json.
+train.py replaces one of its classes. Each leaves its run under --out, without the model that it
+trained; a run that is cut off goes on when the command is given again, and the tables made of all
+that are there are --out/tables.md and tables.json.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import json
 import math
 import multiprocessing
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,25 +66,18 @@ ABLATION = {
     DEFAULTS: "--lr-lambda auto --lambda-z 3 --steps 240",
 }
 SIZE = ("--steps 120 --batch-size 40 --val-batch-size 20 --micro-batch-size 40 --max-length 40 "
-        "--lr-w 3e-3 --lr-u 3e-3 --lr-lambda 6e-2 --lambda-z 0 --schedule constant")
+        "--lr-w 3e-3 --lr-u 3e-3 --lr-lambda 6e-2 --lambda-z 0 --schedule constant --dtype fp32")
 TUNE = ("--mode finetune --samples 2800 --steps 200 --batch-size 20 --lr-w 3e-3 --max-length 40 "
-        "--schedule constant")
+        "--schedule constant --dtype fp32")
 BEST = {"denoising": "clean", "graded": "clean", "multilingual": "aru", "instruction": "good"}
 # Mixtures to fine-tune on, beside the learned one (twice, which tells how far chance alone takes
 # two runs apart) and the uniform one: a grid of shares of the best source. The others have equal
 # parts of the rest; of multilingual only eli, the other language of its validation.
 SHARES = 0.5, 0.6, 0.7, 0.8, 0.9, 1.0
 MIXTURES = "learned", "learned, again", "uniform", *(f"best {share}" for share in SHARES)
-# Real data: bytes of text, a model that has read English captions.
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "assets"
 ASSETS = Path(os.environ.get("SCALEBIO_ASSETS", BESIDE))
 CAPTIONS = ASSETS / "multilingual/multi30k/train.en"
-READ = ("--mode finetune --weights captions=1 --samples 8000 --steps 200 "
-        "--batch-size 40 --lr-w 3e-3 --max-length 96 --schedule constant")
-REAL = ("--steps 50 --batch-size 20 --val-batch-size 10 --micro-batch-size 10 --max-length 256 "
-        "--template plain --lr-w 1e-3 --lr-u 1e-3 --lr-lambda 6e-2 --lambda-z 0 "
-        "--lisa-layers 2 --lisa-interval 5 --schedule constant")
-REAL_SETS = "data_tiny", "math_exp"
 # What λ learns from, on a small trained model: captions in three languages with English validation;
 # and a placebo, three thirds of one file, between which there is nothing to learn.
 STORIES = (f"--model {ASSETS}/model/stories260K-hf --steps 141 --batch-size 32 --val-batch-size 32 "
@@ -93,7 +88,7 @@ LEARN = {  # experiment: tasks, their settings and the number of seeds
     "mixtures": [(task, [DEFAULTS], 10) for task in BEST],
     "coverage": [("multilingual", [DEFAULTS], 40)],
 }
-EXPERIMENTS = *LEARN, "signal", "errors", "real", "digits"
+EXPERIMENTS = *LEARN, "signal", "errors", "digits"
 
 
 class Decayed(SourceWeights):
@@ -103,6 +98,10 @@ class Decayed(SourceWeights):
 
     def reset_optimizer(self) -> None:
         self.opt = torch.optim.AdamW([self.lam], lr=self.lr, weight_decay=self.decay)
+
+
+class Hundredfold(Decayed):
+    decay = 1.0
 
 
 class Proportional(data.Batches):
@@ -134,16 +133,20 @@ class PerMicroBatch(PenaltyStep):
 REPLACED = {
     PROPORTIONAL: {"data.Batches": Proportional, "train.PenaltyStep": PerMicroBatch},
     "λ decays by 0.01 (AdamW)": {"train.SourceWeights": Decayed},
-    "λ decays by 1 (AdamW)": {"train.SourceWeights": type("All", (Decayed,), {"decay": 1.0})},
+    "λ decays by 1 (AdamW)": {"train.SourceWeights": Hundredfold},
 }
 
 
 @dataclass(frozen=True)
 class Cell:
+    """A run: its flags, what it replaces of the program, and the built-in model's sizes."""
+
     task: str
     setting: str
     seed: int
     flags: str = ""
+    replaced: dict = field(default_factory=dict, compare=False)
+    model: dict = field(default_factory=MODEL.copy, compare=False)
 
     def folder(self, out: Path) -> Path:
         words = "".join(c if c.isalnum() or c in ".=" else "-" for c in self.setting)
@@ -151,7 +154,8 @@ class Cell:
 
 
 def learn(task: str, setting: str, seed: int = 0) -> Cell:
-    return Cell(task, setting, seed, f"--task {task} {SIZE} {ABLATION[setting]}")
+    flags = f"--task {task} {SIZE} {ABLATION[setting]}"
+    return Cell(task, setting, seed, flags, REPLACED.get(setting, {}))
 
 
 def mix(task: str, seed: int, out: Path) -> list[Cell]:
@@ -165,15 +169,6 @@ def mix(task: str, seed: int, out: Path) -> list[Cell]:
         specs.append(",".join([f"{best}={share}", *rest]))
     return [Cell(task, f"mixture {name}", seed, f"--task {task} {TUNE} --weights {spec}")
             for name, spec in zip(MIXTURES, specs, strict=True)]  # fmt: skip
-
-
-def real(seed: int, out: Path) -> list[Cell]:
-    """A model that reads captions, then weights learned with it on each real set of sources."""
-    reader = Cell("captions", "read", seed, f"--train captions={out}/captions.jsonl {READ}")
-    files = "--train {0} --val {0}/val.json --test {0}/test.json".format
-    flags = f"--model {reader.folder(out)}/model {REAL}"
-    return [reader, *(Cell(name, COUPLED, seed, f"{flags} {files(ASSETS / 'scalebio' / name)}")
-                      for name in REAL_SETS)]  # fmt: skip
 
 
 def signal(out: Path) -> list[Cell]:
@@ -259,23 +254,25 @@ def stages(only: list[str], out: Path) -> list[list[Cell]]:
              for task, settings, n in LEARN.get(name, ())
              for setting in settings for seed in range(n)]  # fmt: skip
     first += signal(out) if "signal" in only else []
-    reals = [real(seed, out) for seed in range(3) if "real" in only]
-    first += [reader for reader, *_ in reals]
-    second = [cell for _, *then in reals for cell in then]
-    if "mixtures" in only:
-        second += [cell for task in BEST for seed in range(10) for cell in mix(task, seed, out)]
+    second = [cell for task in BEST for seed in range(10) for cell in mix(task, seed, out)
+              if "mixtures" in only]  # fmt: skip
     return [list(dict.fromkeys(first)), second]
 
 
 def run_cell(cell: Cell, out: Path) -> str:
-    """One run of train.py in this process. Returns what became of it."""
+    """One run of train.py in this process. Returns what became of it. SystemExit if it was stopped
+    by a signal."""
     folder = cell.folder(out)
     folder.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    argv = [*cell.flags.split(), "--seed", str(cell.seed), "--out", str(folder)]
-    replaced = {"shard.exit_now": sys.exit} | REPLACED.get(cell.setting, {})
+    argv = [*shlex.split(cell.flags), "--seed", str(cell.seed), "--out", str(folder)]
+    replaced = {
+        "shard.exit_now": sys.exit,
+        "shard.save": lambda model, target, finish: target.mkdir(),  # nobody needs the model
+        "train.draw_picture": lambda flags: [],
+    } | cell.replaced
     with (open(f"{folder}.log", "w") as log, contextlib.redirect_stdout(log),
-          contextlib.redirect_stderr(log), mock.patch.dict(TINY, MODEL),
+          contextlib.redirect_stderr(log), mock.patch.dict(TINY, cell.model),
           contextlib.ExitStack() as stack):  # fmt: skip
         for name, other in replaced.items():
             stack.enter_context(mock.patch(name, other))
@@ -285,6 +282,9 @@ def run_cell(cell: Cell, out: Path) -> str:
             code = leaving.code
         if dist.is_initialized():  # an error left it behind
             dist.destroy_process_group()
+    gc.collect()  # the models, which are in circles of references
+    if code and code > 128:
+        sys.exit(code)
     ended = "done" if code == 0 else f"failed: see {folder}.log"
     return f"{cell.task}, {cell.setting}, seed {cell.seed}: {ended}"
 
@@ -295,7 +295,9 @@ def run(cells: list[Cell], out: Path, workers: int) -> bool:
     left = [cell for cell in cells if not (cell.folder(out) / "model").is_dir()]
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for n, done in enumerate(pool.map(run_cell, left, [out] * len(left)), 1):
+        several = workers > 1 and len(left) > 1
+        ends = (pool.map if several else map)(run_cell, left, [out] * len(left))
+        for n, done in enumerate(ends, 1):
             print(f"{n} of {len(left)}: {done}", flush=True)
     return all((cell.folder(out) / "model").is_dir() for cell in cells)
 
@@ -369,13 +371,13 @@ def read(out: Path, task: str, setting: str, file: str = "weights.json") -> dict
     return dict(sorted(found.items()))
 
 
-def spearman(weights: dict[str, float]) -> float:
-    """Rank correlation of weight and noise rate; sources of one rate share their mean rank."""
+def spearman(one: dict[str, float], other: dict[str, float]) -> float:
+    """Rank correlation of two figures of the sources; those of one value share their mean rank."""
     def ranks(values: np.ndarray) -> np.ndarray:
         return ((values[:, None] > values).sum(1) + (values[:, None] >= values).sum(1)) / 2
 
-    p, noise = np.array([(p, tasks.NOISE[name]) for name, p in weights.items()]).T
-    return float(np.corrcoef(ranks(p), ranks(noise))[0, 1])
+    pairs = np.array([(x, other[name]) for name, x in one.items()]).T
+    return float(np.corrcoef(*map(ranks, pairs))[0, 1])
 
 
 def of_run(task: str, run: dict) -> dict:
@@ -384,7 +386,8 @@ def of_run(task: str, run: dict) -> dict:
     found = {f"weight of {best}": w[best], f"{best} ranks first": max(w, key=w.get) == best}
     if task == "graded":
         pure = sum(w[name] for name, rate in tasks.NOISE.items() if rate == 1)
-        found |= {"Spearman, weight and noise": spearman(w), "weight of pure noise": pure}
+        found |= {"Spearman, weight and noise": spearman(w, tasks.NOISE),
+                  "weight of pure noise": pure}  # fmt: skip
     if task == "multilingual":
         found["weight of aru and eli (validation is 70% and 30% of them)"] = w["aru"] + w["eli"]
     return found
@@ -436,16 +439,16 @@ def over_seeds(values: list) -> str:
     if isinstance(values[0], bool):
         return f"{sum(values)} of {len(values)}"
     x = np.array(values, float)
-    spread = f" ± {x.std(ddof=1) / math.sqrt(len(x)):.3f}" if len(x) > 1 else ""
-    return f"{x.mean():.3f}{spread}"
+    spread = f" ± {x.std(ddof=1) / math.sqrt(len(x)):.4f}" if len(x) > 1 else ""
+    return f"{x.mean():.4f}{spread}"
 
 
 def tables(out: Path) -> dict[str, list[list]]:
     """{title: table} of what is measured in the finished runs under `out`."""
     found = {}
-    for task in (*BEST, *REAL_SETS):
+    for task in BEST:
         runs = {setting: read(out, task, setting) for setting in ABLATION}
-        for title, n in (("settings", 20), ("settings, seeds 0-4", 5)) if task in BEST else ():
+        for title, n in (("settings", 20), ("settings, seeds 0-4", 5)):
             found[f"{task}: {title}"] = pivot(
                 [{"setting": setting} | of_run(task, run) for setting, of_seed in runs.items()
                  for seed, run in of_seed.items() if seed < n], "setting",
@@ -476,11 +479,10 @@ def tables(out: Path) -> dict[str, list[list]]:
     return {title: table for title, table in found.items() if len(table) > 1}
 
 
-def write_tables(out: Path) -> None:
+def write_tables(out: Path, made: dict[str, list[list]], about: str) -> None:
     """tables.json, and tables.md, which is also printed."""
-    made = tables(out)
     report.write_json(out / "tables.json", made)
-    lines = [f"Weights: {SIZE}. Fine-tuning: {TUNE}. Mean ± standard error over seeds.", ""]
+    lines = [f"{about} Mean ± standard error over seeds.", ""]
     for title, (header, *rows) in made.items():
         table = [header, ["---"] * len(header), *rows]
         lines += [f"### {title}", "", *(f"| {' | '.join(map(str, row))} |" for row in table), ""]
@@ -498,8 +500,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, choices=range(1, 17),
                         help="runs at a time, a thread each [2]")  # fmt: skip
     args = parser.parse_args(argv)
-    wanting = {"real": not CAPTIONS.exists() and ASSETS,
-               "signal": not CAPTIONS.exists() and ASSETS,
+    wanting = {"signal": not CAPTIONS.exists() and ASSETS,
                "errors": not args.model and "--model",
               "digits": not find_spec("sklearn") and "scikit-learn"}  # fmt: skip
     only = [name for name in args.only if not wanting.get(name)]
@@ -508,15 +509,12 @@ def main(argv: list[str] | None = None) -> int:
     (args.out / "digits").mkdir(parents=True, exist_ok=True)
     if "signal" in only:
         write_captions(args.out)
-    if "real" in only:
-        texts = [json.dumps({"text": line}) for line in CAPTIONS.read_text().splitlines()]
-        report.replace(args.out / "captions.jsonl", "\n".join(texts))
     if "errors" in only:
         report.write_json(args.out / "errors.json", [*errors(args.model, args.out)])
     for seed in range(5 if "digits" in only else 0):
         report.write_json(args.out / "digits" / f"seed{seed}.json", digits(seed))
     ran = [run(cells, args.out, args.workers) for cells in stages(only, args.out)]
-    write_tables(args.out)
+    write_tables(args.out, tables(args.out), f"Weights: {SIZE}. Fine-tuning: {TUNE}.")
     return 0 if all(ran) else 1
 
 

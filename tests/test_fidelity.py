@@ -244,7 +244,7 @@ def test_sources_that_help_have_the_weight(cells):
 
 
 def test_tables_are_made_of_what_is_there(cells, capsys):
-    fidelity.write_tables(cells)
+    fidelity.write_tables(cells, fidelity.tables(cells), "")
     assert capsys.readouterr().out.rstrip() == (cells / "tables.md").read_text().rstrip()
     tables = json.loads((cells / "tables.json").read_text())
     assert [row[0] for row in tables[f"graded: sources ({fidelity.COUPLED})"][1:]] == [*tasks.NOISE]
@@ -272,5 +272,6 @@ def test_learned_mixture_stands_beside_the_best_of_the_grid(tmp_path):
 
 def test_spearman_shares_ranks():
     down = dict(zip(tasks.NOISE, [0.3, 0.2, 0.15, 0.1, 0.09, *[0.032] * 5], strict=True))
-    assert fidelity.spearman(down) == pytest.approx(-1)
-    assert fidelity.spearman({name: -p for name, p in down.items()}) == pytest.approx(1)
+    assert fidelity.spearman(down, tasks.NOISE) == pytest.approx(-1)
+    up = {name: -p for name, p in down.items()}
+    assert fidelity.spearman(up, tasks.NOISE) == pytest.approx(1)
