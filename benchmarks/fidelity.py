@@ -265,7 +265,7 @@ def run_cell(cell: Cell, out: Path) -> str:
     folder = cell.folder(out)
     folder.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    argv = [*shlex.split(cell.flags), "--seed", str(cell.seed), "--out", str(folder)]
+    argv = shlex.split(f"{cell.flags} --keep 0 --seed {cell.seed} --out {shlex.quote(str(folder))}")
     replaced = {
         "shard.exit_now": sys.exit,
         "shard.save": lambda model, target, finish: target.mkdir(),  # nobody needs the model

@@ -54,11 +54,11 @@ class Budget:
 
 
 BUDGETS = {
-    "cpu": Budget(300, (200, 48), "--steps 24 --batch-size 8 --val-batch-size 8 --keep 0",
-                  "--steps 20 --batch-size 8 --samples 160 --keep 0", 128),
-    "gpu": Budget(3000, (1000, 500), "--steps 200 --batch-size 32 --val-batch-size 32 --keep 0 "
+    "cpu": Budget(300, (200, 48), "--steps 24 --batch-size 8 --val-batch-size 8",
+                  "--steps 20 --batch-size 8 --samples 160", 128),
+    "gpu": Budget(3000, (1000, 500), "--steps 200 --batch-size 32 --val-batch-size 32 "
                   "--micro-batch-size 32 --dtype bf16", "--steps 100 --batch-size 32 --samples "
-                  "3200 --micro-batch-size 32 --dtype bf16 --keep 0", 256),
+                  "3200 --micro-batch-size 32 --dtype bf16", 256),
 }  # fmt: skip
 # Of each task the sources that are known to help: all but one, and of math those on mathematics.
 BEST = {

@@ -26,7 +26,7 @@ def imported(file):
 
 def test_seven_modules_stand_in_front_and_no_two_import_each_other_in_a_circle():
     assert {name for name in MODULES if "." not in name} == FRONT
-    assert len([name for name in MODULES if not name.endswith("__init__")]) <= 22
+    assert len([name for name in MODULES if not name.endswith("__init__")]) <= 24
     below = {name: imported(file) & MODULES.keys() for name, file in MODULES.items()}
     while leaves := {name for name, uses in below.items() if not uses & below.keys()}:
         below = {name: uses for name, uses in below.items() if name not in leaves}
