@@ -6,14 +6,12 @@
 
     known   weights of real sources of which it is known whose help most
     curve   held-out loss after fine-tuning on these weights, and on other mixtures
-    rivals  the same of weights that other methods find at equal compute (rivals.py), on the real
-            tasks and on built-in ones (their own curve: the grid of `benchmarks.fidelity`)
-    sizes   weights learned with a smaller built-in model, used to fine-tune a larger one
+    rivals  on weights that other methods find at equal compute (rivals.py)
+    sizes   a larger built-in model on weights of smaller ones
 
-A cell is one run of train.py, as in fidelity.py: commands on other tasks, seeds or methods may run
-side by side on the same --out, and what is there is not done again. The files of the tasks, of at
-most so many records a source as the budget says, are made from ../shared/assets, or from
-$SCALEBIO_ASSETS, and are always the same.
+A cell is one run of train.py, as in fidelity.py, whose tasks it also takes: commands on other
+tasks, seeds or methods may run side by side on one --out, and what is there is not done again. The
+files of the real tasks are made from ../shared/assets, or $SCALEBIO_ASSETS, and always the same.
 """
 
 from __future__ import annotations
@@ -39,37 +37,56 @@ from cli.flags import Parser, parse
 from sources import tasks
 
 PARTS = "known", "curve", "rivals", "sizes", "tables"
-OURS = "ScaleBiO"
-SMALL = ASSETS / "model/stories260K-hf"
-SHOWN = 64  # of languages, tokens of a caption; 256 of the other tasks, on CPU 128
+SMALL = (ASSETS / "model/stories260K-hf").resolve()
+OURS, THEIRS = "ScaleBiO", tuple(rivals.METHODS)
 
 
 @dataclass(frozen=True)
 class Budget:
     records: int  # of a source
     held_out: tuple[int, int]  # validation and test records
+    max_length: int
     learn: str
     tune: str
-    max_length: int
 
 
+ON_GPU = "--batch-size 32 --micro-batch-size 32 --dtype bf16"
 BUDGETS = {
-    "cpu": Budget(300, (200, 48), "--steps 24 --batch-size 8 --val-batch-size 8",
-                  "--steps 20 --batch-size 8 --samples 160", 128),
-    "gpu": Budget(3000, (1000, 500), "--steps 200 --batch-size 32 --val-batch-size 32 "
-                  "--micro-batch-size 32 --dtype bf16", "--steps 100 --batch-size 32 --samples "
-                  "3200 --micro-batch-size 32 --dtype bf16", 256),
+    "cpu": Budget(300, (200, 48), 128, "--steps 24 --batch-size 8 --val-batch-size 8",
+                  "--steps 20 --batch-size 8 --samples 160"),
+    "gpu": Budget(3000, (1000, 500), 256, f"--steps 200 --val-batch-size 32 {ON_GPU}",
+                  f"--steps 100 --samples 3200 {ON_GPU}"),
 }  # fmt: skip
-# Of each task the sources that are known to help: all but one, and of math those on mathematics.
-BEST = {
+BEST = {  # of each task the sources that are known to help
     "languages": ["en"], "answers": ["right"], "gpt4": ["gpt4_alpaca"],
     "math": ["dart-math-uniform", "MathInstruct", "orca-math-word-problems-200k"],
 } | {task: [best] for task, best in fidelity.BEST.items()}  # fmt: skip
-BUILT_IN = tuple(fidelity.BEST)
-REAL = tuple(task for task in BEST if task not in BUILT_IN)
-# Built-in models of growing width, and the learning rate of each.
+REAL = tuple(task for task in BEST if task not in fidelity.BEST)
+# Built-in models by their parameters: width, and learning rate.
 SIZES = {"0.14M": (48, 3e-3), "0.9M": (128, 1.1e-3), "3.3M": (256, 6e-4), "9.9M": (448, 3e-4)}
 SIZES_TASK = "graded"
+
+
+# The data of the real tasks
+
+def parts_of(task: str, n: int) -> tuple[dict[str, list], list, list]:
+    """Its sources, of at most n records, validation and test."""
+    if task == "languages":  # of each language other captions
+        files = [CAPTIONS, *map(CAPTIONS.with_suffix, (".de", ".fr")), CAPTIONS.with_name("val.en")]
+        en, de, fr, test = ([{"text": line} for line in file.read_text().splitlines()]
+                            for file in files)  # fmt: skip
+        return {"en": en[:n], "de": de[n : 2 * n], "fr": fr[2 * n : 3 * n]}, en[3 * n :], test
+    if task == "answers":  # the wrong ones are those of other wrong records
+        records = json.loads((ASSETS / "alpaca/alpaca_data_cleaned_12k_en.json").read_text())
+        part, *rest = records[n : 2 * n], records[2 * n : 10_000], records[10_000:]
+        order = np.random.default_rng(0).permutation(n)
+        wrong = [part[i] | {"output": part[j]["output"]}
+                 for i, j in zip(order, np.roll(order, 1), strict=True)]  # fmt: skip
+        return {"right": records[:n], "wrong": wrong}, *rest
+    folder = ASSETS / "scalebio" / {"gpt4": "data_tiny", "math": "math_exp"}[task]
+    files = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    held = files.pop("val"), files.pop("test")
+    return {name.removeprefix("train_"): part[:n] for name, part in files.items()}, *held
 
 
 @dataclass(frozen=True)
@@ -80,113 +97,84 @@ class Trial:
     model: Path
     budget: Budget
 
-    def names(self, task: str) -> list[str]:
-        files = sorted((self.out / "data" / task).glob("train_*"))
-        return [file.stem.removeprefix("train_") for file in files]
+    def folder(self, task: str) -> Path:
+        return self.out / "data" / task
 
-    def weights(self, cell: Cell) -> dict[str, float]:
-        return json.loads((cell.folder(self.out) / "weights.json").read_text())["weights"]
+    def write(self, task: str) -> None:
+        """The files of a real task, if they are not there: all at once, whoever else does so."""
+        if self.folder(task).is_dir():
+            return
+        sources, *held = parts_of(task, self.budget.records)
+        held = [part[:n] for part, n in zip(held, self.budget.held_out, strict=True)]
+        files = {f"train_{name}": records for name, records in sources.items()}
+        self.folder(task).parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=self.folder(task).parent))
+        for name, records in (files | dict(zip(("val", "test"), held, strict=True))).items():
+            (made / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        with suppress(OSError):  # another was first
+            os.rename(made, self.folder(task))
+        shutil.rmtree(made, ignore_errors=True)
 
+    def sizes(self, task: str) -> dict[str, int]:
+        files = sorted(self.folder(task).glob("train_*"))
+        return {f.stem.removeprefix("train_"): f.read_text().count("\n") for f in files}
 
-# The data
+    def result(self, cell: Cell) -> Path:
+        return cell.folder(self.out) / "weights.json"
 
-def parts_of(task: str, n: int) -> tuple[dict[str, list], list, list]:
-    """Of a real task its sources, of at most n records, validation and test."""
-    if task == "languages":  # other captions in each language
-        lines = [CAPTIONS.with_suffix(s).read_text().splitlines() for s in (".en", ".de", ".fr")]
-        texts = [[{"text": line} for line in part] for part in lines]
-        sources = {s: texts[k][k * n : (k + 1) * n] for k, s in enumerate(("en", "de", "fr"))}
-        held = CAPTIONS.with_name("val.en").read_text().splitlines()
-        return sources, texts[0][3 * n :], [{"text": line} for line in held]
-    if task == "answers":  # the wrong ones are those of other records
-        records = json.loads((ASSETS / "alpaca/alpaca_data_cleaned_12k_en.json").read_text())
-        right, wrong, rest = records[:n], records[n : 2 * n], records[2 * n :]
-        order = np.random.default_rng(0).permutation(n)
-        for here, there in zip(order, np.roll(order, 1), strict=True):
-            wrong[here] = wrong[here] | {"output": records[n + there]["output"]}
-        return {"right": right, "wrong": wrong}, rest[: len(rest) // 2], rest[len(rest) // 2 :]
-    folder = ASSETS / "scalebio" / {"gpt4": "data_tiny", "math": "math_exp"}[task]
-    files = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
-    held = files.pop("val"), files.pop("test")
-    return {name.removeprefix("train_"): part[:n] for name, part in files.items()}, *held
-
-
-def write_task(task: str, trial: Trial) -> None:
-    """The files of a real task, if they are not there: all at once, for who else looks for them."""
-    folder, budget = trial.out / "data" / task, trial.budget
-    if folder.is_dir():
-        return
-    sources, *held_out = parts_of(task, budget.records)
-    files = {f"train_{name}": records for name, records in sources.items()}
-    files |= {name: records[:n] for name, records, n in
-              zip(("val", "test"), held_out, budget.held_out, strict=True)}  # fmt: skip
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent))
-    for name, records in files.items():
-        (made / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    with suppress(OSError):  # another process was first
-        os.rename(made, folder)
-    shutil.rmtree(made, ignore_errors=True)
+    def flags(self, task: str, model: Path) -> str:
+        length = 64 if task == "languages" else self.budget.max_length
+        length *= 1 + (model == SMALL)  # whose tokens are short
+        model, folder = (shlex.quote(str(path)) for path in (model, self.folder(task)))
+        return (f"--model {model} --train {folder} --test {folder}/test.jsonl --drop-overlap "
+                f"--max-length {length}")  # fmt: skip
 
 
 # The cells
 
-def data_flags(task: str, trial: Trial, model: Path) -> str:
-    folder = trial.out / "data" / task
-    length = {"languages": SHOWN}.get(task, trial.budget.max_length)
-    length *= 1 + (model == SMALL)  # whose tokens are short
-    return (f"--model {shlex.quote(str(model))} --train {shlex.quote(str(folder))} "
-            f"--test {shlex.quote(str(folder))}/test.jsonl --drop-overlap --max-length {length}")
-
-
 def learning(task: str, seed: int, trial: Trial, method: str = OURS) -> Cell:
     """The run that finds weights: ours, with the small model instead of --model, or a rival's."""
-    if task in BUILT_IN:
-        cell = fidelity.learn(task, DEFAULTS, seed)
-    else:
+    if task in REAL:
         model = SMALL if method == SMALL.name else trial.model
-        val = f"--val {shlex.quote(str(trial.out / 'data' / task))}/val.jsonl"
-        flags = f"{data_flags(task, trial, model)} {val} {trial.budget.learn}"
+        val = f"--val {shlex.quote(str(trial.folder(task)))}/val.jsonl"
+        flags = f"{trial.flags(task, model)} {val} {trial.budget.learn}"
         cell = Cell(task, method, seed, flags)
-    if method in (OURS, SMALL.name):
+    else:
+        cell = fidelity.learn(task, DEFAULTS, seed)
+    if method not in THEIRS:
         return cell
-    flags = parse(shlex.split(cell.flags))
-    n = len(tasks.task(task, 0)[0] if task in BUILT_IN else trial.names(task))
-    steps = rivals.steps_for(method, flags.steps, flags.batch_size, flags.val_batch_size, n)
+    given = parse(shlex.split(cell.flags))
+    n_sources = len(trial.sizes(task) if task in REAL else tasks.task(task, 0)[0])
+    sizes = given.steps, given.batch_size, given.val_batch_size, n_sources
+    steps = rivals.steps_for(method, *sizes)
     other = {"train.PenaltyStep": partial(rivals.METHODS[method], total=steps)}
     return replace(cell, setting=method, flags=f"{cell.flags} --steps {steps}", replaced=other)
 
 
-def tuning(task: str, seed: int, trial: Trial, arm: str, weights: str) -> Cell:
+def tuning(task: str, seed: int, trial: Trial, arm: str, weights: str | Path) -> Cell:
     """Fine-tuning on a mixture."""
     flags = f"--task {task} {TUNE}"
     if task in REAL:
-        flags = (f"{data_flags(task, trial, trial.model)} --mode finetune --repeat "
-                 f"{trial.budget.tune}")  # fmt: skip
-    return Cell(task, f"mixture {arm}", seed, f"{flags} --weights {shlex.quote(weights)}")
+        flags = f"{trial.flags(task, trial.model)} --mode finetune --repeat {trial.budget.tune}"
+    return Cell(task, f"mixture {arm}", seed, f"{flags} --weights {shlex.quote(str(weights))}")
 
 
-def spell(weights: dict[str, float]) -> str:
-    return ",".join(f"{name}={p:.6f}" for name, p in weights.items())
-
-
-def curve(task: str, seed: int, trial: Trial) -> Iterator[Cell]:
+def curve(task: str, seed: int, trial: Trial) -> list[Cell]:
     """The mixtures of a real task that are fine-tuned on, but for the rivals'."""
-    names, ours = trial.names(task), learning(task, seed, trial)
-    even = 1 / len(names)
-    arms = {"learned": trial.weights(ours), "uniform": dict.fromkeys(names, even)}
-    arms["halfway"] = {name: (p + even) / 2 for name, p in arms["learned"].items()}
+    sizes, ours = trial.sizes(task), trial.result(learning(task, seed, trial))
+    learned, even = json.loads(ours.read_text())["weights"], 1 / len(sizes)
+    arms = {"learned": learned, "uniform": dict.fromkeys(sizes, even),
+            "halfway": {name: (p + even) / 2 for name, p in learned.items()}}  # fmt: skip
+    arms |= {f"only {name}": {name: 1.0} for name in sizes}
+    if len(sizes) > 2:  # else the same
+        arms |= {f"without {name}": dict.fromkeys(sizes.keys() - {name}, 1.0) for name in sizes}
+    specs = {arm: ",".join(f"{name}={p:.6f}" for name, p in weights.items())
+             for arm, weights in arms.items()}  # fmt: skip
     if trial.model != SMALL:
-        arms["learned by stories260K"] = trial.weights(learning(task, seed, trial, SMALL.name))
-    arms |= {f"only {name}": {name: 1.0} for name in names}
-    if len(names) > 2:
-        arms |= {f"without {name}": dict.fromkeys({*names} - {name}, 1.0) for name in names}
-    specs = {arm: spell(weights) for arm, weights in arms.items()}
-    sizes = [len((trial.out / f"data/{task}/train_{name}.jsonl").read_text().splitlines())
-             for name in names]  # fmt: skip
-    if max(sizes) > 1.1 * min(sizes):  # else it is uniform
+        specs["learned by stories260K"] = trial.result(learning(task, seed, trial, SMALL.name))
+    if max(sizes.values()) > 1.1 * min(sizes.values()):  # else it is uniform
         specs["proportional"] = "proportional"
-    return (tuning(task, seed, trial, arm, spec) for arm, spec in specs.items())
+    return [tuning(task, seed, trial, arm, spec) for arm, spec in specs.items()]
 
 
 def sized(size: str, cell: Cell) -> Cell:
@@ -203,79 +191,74 @@ def sizes_learn(seed: int) -> dict[str, Cell]:
 
 
 def sizes_tune(seed: int, trial: Trial) -> Iterator[Cell]:
-    """Each size fine-tuned on uniform weights, and on those of its own and of smaller ones."""
+    """Each size fine-tuned on uniform weights, on those of smaller ones and on its own."""
     specs = {"uniform": "uniform"}
     for size, cell in sizes_learn(seed).items():
-        specs[size] = str(cell.folder(trial.out) / "weights.json")
+        specs[size] = trial.result(cell)
         for arm, spec in specs.items():
             yield sized(size, tuning(SIZES_TASK, seed, trial, arm, spec))
 
 
 def stages(args, trial: Trial) -> Iterator[list[Cell]]:
-    """The cells that find weights, then, when they are through, those that use them."""
-    each = [(task, seed) for task in args.tasks for seed in args.seeds]
-    ours = [learning(task, seed, trial, method) for task, seed in each
-            for method in (OURS, SMALL.name) if {"known", "curve"} & {*args.only}
-            if method == OURS or (task in REAL and trial.model != SMALL)]  # fmt: skip
-    theirs = [(learning(*at, trial, method), method, *at) for at in each for method in args.methods
-              if "rivals" in args.only]  # fmt: skip
-    sizes = [sizes_learn(seed) for seed in args.seeds if "sizes" in args.only]
-    yield [*ours, *(cell for cell, *_ in theirs), *(c for of in sizes for c in of.values())]
+    """The cells that find weights; when they are through, those that use them."""
+    each = [(task, seed, trial) for task in args.tasks for seed in args.seeds]
+    theirs = [(at, method) for at in each for method in args.methods if "rivals" in args.only]
+    sizes = args.seeds if "sizes" in args.only else ()
+    if {"known", "curve"} & {*args.only}:
+        yield [learning(*at, method) for at in each for method in (OURS, SMALL.name)
+               if method == OURS or (at[0] in REAL and trial.model != SMALL)]  # fmt: skip
+    yield [learning(*at, method) for at, method in theirs]
+    yield [cell for seed in sizes for cell in sizes_learn(seed).values()]
 
-    for task, seed in each if "curve" in args.only else ():
-        try:
-            yield [*(fidelity.mix(task, seed, trial.out) if task in BUILT_IN
-                     else curve(task, seed, trial))]  # fmt: skip
-        except OSError as error:
-            print(f"no curve of {task}, seed {seed}: {error}")
-    yield [tuning(task, seed, trial, method, str(cell.folder(trial.out) / "weights.json"))
-           for cell, method, task, seed in theirs]  # fmt: skip
-    yield [cell for seed in args.seeds if sizes for cell in sizes_tune(seed, trial)]
+    for task, seed, _ in each if "curve" in args.only else ():
+        with suppress(FileNotFoundError):  # of weights that were not found, which `run` has said
+            yield curve(task, seed, trial) if task in REAL else fidelity.mix(task, seed, trial.out)
+    yield [tuning(*at, method, trial.result(learning(*at, method))) for at, method in theirs]
+    yield [cell for seed in sizes for cell in sizes_tune(seed, trial)]
 
 
 # The tables
 
-def losses(task: str, arm: str, out: Path) -> dict[int, float]:
+def losses(out: Path, task: str, arm: str, size: str = "") -> dict[int, float]:
     """{seed: held-out loss after fine-tuning}."""
-    runs = fidelity.read(out, task, f"mixture {arm}", "metrics.jsonl")
+    runs = fidelity.read(out, task, f"{size} mixture {arm}".strip(), "metrics.jsonl")
     return {seed: row["test_loss"] for seed, row in runs.items()}
 
 
 def known_rows(out: Path) -> Iterator[dict]:
-    for task in REAL:
-        for setting in (OURS, SMALL.name):
-            for run in fidelity.read(out, task, setting).values():
-                for name, p in run["weights"].items():
-                    yield {"task": task, "learned by": setting, "source": name, "weight": p,
-                           "stated error": run["weights_se"][name],
-                           "told apart": run["differs"][name]}  # fmt: skip
+    for task, setting in ((task, setting) for task in REAL for setting in (OURS, SMALL.name)):
+        for run in fidelity.read(out, task, setting).values():
+            for name, p in run["weights"].items():
+                yield {"task": task, "learned by": setting, "source": name, "weight": p,
+                       "stated error": run["weights_se"][name],
+                       "told apart": run["differs"][name]}  # fmt: skip
 
 
 def curve_rows(out: Path) -> Iterator[dict]:
     """Paired by seed, the mixtures of a task from the least loss up."""
-    others = {Cell("", f"mixture {method}", 0).folder(out).parent.name for method in rivals.METHODS}
+    others = {Cell("", f"mixture {method}", 0).folder(out).parent.name for method in THEIRS}
     for task in REAL:
         names = {f.name for f in (out / task).glob("mixture-*") if f.is_dir()} - others
-        uniform, of = losses(task, "uniform", out), {}
+        uniform, arms = losses(out, task, "uniform"), {}
         for arm in (name.removeprefix("mixture-") for name in names):
-            pairs = {seed: x for seed, x in losses(task, arm, out).items() if seed in uniform}
-            of |= {arm: pairs} if pairs else {}
-        for arm in sorted(of, key=lambda arm: np.mean([*of[arm].values()])):
-            for seed, loss in of[arm].items():
+            if pairs := {k: x for k, x in losses(out, task, arm).items() if k in uniform}:
+                arms[arm] = pairs
+        for arm in sorted(arms, key=lambda arm: np.mean([*arms[arm].values()])):
+            for seed, loss in arms[arm].items():
                 yield {"task": task, "mixture": arm, "held-out loss": loss,
                        "minus uniform's": loss - uniform[seed]}  # fmt: skip
 
 
 def rival_rows(out: Path) -> Iterator[dict]:
-    """Seeds in which the weights of a method, ours and uniform ones were all fine-tuned on."""
+    """Seeds in which a method's weights, ours and uniform ones were all fine-tuned on."""
     for task, best in BEST.items():
-        uniform, ours = losses(task, "uniform", out), losses(task, "learned", out)
-        for method in (OURS, *rivals.METHODS):
-            setting = DEFAULTS if method == OURS and task in BUILT_IN else method
-            tuned = ours if method == OURS else losses(task, method, out)
+        uniform, ours = losses(out, task, "uniform"), losses(out, task, "learned")
+        for method in (OURS, *THEIRS):
+            setting = DEFAULTS if method == OURS and task not in REAL else method
+            tuned = ours if method == OURS else losses(out, task, method)
             for seed, run in fidelity.read(out, task, setting).items():
                 if seed in tuned.keys() & uniform.keys() & ours.keys():
-                    yield {"task": task, "method": method, "steps": str(run["step"]),
+                    yield {"task": task, "method": method, "steps": run["step"],
                            "weight of what helps": sum(run["weights"][name] for name in best),
                            "held-out loss": tuned[seed],
                            "minus uniform's": tuned[seed] - uniform[seed],
@@ -283,25 +266,19 @@ def rival_rows(out: Path) -> Iterator[dict]:
 
 
 def size_rows(out: Path) -> Iterator[dict]:
-    """What a larger model loses by weights of a smaller one instead of its own."""
-    def setting(size: str) -> str:
-        return sizes_learn(0)[size].setting
-
-    weights = {size: fidelity.read(out, SIZES_TASK, setting(size)) for size in SIZES}
+    """What a model loses by weights of a smaller one instead of its own."""
+    learned = {size: fidelity.read(out, SIZES_TASK, cell.setting)
+               for size, cell in sizes_learn(0).items()}  # fmt: skip
     for size in SIZES:
-        tuned = {arm: sized_losses(size, arm, out) for arm in ("uniform", *SIZES)}
-        for arm, of in tuned.items():
-            for seed in of.keys() & tuned[size].keys():
-                same = arm != "uniform" and fidelity.spearman(
-                    weights[arm][seed]["weights"], weights[size][seed]["weights"])
-                yield {"fine-tuned": size, "on weights of": arm, "held-out loss": of[seed],
-                       "minus its own": of[seed] - tuned[size][seed],
-                       "Spearman with its own": same or 0.0}  # fmt: skip
-
-
-def sized_losses(size: str, arm: str, out: Path) -> dict[int, float]:
-    runs = fidelity.read(out, SIZES_TASK, f"{size} mixture {arm}", "metrics.jsonl")
-    return {seed: row["test_loss"] for seed, row in runs.items()}
+        own = losses(out, SIZES_TASK, size, size)
+        for arm in (*SIZES, "uniform"):
+            for seed, loss in losses(out, SIZES_TASK, arm, size).items():
+                if seed in own:
+                    yield {"fine-tuned": size, "on weights of": arm, "held-out loss": loss,
+                           "minus its own": loss - own[seed],
+                           "rank correlation with its own": 0.0 if arm == "uniform" else
+                           fidelity.spearman(*(learned[s][seed]["weights"] for s in (arm, size)))
+                           }  # fmt: skip
 
 
 def draw(rows: list[dict], file: Path) -> None:
@@ -309,7 +286,7 @@ def draw(rows: list[dict], file: Path) -> None:
     and as their mean with its standard error."""
     from matplotlib.figure import Figure
 
-    found = [task for task in REAL if any(row["task"] == task for row in rows)]
+    found = list(dict.fromkeys(row["task"] for row in rows))
     figure = Figure(figsize=(4.6 * len(found), 4.2), layout="constrained")
     for axes, task in zip(np.atleast_1d(figure.subplots(1, len(found))), found, strict=True):
         arms = {}
@@ -329,19 +306,19 @@ def draw(rows: list[dict], file: Path) -> None:
 
 
 def write_results(trial: Trial) -> None:
-    """tables.md, tables.json, and real.png."""
+    """tables.md, tables.json and real.png."""
     out, curves = trial.out, [*curve_rows(trial.out)]
-    mixtures = [row for task in BUILT_IN for row in fidelity.mixture_rows(task, out)]
+    grids = [row for task in fidelity.BEST for row in fidelity.mixture_rows(task, out)]
     made = {
         "weights": fidelity.pivot([*known_rows(out)], "task", "learned by", "source"),
         "fine-tuning on a mixture": fidelity.pivot(curves, "task", "mixture"),
         "rivals at equal compute": fidelity.pivot([*rival_rows(out)], "task", "method", "steps"),
-        "built-in tasks: the grid": fidelity.pivot(mixtures, "task"),
-        f"{SIZES_TASK}: small to larger": fidelity.pivot(
+        "the grid of built-in tasks": fidelity.pivot(grids, "task"),
+        f"{SIZES_TASK}, small to larger": fidelity.pivot(
             [*size_rows(out)], "fine-tuned", "on weights of"),
     }  # fmt: skip
     about = (f"{trial.model.name}. Real tasks: weights {trial.budget.learn}; fine-tuning "
-             f"{trial.budget.tune}. Built-in tasks: {SIZE} {fidelity.ABLATION[DEFAULTS]}; {TUNE}.")
+             f"{trial.budget.tune}. Built-in: {SIZE} {fidelity.ABLATION[DEFAULTS]}; {TUNE}.")
     fidelity.write_tables(out, {k: table for k, table in made.items() if len(table) > 1}, about)
     if curves and find_spec("matplotlib"):
         draw(curves, out / "real.png")
@@ -352,24 +329,24 @@ def write_results(trial: Trial) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a run failed."""
     parser = Parser(description=__doc__.split("\n")[0])
-    several = {"nargs": "+"}
+    for name, choices, default in (("--only", PARTS, PARTS), ("--tasks", [*BEST], REAL),
+                                   ("--methods", THEIRS, THEIRS)):  # fmt: skip
+        parser.add_argument(name, nargs="+", choices=choices, default=default,
+                            help=f"[{', '.join(default)}]")  # fmt: skip
     parser.add_argument("--model", type=Path, required=True, help="a Hugging Face directory")
     parser.add_argument("--budget", choices=BUDGETS, required=True, help="sizes of runs and data")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
     parser.add_argument("--out", type=Path, default=Path("runs/real"), help="[runs/real]")
-    parser.add_argument("--only", choices=PARTS, default=PARTS, help="[all]", **several)
-    parser.add_argument("--tasks", choices=BEST, default=[*REAL], help="[the real ones]", **several)
-    parser.add_argument("--methods", choices=rivals.METHODS, default=[*rivals.METHODS],
-                        help="of rivals [all]", **several)  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=[0, 1, 2], help="[0 1 2]", **several)
     parser.add_argument("--workers", type=int, default=1, choices=range(1, 17),
                         help="runs at a time, a thread each [1]")  # fmt: skip
     args = parser.parse_args(argv)
-    if not CAPTIONS.exists() and {*args.tasks} & {*REAL} and args.only != ["tables"]:
-        parser.error(f"real tasks want the files of {ASSETS}: name another in SCALEBIO_ASSETS")
     model = args.model.resolve()
-    trial = Trial(args.out / f"{model.name}-{args.budget}", model, BUDGETS[args.budget])
-    for task in {*args.tasks} & {*REAL} if args.only != ["tables"] else ():
-        write_task(task, trial)
+    out = args.out.resolve() / f"{model.name}-{args.budget}"
+    trial = Trial(out, model, BUDGETS[args.budget])
+    for task in {*args.tasks} & {*REAL} if {*args.only} - {"sizes", "tables"} else ():
+        if not ASSETS.is_dir():
+            parser.error(f"{task} wants the files of {ASSETS}, or of SCALEBIO_ASSETS")
+        trial.write(task)
     done = [fidelity.run(cells, trial.out, args.workers) for cells in stages(args, trial) if cells]
     if "tables" in args.only:
         write_results(trial)

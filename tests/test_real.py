@@ -77,7 +77,7 @@ def test_files_of_the_tasks_are_always_the_same(asset, tmp_path):
     for n in range(2):
         trial = real.Trial(tmp_path / str(n), None, real.BUDGETS["cpu"])
         for task in real.REAL:
-            real.write_task(task, trial)
+            trial.write(task)
         files = sorted((trial.out / "data").glob("*/*"))
         texts.append({f"{f.parent.name}/{f.name}": f.read_text() for f in files})
     assert texts[0] == texts[1] and len(texts[0]) == 4 * 2 + 3 + 2 + 2 + 5
