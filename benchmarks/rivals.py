@@ -177,17 +177,18 @@ class Bandit(Rival):
 
 
 class Search(Rival):
-    """n short runs from the same start, on uniform weights and on random mixtures. Validation
-    losses, after each on the same samples, choose among them."""
+    """Short runs from the same start, on uniform weights and on random mixtures. Validation losses,
+    after each on the same samples, choose among them."""
 
-    n = 8
+    runs = staticmethod(lambda s: 8)
     passes = staticmethod(lambda b, v, s: b + v / 12)
 
     def __init__(self, *args, **rest):
         super().__init__(*args, **rest)
         uniform = np.full((1, self.n_sources), 1 / self.n_sources)
-        self.tried = np.concatenate([uniform, self.mixtures(self.n - 1)])
-        self.starts = [k * self.total // self.n for k in range(self.n + 1)]
+        n = self.runs(self.n_sources)
+        self.tried = np.concatenate([uniform, self.mixtures(n - 1)])
+        self.starts = [k * self.total // n for k in range(n + 1)]
         self.val, self.found = [], []  # as many validation batches as a quarter of a run; losses
 
     def mixtures(self, n: int) -> np.ndarray:
@@ -220,11 +221,10 @@ class Search(Rival):
 
 
 class RegMix(Search):
-    """Shorter runs still; a ridge regression of their losses on the mixtures, and of 100,000 random
-    ones the mean of the hundred that it finds best. Liu et al., RegMix, ICLR 2025, arXiv
-    2407.01492."""
+    """A ridge regression of such losses on the mixtures, and of 100,000 random ones the mean of the
+    hundred that it finds best. Liu et al., RegMix, ICLR 2025, arXiv 2407.01492."""
 
-    n = 16
+    runs = staticmethod(lambda s: 2 * s + 2)
 
     def choose(self, losses: np.ndarray) -> np.ndarray:
         x = self.tried[: len(losses)]
