@@ -45,7 +45,7 @@ from lisa import Lisa
 from model import from_pretrained
 from sources import tasks
 
-MODEL = {"hidden_size": 48, "intermediate_size": 128, "initializer_range": 48**-0.5}  # 0.16M
+MODEL = {"hidden_size": 48, "intermediate_size": 128, "initializer_range": 48**-0.5}  # 0.14M
 COUPLED = "LISA, coupled draws"
 PROPORTIONAL = "proportional batches, counts per micro-batch"
 DEFAULTS = "λ's rate and z by default, 240 steps"

@@ -17,6 +17,7 @@ files of the real tasks are made from ../shared/assets, or $SCALEBIO_ASSETS, and
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -63,7 +64,7 @@ BEST = {  # of each task the sources that are known to help
 } | {task: [best] for task, best in fidelity.BEST.items()}  # fmt: skip
 REAL = tuple(task for task in BEST if task not in fidelity.BEST)
 # Built-in models by their parameters: width, and learning rate.
-SIZES = {"0.14M": (48, 3e-3), "0.9M": (128, 1.1e-3), "3.3M": (256, 6e-4), "9.9M": (448, 3e-4)}
+SIZES = {"0.1M": (48, 3e-3), "0.9M": (128, 1.1e-3), "3.3M": (256, 6e-4), "9.9M": (448, 3e-4)}
 SIZES_TASK = "graded"
 
 
@@ -276,7 +277,7 @@ def size_rows(out: Path) -> Iterator[dict]:
                 if seed in own:
                     yield {"fine-tuned": size, "on weights of": arm, "held-out loss": loss,
                            "minus its own": loss - own[seed],
-                           "rank correlation with its own": 0.0 if arm == "uniform" else
+                           "rank correlation with its own": math.nan if arm == "uniform" else
                            fidelity.spearman(*(learned[s][seed]["weights"] for s in (arm, size)))
                            }  # fmt: skip
 
@@ -311,9 +312,9 @@ def write_results(trial: Trial) -> None:
     grids = [row for task in fidelity.BEST for row in fidelity.mixture_rows(task, out)]
     made = {
         "weights": fidelity.pivot([*known_rows(out)], "task", "learned by", "source"),
-        "fine-tuning on a mixture": fidelity.pivot(curves, "task", "mixture"),
+        "fine-tuning on real mixtures": fidelity.pivot(curves, "task", "mixture"),
+        "fine-tuning on built-in mixtures": fidelity.pivot(grids, "task"),
         "rivals at equal compute": fidelity.pivot([*rival_rows(out)], "task", "method", "steps"),
-        "the grid of built-in tasks": fidelity.pivot(grids, "task"),
         f"{SIZES_TASK}, small to larger": fidelity.pivot(
             [*size_rows(out)], "fine-tuned", "on weights of"),
     }  # fmt: skip

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -59,17 +60,16 @@ class Rival(PenaltyStep):
         return (1 - explore) * self.sources.probs().detach() + explore / self.n_sources
 
     def train_on(self, copy: str, probs: Tensor, train: list, counts: Tensor) -> Totals:
-        """One step of a copy on Σ p_i ℓ_i. Returns the totals, in which `sums` are now the sources'
-        mean losses, NaN where p_i = 0."""
-        (model, opt), n = self.copies[copy], counts.to(probs)
-        coef = torch.cat([probs, n.new_zeros(1)]) / n.clamp(min=1)
+        """One step of a copy on Σ p_i ℓ_i; `sums` are then the sources' mean losses, NaN where
+        p_i = 0."""
+        model, opt = self.copies[copy]
+        coef = torch.cat([probs, probs.new_zeros(1)]) / counts
         sums, _ = self._backward(model, train, [], coef)
         total = self._over_all_ranks(sums, [opt], False)
         if total.finite:
             self._update(opt, total.norms[0])
         opt.zero_grad()
-        means = (total.sums[:-1] / n[:-1]).where(probs > 0, math.nan)
-        return total._replace(sums=means)
+        return total._replace(sums=(total.sums / counts)[:-1].where(probs > 0, math.nan))
 
     @torch.no_grad()
     def losses_of(self, copy: str, batches: list, counts: Tensor) -> Tensor:
@@ -92,8 +92,6 @@ class DoReMi(Rival):
     alike. The result is the mean p of the other half. Xie et al., DoReMi, NeurIPS 2023, arXiv
     2305.10429, with its η = 1 and 10⁻³ of uniform weights. Knows nothing of validation."""
 
-    passes = staticmethod(lambda b, v, s: (b + 4 * b / 3) / 2)
-
     def step(self, train: list, val: list, counts: Tensor, stop: bool = False) -> StepStats:
         p = self.policy(1e-3)
         if self.t < self.total // 2:
@@ -111,16 +109,12 @@ class Alignment(Rival):
     DoGE (Fan et al., ICML 2024) with the cosine of LESS (Xia et al., ICML 2024): bare products
     prefer the source of the largest gradients, which is often the one that fits least."""
 
-    passes = staticmethod(lambda b, v, s: b + v)
-
     def step(self, train: list, val: list, counts: Tensor, stop: bool = False) -> StepStats:
-        p, S = self.sources.probs().detach(), self.n_sources
-        masters = [*self.opt_w.masters.values()]
+        p, masters = self.sources.probs().detach(), [*self.opt_w.masters.values()]
         losses, gradients = [], []
-        for group in range(S + 1):
-            part = val if group == S else [b for b in (rows_of(b, group) for b in train) if b]
-            coef = torch.zeros(S + 1).index_fill(0, torch.tensor([group]), 1 / counts[group].item())
-            losses.append(self._backward(self.w, part, [], coef.to(p))[0][group] / counts[group])
+        for group, coef in enumerate(torch.eye(len(counts)).to(p) / counts):
+            part = [*rows_of(train + val, group)]
+            losses.append(self._backward(self.w, part, [], coef)[0][group] / counts[group])
             gradients.append([master.grad for master in masters])
             self.opt_w.zero_grad()
         *of_sources, ahead = gradients
@@ -143,20 +137,18 @@ def cosine(one: list[Tensor], other: list[Tensor]) -> Tensor:
     return (dot / (a * b).sqrt()).cpu()
 
 
-def rows_of(batch, source: int):
-    """The samples of a source in a data.MicroBatch, None if it has none."""
-    rows = batch.group == source
-    return dataclasses.replace(batch, tokens=batch.tokens[rows], group=batch.group[rows],
-                               labels=batch.labels[rows.to(batch.labels.device)]
-                               ) if rows.any() else None  # fmt: skip
+def rows_of(batches: list, group: int) -> Iterator:
+    """The samples of a group in data.MicroBatches."""
+    for batch in batches:
+        if (rows := batch.group == group).any():
+            tokens, labels = batch.tokens[rows], batch.labels[rows.to(batch.labels.device)]
+            yield dataclasses.replace(batch, tokens=tokens, labels=labels, group=batch.group[rows])
 
 
 class Bandit(Rival):
     """EXP3 (Auer et al., 2002): a step of w on one source that is drawn; its reward is the fall of
     the loss on the step's validation samples, scaled so that the 20% and 80% quantiles so far are 0
     and 1 (Graves et al., ICML 2017). The result is the mean policy of the second half."""
-
-    passes = staticmethod(lambda b, v, s: b / s + 2 * v / 3)
 
     def step(self, train: list, val: list, counts: Tensor, stop: bool = False) -> StepStats:
         S = self.n_sources
@@ -165,8 +157,7 @@ class Bandit(Rival):
         i = int(self.rng.choice(S, p=policy.double().numpy() / policy.double().sum().item()))
         before = self.losses_of("w", val, counts)[-1].item()
         drawn = torch.zeros_like(policy).index_fill(0, torch.tensor([i]), 1)
-        mine = [b for b in (rows_of(b, i) for b in train) if b]
-        total = self.train_on("w", drawn, mine, counts)
+        total = self.train_on("w", drawn, [*rows_of(train, i)], counts)
         self.falls.append(before - self.losses_of("w", val, counts)[-1].item())
         low, high = np.quantile(self.falls, [0.2, 0.8])
         reward = float(np.clip((self.falls[-1] - low) / max(high - low, 1e-12), 0, 1))
@@ -181,7 +172,6 @@ class Search(Rival):
     after each on the same samples, choose among them."""
 
     runs = staticmethod(lambda s: 8)
-    passes = staticmethod(lambda b, v, s: b + v / 12)
 
     def __init__(self, *args, **rest):
         super().__init__(*args, **rest)
@@ -238,6 +228,12 @@ METHODS = {"DoReMi": DoReMi, "gradient alignment": Alignment, "bandit": Bandit,
            "random search": Search, "RegMix": RegMix}  # fmt: skip
 
 
-def steps_for(method: str, steps: int, b: int, v: int, n_sources: int) -> int:
-    """The steps that cost a rival what so many cost ScaleBiO."""
-    return round(steps * (2 * b + v) / METHODS[method].passes(b, v, n_sources))
+def passes(method: str, b: int, v: int, s: int) -> float:
+    """What a step costs, see above."""
+    return {"ScaleBiO": 2 * b + v, "DoReMi": (b + 4 * b / 3) / 2, "gradient alignment": b + v,
+            "bandit": b / s + 2 * v / 3}.get(method, b + v / 12)  # fmt: skip
+
+
+def steps_for(method: str, steps: int, *sizes: int) -> int:
+    """The steps that cost a rival what so many cost ScaleBiO, for b, v and S."""
+    return round(steps * passes("ScaleBiO", *sizes) / passes(method, *sizes))

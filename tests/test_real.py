@@ -62,11 +62,11 @@ def test_rivals_find_what_helps_at_the_stated_cost(method):
         assert len(step.seen) == total / 2 and (weights > 1e-4).all()
     else:
         assert weights[1] > 0.4 and weights.argmax() == 1
-    passes = 2 * b + v if method == "ScaleBiO" else rivals.METHODS[method].passes(b, v, 3)
+    passes = rivals.passes(method, b, v, 3)
     assert spent == pytest.approx(total * passes)
+    assert rivals.steps_for(method, 1000, b, v, 3) * passes == pytest.approx(
+        1000 * (2 * b + v), rel=1e-3)
     if method != "ScaleBiO":
-        steps = rivals.steps_for(method, 1000, b, v, 3)
-        assert steps * passes == pytest.approx(1000 * (2 * b + v), rel=1e-3)
         with pytest.raises(ValueError, match="does not go on"):
             step.load_state_dict({})
 
@@ -105,7 +105,7 @@ def test_one_command_goes_from_sources_to_tables(asset, tmp_path, monkeypatch, c
     tables = json.loads((out / "tables.json").read_text())
     assert [row[:3] for row in tables["weights"][1:]] == [
         ["answers", "ScaleBiO", "right"], ["answers", "ScaleBiO", "wrong"]]  # fmt: skip
-    arms = {row[1]: row[2] for row in tables["fine-tuning on a mixture"][1:]}
+    arms = {row[1]: row[2] for row in tables["fine-tuning on real mixtures"][1:]}
     assert arms == dict.fromkeys(["learned", "uniform", "halfway", "only-right", "only-wrong"], 1)
     methods = [row[1] for row in tables["rivals at equal compute"][1:]]
     assert methods == ["ScaleBiO", "RegMix"]
@@ -129,4 +129,4 @@ def test_a_larger_model_is_tuned_on_weights_of_smaller_ones(tmp_path):
     rows = list(real.size_rows(tmp_path))
     assert len(rows) == len(cells)
     by = {(row["fine-tuned"], row["on weights of"]): row["minus its own"] for row in rows}
-    assert by["0.9M", "0.9M"] == 0 and by["0.9M", "0.14M"] == -1 and by["9.9M", "uniform"] == -4
+    assert by["0.9M", "0.9M"] == 0 and by["0.9M", "0.1M"] == -1 and by["9.9M", "uniform"] == -4
