@@ -54,9 +54,9 @@ class Budget:
 ON_GPU = "--batch-size 32 --micro-batch-size 32 --dtype bf16"
 BUDGETS = {
     "cpu": Budget(300, (200, 48), 128, "--steps 24 --batch-size 8 --val-batch-size 8",
-                  "--steps 20 --batch-size 8 --samples 160"),
+                  "--steps 20 --batch-size 8 --samples 160 --lr-w 5e-5"),
     "gpu": Budget(3000, (1000, 500), 256, f"--steps 200 --val-batch-size 32 {ON_GPU}",
-                  f"--steps 100 --samples 3200 {ON_GPU}"),
+                  f"--steps 100 --samples 3200 --lr-w 5e-5 {ON_GPU}"),
 }  # fmt: skip
 BEST = {  # of each task the sources that are known to help
     "languages": ["en"], "answers": ["right"], "gpt4": ["gpt4_alpaca"],
