@@ -345,8 +345,9 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out.resolve() / f"{model.name}-{args.budget}"
     trial = Trial(out, model, BUDGETS[args.budget])
     for task in {*args.tasks} & {*REAL} if {*args.only} - {"sizes", "tables"} else ():
-        if not ASSETS.is_dir():
-            parser.error(f"{task} wants the files of {ASSETS}, or of SCALEBIO_ASSETS")
+        for folder, what in (model, "--model"), (ASSETS, "SCALEBIO_ASSETS"):
+            if not folder.is_dir():
+                parser.error(f"{what}: {folder} is no directory, and {task} needs it")
         trial.write(task)
     done = [fidelity.run(cells, trial.out, args.workers) for cells in stages(args, trial) if cells]
     if "tables" in args.only:
