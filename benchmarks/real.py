@@ -161,9 +161,11 @@ def tuning(task: str, seed: int, trial: Trial, arm: str, weights: str | Path) ->
 
 
 def curve(task: str, seed: int, trial: Trial) -> list[Cell]:
-    """The mixtures of a real task that are fine-tuned on, but for the rivals'."""
-    sizes, ours = trial.sizes(task), trial.result(learning(task, seed, trial))
-    learned, even = json.loads(ours.read_text())["weights"], 1 / len(sizes)
+    """The mixtures of a real task that are fine-tuned on, but for the rivals'. KeyError if their
+    weights are not found yet."""
+    sizes = trial.sizes(task)
+    learned = fidelity.read(trial.out, task, OURS)[seed]["weights"]
+    even = 1 / len(sizes)
     arms = {"learned": learned, "uniform": dict.fromkeys(sizes, even),
             "halfway": {name: (p + even) / 2 for name, p in learned.items()}}  # fmt: skip
     arms |= {f"only {name}": {name: 1.0} for name in sizes}
@@ -171,7 +173,7 @@ def curve(task: str, seed: int, trial: Trial) -> list[Cell]:
         arms |= {f"without {name}": dict.fromkeys(sizes.keys() - {name}, 1.0) for name in sizes}
     specs = {arm: ",".join(f"{name}={p:.6f}" for name, p in weights.items())
              for arm, weights in arms.items()}  # fmt: skip
-    if trial.model != SMALL:
+    if seed in fidelity.read(trial.out, task, SMALL.name):
         specs["learned by stories260K"] = trial.result(learning(task, seed, trial, SMALL.name))
     if max(sizes.values()) > 1.1 * min(sizes.values()):  # else it is uniform
         specs["proportional"] = "proportional"
@@ -212,9 +214,10 @@ def stages(args, trial: Trial) -> Iterator[list[Cell]]:
     yield [cell for seed in sizes for cell in sizes_learn(seed).values()]
 
     for task, seed, _ in each if "curve" in args.only else ():
-        with suppress(FileNotFoundError):  # of weights that were not found, which `run` has said
+        with suppress(KeyError):  # that its weights are not there `run` has said
             yield curve(task, seed, trial) if task in REAL else fidelity.mix(task, seed, trial.out)
-    yield [tuning(*at, method, trial.result(learning(*at, method))) for at, method in theirs]
+    yield [tuning(*at, method, trial.result(learning(*at, method))) for at, method in theirs
+           if at[1] in fidelity.read(trial.out, at[0], method)]  # fmt: skip
     yield [cell for seed in sizes for cell in sizes_tune(seed, trial)]
 
 
