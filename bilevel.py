@@ -36,6 +36,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -315,6 +316,8 @@ class PenaltyStep(Step):
                 δ_j = ½ ⟨∇ℓ_j(u) + ∇ℓ_j(w), w − u⟩
     direction   (parameter of w, that of u) -> w − u as exactly as it is known, over the probability
                 that it trains
+    hold        keep each `direction` that a step asks for to its end, so that none is made twice:
+                takes as much memory as the layers that train
     on_micro    called with (module, is it the pass's last) before each micro-batch: a sharded
                 module can put off its reduction of gradients
     """
@@ -331,15 +334,18 @@ class PenaltyStep(Step):
         clip: float = 0.0,
         gap: str = "difference",
         direction: Callable[[Tensor, Tensor], Tensor] = lambda w, u: w.detach() - u.detach(),
+        hold: bool = False,
         on_micro: Callable[[nn.Module, bool], None] = lambda model, last: None,
     ):
         super().__init__({"w": (w, opt_w), "u": (u, opt_u)}, losses, clip, on_micro)
         self.slopes_u = self.slopes_w = None
+        self.forget = lambda: None
         if gap == "gradient":
             pairs = list(zip(w.parameters(), u.parameters(), strict=True))
             both = {p: pair for pair in pairs for p in pair}
-            self.slopes_u = Slopes(u, lambda p: direction(*both[p]))
-            self.slopes_w = Slopes(w, lambda p: direction(*both[p]))
+            find = lru_cache(len(pairs) * hold)(lambda pair: direction(*pair))
+            self.forget = find.cache_clear
+            self.slopes_u, self.slopes_w = (Slopes(m, lambda p: find(both[p])) for m in (u, w))
         self.w, self.u, self.opt_w, self.opt_u = w, u, opt_w, opt_u
         self.sources, self.alpha = sources, alpha
 
@@ -385,6 +391,7 @@ class PenaltyStep(Step):
         coef = torch.cat([probs / (coverage * n[:-1].clamp(min=1)), 1 / (self.alpha * n[-1:])])
         sum_u, of_u = self._backward(self.u, train, [], coef, self.slopes_u)
         sum_w, of_w = self._backward(self.w, train, val, coef, self.slopes_w)
+        self.forget()
         gaps = sum(self._gap_sums(*x, n_sources) for x in zip(train, of_u, of_w, strict=True))
 
         sums = torch.cat([sum_u[:-1], sum_w, gaps.flatten().to(sum_w)])  # (4S + 1,)

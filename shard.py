@@ -44,7 +44,7 @@ from lisa import local
 from model import Transformer
 
 # A model of at most this many bytes is gathered once a pass, and its gradients are reduced once; of
-# a larger one each block is gathered each time it is used.
+# a larger one each block is gathered each time it is used, unless there is room for all.
 GATHER_ONCE_BYTES = 1_000_000_000
 # Seconds that ranks wait for one another while a disk is read or written.
 FILES_TIMEOUT = 4 * 3600.0
@@ -212,11 +212,13 @@ def shard(model: Transformer, mesh: DeviceMesh, keep_gathered: bool) -> None:
     rules = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": not keep_gathered}
     for block in model.blocks:
         fully_shard(block, **rules)
+    last = [model.norm, model.head]
     if model.config.tied:
-        fully_shard([model.embed, model.norm, model.head], **rules)
-    else:  # the head is the first to be needed again in backward: it is not cut in between
+        last = [model.embed, *last]
+    else:
         fully_shard(model.embed, **rules)
-        fully_shard([model.norm, model.head], **rules | {"reshard_after_forward": False})
+    # The head is the first to be needed again in backward: it is not cut in between.
+    fully_shard(last, **rules | {"reshard_after_forward": False})
     fully_shard(model, **rules)
 
 
@@ -244,15 +246,19 @@ def differences(w: nn.Module, u: nn.Module, opt_w, opt_u) -> Callable[[Tensor, T
 
 def build(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, offload: Offload | None = None,
-    mesh: DeviceMesh | None = None,
+    mesh: DeviceMesh | None = None, keep_gathered: bool = False,
 ) -> Transformer:  # fmt: skip
     """A model, sharded if there are several ranks, not filled yet. Copies share a `mesh` if it is
-    not that of all ranks, and if they take turns on the device an `offload`. Collective."""
+    not that of all ranks, and if they take turns on the device an `offload`. Collective.
+
+    keep_gathered: gather it once a pass, whatever its size; changes no bit
+    """
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
     several = dist.get_world_size() > 1
     n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    model.gather_once = several and n_bytes <= GATHER_ONCE_BYTES
+    model.reduce_once = several and n_bytes <= GATHER_ONCE_BYTES
+    model.gather_once = model.reduce_once or several and keep_gathered
     if several:
         mesh = mesh or make_mesh(device.type)
         shard(model, mesh, keep_gathered=model.gather_once)
@@ -312,11 +318,11 @@ def copy_shards(target: nn.Module, source: nn.Module) -> None:
 
 def once_per_pass(model: Transformer, last: bool) -> None:
     """For PenaltyStep.on_micro: gather parameters with the first micro-batch of a pass, and reduce
-    gradients with the last, where the model is small enough; with replicas of it always with the
+    gradients with the last, each where `build` found room for it; over replicas always with the
     last."""
     move_to_device(model)
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last or not model.gather_once)
+        model.set_requires_gradient_sync(last or not model.reduce_once)
         model.set_requires_all_reduce(last)
         model.set_reshard_after_backward(last or not model.gather_once)
 
@@ -338,6 +344,12 @@ def full(t: Tensor) -> Tensor:
     """All of a DTensor, or the tensor itself; without autograd. Collective."""
     t = t.detach()
     return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on every rank's GPU; None on a CPU. Collective."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    return free and min(gathered({dist.get_rank(): free}).values())
 
 
 # Copies that take turns on the device

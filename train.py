@@ -86,18 +86,19 @@ Trainer = PenaltyStep | PlainStep
 
 
 def load_copies(
-    flags: Flags, inputs: Inputs, device: torch.device, n: int
+    flags: Flags, inputs: Inputs, device: torch.device, n: int, keep_gathered: bool
 ) -> list[Transformer]:
     """n copies of the model, equal to the last bit. Collective: every rank calls it."""
     offload = shard.Offload(device, flags.shard_size) if flags.cpu_offload else None
     mesh = shard.make_mesh(device.type, flags.shard_size)
     settings = inputs.config, dtype_of(flags.dtype, device.type), device, offload, mesh
-    w = shard.build(*settings)
+    build = partial(shard.build, *settings, keep_gathered)
+    w = build()
     if inputs.checkpoint:
         shard.fill(w, read_tensors(inputs.checkpoint, inputs.config))
     else:
         shard.fill(w, random_weights(inputs.config, flags.seed, device))
-    copies = [w, *(shard.build(*settings) for _ in range(n - 1))]
+    copies = [w, *(build() for _ in range(n - 1))]
     for copy in copies[1:]:
         shard.copy_shards(copy, w)
     for copy in copies:
@@ -124,20 +125,23 @@ def make_lisa(flags: Flags, model: Transformer, lr: float, copy: int) -> Lisa:
     return opt
 
 
-def make_trainer(flags: Flags, inputs: Inputs, device: torch.device) -> Trainer:
+def make_trainer(
+    flags: Flags, inputs: Inputs, device: torch.device, keep_gathered: bool = False
+) -> Trainer:
     """The model with its optimiser, or both copies with theirs and the source weights. Collective.
     """
     rest = {"clip": flags.clip, "on_micro": shard.once_per_pass}
     if flags.mode == "finetune":
-        (w,) = load_copies(flags, inputs, device, 1)
+        (w,) = load_copies(flags, inputs, device, 1, keep_gathered)
         return PlainStep(w, make_lisa(flags, w, flags.lr_w, 0), **rest)
-    w, u = load_copies(flags, inputs, device, 2)
+    w, u = load_copies(flags, inputs, device, 2, keep_gathered)
     opt_w = make_lisa(flags, w, flags.lr_w, 0)
     opt_u = make_lisa(flags, u, flags.lr_u, 1)
     wide = torch.promote_types(next(w.parameters()).dtype, torch.float32)
     sources = SourceWeights(len(inputs.sources), wide, z=flags.lambda_z)
     rest["gap"] = "gradient" if flags.slopes(next(w.parameters()).dtype) else "difference"
     rest["direction"] = shard.differences(w, u, opt_w, opt_u)
+    rest["hold"] = w.gather_once and flags.lisa_coupling == "shared"
     return PenaltyStep(w, u, opt_w, opt_u, sources, flags.alpha, **rest)
 
 
@@ -152,14 +156,14 @@ def make_batches(flags: Flags, inputs: Inputs) -> data.Batches:
 
 def train(
     flags: Flags, inputs: Inputs, device: torch.device, signals: list[int],
-    track: Callable | None = None,
+    track: Callable | None = None, keep_gathered: bool = False,
 ) -> Trainer:  # fmt: skip
     """The loop of both modes, from loading to the saved model. Collective: every rank calls it.
 
     signals: takes in those that ask this process to stop; one rank's is enough
     track: shows numbers and a step, on rank 0
     """
-    trainer = make_trainer(flags, inputs, device)
+    trainer = make_trainer(flags, inputs, device, keep_gathered)
     batches = make_batches(flags, inputs)
     total = total_steps(flags, inputs)
     per_round = total // (flags.outer_rounds or 1)
@@ -371,7 +375,7 @@ def run(flags: Flags, device: torch.device) -> int:
             announce(flags, inputs, memory)
             if flags.report_to:
                 track, end_track = tracker(flags.report_to, flags.out, as_json(flags))
-        train(flags, inputs, device, signals, track)
+        train(flags, inputs, device, signals, track, settings["keep_gathered"])
         if rank == 0:
             no_picture = draw_picture(flags)  # first, as the report lists the files
             used = [f"memory: {memory.planned}{seen}"] if (seen := memory.measured()) else []
@@ -409,7 +413,8 @@ def plan_settings(flags: Flags, inputs: Inputs, device: torch.device) -> dict:
     used = [*inputs.used.values(), *([inputs.val] if inputs.val else [])]
     longest = max(int(dataset.lengths.max()) for dataset in used)
     padded = data.padding() * -(-longest // data.padding())
-    return settings | {"max_length": min(flags.max_length, padded)}
+    settings["max_length"] = min(flags.max_length, padded)
+    return plan.gathering(inputs.config, shard.free_memory(device), settings)
 
 
 def catch_signals(received: list[int]) -> None:
@@ -453,7 +458,7 @@ def announce(flags: Flags, inputs: Inputs, memory: plan.Memory | None = None) ->
         say("note: --compile leaves the blocks that train as they are, for the gap from gradients"
             + ("" if flags.lisa_layers else ": which are all, so that nothing is compiled"))
     if memory:
-        say(f"memory: {memory.planned}")
+        say(f"memory: {memory.planned}{plan.KEPT * memory.settings['keep_gathered']}")
     held = held_run(flags.out) or {}
     branched = {"branch": held["branch"]} if "branch" in held else {}
     report.write_json(flags.out / "config.json", record(flags, inputs) | branched)

@@ -49,6 +49,7 @@ from model import Context, Rows, Transformer, causal_mask, dtype_of, rope_tables
 STATE = "parameters", "masters", "AdamW moments", "gradients"
 # Shares of a card's rates that were reached on an H200, see docs/speed.md; a link's is not known.
 PRODUCTS, MOVES = 0.67, 0.57
+KEPT = "; a copy at work is gathered once a pass"
 COMPUTING, GATHERING = ("products", "other operations"), "gathering beside these"
 FLOPS = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
 
@@ -155,21 +156,24 @@ def cost(module, c: ModelConfig, dtype: torch.dtype, n: int, given: list[Tensor]
     return Cost(saved, forward, live.peak, ahead + attention, live.work - ahead + 2 * attention)
 
 
-def watch(module: nn.Module, B: int, T: int) -> None:
-    """Have the slopes of B samples taken in the module's backward, as bilevel.PenaltyStep does."""
+def watch(module: nn.Module, B: int, T: int, hold: bool) -> list[Tensor]:
+    """Have the slopes of B samples taken in the module's backward, as bilevel.PenaltyStep does.
+    Returns the directions that it holds: these are there before."""
     rows = B * T, B * (T - 1)
     module.row_samples = {n: torch.empty(n, dtype=torch.long, device="meta") for n in rows}
-    Slopes(module, torch.empty_like).n_samples = B
+    held = {p: torch.empty_like(p) for p in module.parameters()} if hold else {}
+    Slopes(module, held.get if hold else torch.empty_like).n_samples = B
+    return [*held.values()]
 
 
 @lru_cache(maxsize=256)
 def block_pass(
-    c: ModelConfig, dtype: torch.dtype, B: int, T: int, active: bool, slopes: bool, alone: bool,
-    last: bool,
+    c: ModelConfig, dtype: torch.dtype, B: int, T: int, active: bool, slopes: bool, hold: bool,
+    alone: bool, last: bool,
 ) -> Cost:  # fmt: skip
     """Of one block, with its parameters trained or frozen.
 
-    slopes  taken of each sample, where the block trains
+    slopes  taken of each sample, where the block trains; `hold`: along directions that are held
     alone   on one rank, where a parameter's gradient is added to the sum, and gone, as soon as it
             is there
     last    the last block: goes on with the positions that predict, all but each sample's last
@@ -178,13 +182,12 @@ def block_pass(
     if active and alone:
         for p in block.parameters():
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    if slopes:
-        watch(block, B, T)
+    given = watch(block, B, T, hold) if slopes else []
     at, _ = shared_by_blocks(c, dtype, B, T)
     if last:
         keep = torch.arange(B * (T - 1), device="meta")
         at = at._replace(out=Rows((B, T), keep), keep=keep)
-    return cost(block, c, dtype, B * T, [*block.parameters(), *tensors(at)], at)
+    return cost(block, c, dtype, B * T, [*block.parameters(), *given, *tensors(at)], at)
 
 
 def shared_by_blocks(c: ModelConfig, dtype: torch.dtype, B: int, T: int) -> tuple[Context, int]:
@@ -201,14 +204,13 @@ def shared_by_blocks(c: ModelConfig, dtype: torch.dtype, B: int, T: int) -> tupl
 
 @lru_cache(maxsize=256)
 def head_pass(
-    c: ModelConfig, dtype: torch.dtype, B: int, T: int, active: bool, slopes: bool
+    c: ModelConfig, dtype: torch.dtype, B: int, T: int, active: bool, slopes: bool, hold: bool
 ) -> Cost:
     """Of the final norm and the losses at all positions but each sample's last."""
     n, model = B * (T - 1), meta_model(c, dtype).requires_grad_(active)
-    if slopes:
-        watch(model, B, T)
+    given = watch(model, B, T, hold) if slopes else []
     targets = torch.empty(n, dtype=torch.long, device="meta")
-    given = [*model.parameters()]
+    given += model.parameters()
     return cost(lambda x: model.head(model.norm(x), targets), c, dtype, n, given)
 
 
@@ -280,6 +282,7 @@ def plan(
     config: ModelConfig, *, ranks: int, dtype: torch.dtype, micro_batch_size: int, max_length: int,
     lisa_layers: int, lisa_ends: str, activation_checkpointing: bool, cpu_offload: bool,
     copies: int, batch_size: int, val_batch_size: int, slopes: bool, shard_size: int,
+    keep_gathered: bool,
 ) -> Plan:  # fmt: skip
     """The peak of w's pass, while u's gradients wait for the update, in the worst of LISA's draws.
 
@@ -289,8 +292,9 @@ def plan(
                       validation's need beyond training's
     slopes            the gap is had from gradients of the training samples: bilevel.Slopes
     shard_size        ranks that a model is cut over, with replicas on the rest; 0 = all
+    keep_gathered     a copy at work is gathered once a pass, as small ones always are
     """
-    shards = shard_size or ranks
+    shards, directions = shard_size or ranks, slopes
 
     def worst(batch: int, slopes: bool) -> Plan:
         B = min(micro_batch_size, max(1, batch // ranks))
@@ -301,7 +305,7 @@ def plan(
             host = sum(one.values()) - one["gradients"] if cpu_offload else 0
             here = {name: (copies - bool(cpu_offload)) * n_bytes for name, n_bytes in one.items()}
             of = config, dtype, shards, B, max_length, *draw, slopes, activation_checkpointing
-            for moment in Pass(*of):
+            for moment in Pass(*of, keep_gathered, directions):
                 gradients = waiting + moment.get("gradients", one["gradients"])
                 plans.append(Plan(here | moment | {"gradients": gradients}, host))
         return max(plans, key=lambda p: p.peak)
@@ -322,7 +326,17 @@ def settings(flags, ranks: int, dtype: torch.dtype) -> dict:
     given["val_batch_size"] = flags.val_batch_size or flags.batch_size
     copies = 1 if flags.mode == "finetune" else 2
     slopes = flags.slopes(dtype)
-    return given | {"ranks": ranks, "dtype": dtype, "copies": copies, "slopes": slopes}
+    given |= {"ranks": ranks, "dtype": dtype, "copies": copies, "slopes": slopes}
+    return given | {"keep_gathered": False}
+
+
+def gathering(config: ModelConfig, memory: float | None, settings: dict) -> dict:
+    """These settings of `plan`, with copies gathered once a pass where GPUs of `memory` bytes have
+    room, and a tenth to spare for what a plan may miss."""
+    kept = settings | {"keep_gathered": True}
+    if memory is None or settings["ranks"] == 1:
+        return settings
+    return kept if plan(config, **kept).peak <= 0.9 * room(memory / GB) else settings
 
 
 class Pass:
@@ -337,11 +351,15 @@ class Pass:
     n_active blocks train, and the ends if `ends`. Which blocks those are is up to the draw; the
     plan is for the worst. The last block trains, as all others' activations are there while it is
     at work, and so does any block that is at work after it.
+
+    whole       all groups stay gathered from a pass's first micro-batch to its last
+    directions  of slopes, w − u of all that trains, are held then: in validation, too
     """
 
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype, ranks: int, B: int, T: int, n_active: int,
-        ends: bool, slopes: bool, checkpointing: bool,
+        ends: bool, slopes: bool, checkpointing: bool, whole: bool = False,
+        directions: bool = False,
     ):  # fmt: skip
         of, shapes = (config, dtype, B, T), sizes(config)
         self.config, self.ranks, self.n_active, self.ends = config, ranks, n_active, ends
@@ -351,25 +369,28 @@ class Pass:
         block, _, _, both = (held(s, 1) for s in shapes)
         self.alone, self.checkpointing, self.slopes = ranks == 1, checkpointing, slopes
         self.once = (config.n_layers * block + both) * self.size <= shard.GATHER_ONCE_BYTES
+        self.whole = whole = not self.alone and (self.once or whole)
+        self.directions = whole and directions and n_active * block + ends * both  # elements
         largest = max(map(math.prod, shapes[1]))  # one rank adds one to the sum at a time
         self.embed_grads = self.size * (largest if self.alone else self.embed)
         _, self.context = shared_by_blocks(*of)
         self.x = B * T * config.width * self.size
-        trained, frozen = (block_pass(*of, active, slopes, self.alone, False)
+        trained, frozen = (block_pass(*of, active, slopes, whole, self.alone, False)
                            for active in (True, False))  # fmt: skip
         self.below_last, self.frozen = trained if n_active else frozen, frozen
-        self.last = block_pass(*of, n_active > 0, slopes, self.alone, True)
-        self.loss = head_pass(*of, ends, slopes)
+        self.last = block_pass(*of, n_active > 0, slopes, whole, self.alone, True)
+        self.loss = head_pass(*of, ends, slopes, whole)
         # d of the embedding's largest parameter, by which its output would change, and a product.
-        self.embed_slopes = slopes * (largest * self.size + 2 * self.x)
+        self.embed_slopes = slopes * ((not whole) * largest * self.size + 2 * self.x)
         # What the blocks keep for their backward, from the last down.
         kept = [self.last, *[trained] * max(0, n_active - 1)]
         kept += [frozen] * (config.n_layers - len(kept))
         self.kept = [self.x if checkpointing else block.saved for block in kept]
 
-    def seconds(self, card: Card) -> np.ndarray:
-        """Of a micro-batch, on the average of LISA's draws: the products, other operations, and
-        beside these the gathering of parameters and reduction of gradients, (3,)."""
+    def seconds(self, card: Card, n_micro: int = 1, first: bool = True) -> np.ndarray:
+        """Of micro-batches, the `first` of a pass or others, on the average of LISA's draws: the
+        products, other operations, and beside these the gathering of parameters and reduction of
+        gradients, (3,)."""
         N, n = self.config.n_layers, self.n_active
         reached = N if self.ends else N - (N - n) / (n + 1)  # blocks from the lowest that trains up
         flops, read, moved = (
@@ -378,16 +399,21 @@ class Pass:
         )  # fmt: skip
         trained = n * self.block + self.ends * self.both
         moved += trained / self.ranks * (self.size + 2 * self.full)  # gradients are summed up
-        # Forward and backward; for the slopes w − u, whole.
-        gathered = (N + reached) * self.block + self.both + self.slopes * trained
-        sent = (gathered * self.size + trained * self.full) * (1 - 1 / self.ranks)
+        ahead, directions = N * self.block + self.both, self.slopes * trained
+        back = reached * self.block + self.ends * (not self.config.tied) * self.embed
+        gathered = n_micro * (ahead + back + directions)
+        if self.whole:
+            gathered = first * (ahead + directions / 2)  # u's pass holds them for w's
+        reduced = (first if self.once else n_micro) * trained
+        sent = (gathered * self.size + reduced * self.full) * (1 - 1 / self.ranks)
         products = max(flops / (PRODUCTS * card.products), read / (MOVES * card.moves))
-        return np.array([products, moved / (MOVES * card.moves), sent / card.link]) / GB
+        computed = np.array([products, moved / (MOVES * card.moves)]) * n_micro
+        return np.array([*computed, sent / card.link]) / GB
 
     def __iter__(self) -> Iterator[dict[str, int]]:
         self.resharded = self.reduced = 0  # elements of groups that backward is through with
         self.input = 0  # bytes of the last reduction's input, kept until the next one's
-        tied, buffered = self.config.tied, not self.once
+        tied, buffered = self.config.tied, not self.whole
         # A tied group stays gathered, and the head's gradient waits for the embedding's.
         head, first = (self.both, self.both) if tied else (self.head, self.embed)
         head_grads = self.ends * self.head * self.size
@@ -439,20 +465,20 @@ class Pass:
     def at(
         self, gathered: int, activations: int, logits: int = 0, grads: int = 0, buffers: int = 0
     ) -> dict[str, int]:
-        """A moment, from the elements that are gathered and bytes of the rest. A model that is
-        gathered once a pass (see shard.once_per_pass) keeps parameters and unsharded fp32 sums of
-        gradients of all groups that backward is not through with; of the others w's gradients are
-        in shards."""
+        """A moment, from the elements that are gathered and bytes of the rest. A small model (see
+        shard.once_per_pass) keeps parameters and unsharded fp32 sums of gradients of all groups
+        that backward is not through with; of the others w's gradients are in shards."""
         moment = {}
         if self.alone:
             gathered = 0
-        elif self.once:
-            gathered = self.config.n_layers * self.block + self.both - self.resharded
+        elif self.whole:
+            gathered = self.config.n_layers * self.block + self.both - self.once * self.resharded
+        if self.once and not self.alone:
             summed = self.n_active * self.block + self.ends * self.both - self.reduced
             grads += summed * self.full
             moment["gradients"] = self.reduced * self.full // self.ranks
         return moment | {
-            "gathered parameters": gathered * self.size,
+            "gathered parameters": (gathered + self.directions) * self.size,
             "unsharded gradients": grads,
             "reduction buffers": buffers,
             "activations": activations + self.context,
@@ -472,8 +498,8 @@ def times(config: ModelConfig, card: Card, **settings) -> tuple[dict[str, float]
             mine = max(1, batch // s.ranks)
             n, B = math.ceil(mine / s.micro_batch_size), min(s.micro_batch_size, mine)
             of = shards, B, s.max_length, *draw, slopes, s.activation_checkpointing
-            one = Pass(config, s.dtype, *of)
-            took = n * one.seconds(card) / [1, 1, n if one.once else 1]
+            one = Pass(config, s.dtype, *of, s.keep_gathered, s.slopes)
+            took = one.seconds(card, n, first=copies == s.copies)  # validation ends w's
             parts += share * copies * np.array([*took, 0, max(took[0] + took[1], took[2])])
     parts[3] += 4 * plan(config, **settings).host / card.host / GB  # copies go and come
     parts[2] += (alike := exchanged(config, s) / card.link / GB)
@@ -577,10 +603,13 @@ class Memory:
 def command(flags, config: ModelConfig, total: int | None, n_sources: int) -> int:
     """Print the plan of a model by these flags, as JSON or as an aligned table of bytes; of a card
     also what `total` steps take. Returns 1 if a GPU's memory is known and does not do, else 0."""
-    of = settings(flags, flags.gpus, dtype_of(flags.dtype, "cuda"))
-    p, spare, fix, card = plan(config, **of), 0, None, CARDS.get(flags.card)
-    answer = {"components": p.components, "persistent": p.persistent, "peak": p.peak}
+    card = CARDS.get(flags.card)
     memory = flags.gpu_memory or card and card.memory
+    of = settings(flags, flags.gpus, dtype_of(flags.dtype, "cuda"))
+    of = gathering(config, memory and memory * GB, of)
+    p, spare, fix = plan(config, **of), 0, None
+    answer = {"components": p.components, "persistent": p.persistent, "peak": p.peak,
+              "keep_gathered": of["keep_gathered"]}  # fmt: skip
     if memory is not None:
         spare = room(memory) - p.peak
         answer |= {"fits": spare >= 0, "room": room(memory)}
@@ -603,7 +632,7 @@ def command(flags, config: ModelConfig, total: int | None, n_sources: int) -> in
     if memory is not None:
         verdict = "does not fit, {:.2f} GB too much" if spare < 0 else "fits, {:.2f} GB to spare"
         say(f"{memory:g} GB GPU, {RESERVED / GB:g} GB kept back: "
-            + verdict.format(abs(spare) / GB))  # fmt: skip
+            + verdict.format(abs(spare) / GB) + KEPT * of["keep_gathered"])  # fmt: skip
     if spare < 0:
         say(f"would fit with: {fix}" if fix else "no flag makes it fit")
     if card:

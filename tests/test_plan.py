@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -48,17 +49,19 @@ SHAPES = {
         "num_attention_heads": 4, "intermediate_size": 767, "max_position_embeddings": 128,
     },
 }  # fmt: skip
-# Dtype, gathered once, ends, micro-batch: gradients and reductions dominate in short ones.
+# Dtype, whether gathered once a pass, for being small or for having room, ends, micro-batch:
+# gradients and reductions dominate in short ones.
 CASES = [
     ("fp32", True, "always", 4, 64), ("fp32", False, "always", 1, 8),
     ("fp32", False, "frozen", 1, 8), ("bf16", True, "always", 1, 8),
     ("bf16", False, "frozen", 4, 64), ("bf16", False, "always", 4, 64),
+    ("bf16", "kept", "always", 4, 64),
 ]  # fmt: skip
 FLAGS = {
     "ranks": 8, "dtype": torch.bfloat16, "micro_batch_size": 1, "max_length": 1024,
     "lisa_layers": 2, "lisa_ends": "always", "activation_checkpointing": False,
     "cpu_offload": False, "copies": 2, "batch_size": 512, "val_batch_size": 512,
-    "slopes": True, "shard_size": 0,
+    "slopes": True, "shard_size": 0, "keep_gathered": False,
 }  # fmt: skip
 EVERYTHING = {"lisa_layers": 0}  # trains, as AdamW without LISA does
 
@@ -66,12 +69,13 @@ EVERYTHING = {"lisa_layers": 0}  # trains, as AdamW without LISA does
 # What the processes run
 
 
-def make(config: ModelConfig, text: str) -> tuple[PenaltyStep, dict]:
+def make(config: ModelConfig, text: str, keep: bool = False) -> tuple[PenaltyStep, dict]:
     """The step of train.py with these flags, and what the plan takes of them."""
     flags = train.parse(f"--lisa-interval 2 {text}".split())
     inputs = SimpleNamespace(config=config, checkpoint=None, sources=[None])
     settings = planning.settings(flags, dist.get_world_size(), DTYPES[flags.dtype])
-    return train.make_trainer(flags, inputs, torch.device("cpu")), settings
+    settings["keep_gathered"] = keep
+    return train.make_trainer(flags, inputs, torch.device("cpu"), keep), settings
 
 
 def one_step(
@@ -145,12 +149,14 @@ def peak() -> list:
     """(what, allocated, planned) bytes at the peak of a step, from the CPU allocator's events."""
     results = []
     for kind, (dtype, once, ends, B, T) in itertools.product(SHAPES, CASES):
-        shard.GATHER_ONCE_BYTES = 1 << 30 if once else 0
+        shard.GATHER_ONCE_BYTES = 1 << 30 if once is True else 0
+        if once == "kept" and dist.get_world_size() == 1:
+            continue  # there is nothing to gather
         config = ModelConfig.from_hf(SHAPES[kind])
         # All blocks train: the peak is then not left to the draw.
         what = (f"--dtype {dtype} --lisa-ends {ends} --lisa-layers {config.n_layers} "
                 f"--micro-batch-size {B} --max-length {T}")  # fmt: skip
-        penalty, settings = make(config, what)
+        penalty, settings = make(config, what, once == "kept")
         one_step(penalty, config, B, T)
         allocated = measured_step(penalty, config, B, T)
         planned = planning.plan(config, **settings).peak
@@ -202,7 +208,49 @@ def rss() -> list:
     return [memory.peak - memory.start_at, planning.plan(config, **settings).peak]
 
 
-MEASURES = {f.__name__: f for f in (state, turns, peak, flat, rss)}
+class Sent(TorchDispatchMode):
+    """Counts the bytes that ranks gather, parameters and directions of slopes, and reduce."""
+
+    gathered = reduced = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.c10d._allgather_base_.default:
+            self.gathered += args[0].nbytes
+        elif func is torch.ops._c10d_functional.all_gather_into_tensor.default:
+            self.gathered += out.nbytes
+        elif func is torch.ops.c10d._reduce_scatter_base_.default:
+            self.reduced += args[1].nbytes
+        return out
+
+
+def sent() -> dict:
+    """Of steps of one and of four training micro-batches: (bytes gathered over those of two models,
+    all bytes sent, planned), by the kind, what trains, and whether there is room; and of each kind
+    whether room changes no bit."""
+    shard.GATHER_ONCE_BYTES, results, ranks = 0, {}, dist.get_world_size()
+    slow = Card(math.inf, 0, math.inf, 1 - 1 / ranks, math.inf)
+    for kind, what in (
+        ("untied", "--lisa-layers 1 --lisa-ends frozen"), ("tied", "--lisa-layers 4"),
+    ):  # fmt: skip
+        config, ends = ModelConfig.from_hf(SHAPES[kind]), []
+        for keep in (False, True):
+            penalty, settings = make(config, f"--dtype bf16 {what}", keep)
+            whole = [4 * p.numel() for p in penalty.w.parameters()]
+            for n in (1, 4):
+                with Sent() as sent:
+                    one_step(penalty, config, 2, 16, n_train=n, t=n)
+                sizes = {"micro_batch_size": 2, "max_length": 16, "batch_size": 2 * n * ranks,
+                         "val_batch_size": 2 * ranks}  # fmt: skip
+                planned = planning.times(config, slow, **settings | sizes)[0][planning.GATHERING]
+                found = sent.gathered / sum(whole), sent.gathered + sent.reduced, planned * 1e9
+                results[f"{kind} {what} {keep} {n}"] = found
+            ends.append([local(p) for model in (penalty.w, penalty.u) for p in model.parameters()])
+        results[f"{kind} {what}"] = all(map(torch.equal, *ends))
+    return results
+
+
+MEASURES = {f.__name__: f for f in (state, turns, peak, flat, rss, sent)}
 
 
 def run(out: Path, what: str, ranks: int = 1, pretended: str = "", **env: str) -> list[dict]:
@@ -220,14 +268,19 @@ def alone(tmp_path_factory):
     return run(tmp_path_factory.mktemp("alone") / "results", "state,turns,flat,peak")[0]
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What each of two ranks has to say."""
+    return run(tmp_path_factory.mktemp("two") / "results", "state,sent", ranks=2)
+
+
 # Tests
 
 
-def test_state_of_live_tensors_equals_the_plan_to_the_byte(alone, tmp_path):
+def test_state_of_live_tensors_equals_the_plan_to_the_byte(alone, two):
     """bf16 and fp32, tied and untied, all that LISA may do with the ends; uneven shards; one copy
     on the device and one on the host."""
-    ranks = run(tmp_path / "results", "state", ranks=2)
-    results = [r["state"] for r in (alone, *ranks)]
+    results = [r["state"] for r in (alone, *two)]
     assert [len(r) for r in results] == [2 * 2 * 3] * 3 and len(alone["turns"]) == 2 * 2
     for what, live, planned in sum(results, alone["turns"]):
         assert live == planned, what
@@ -244,6 +297,20 @@ def test_peak_matches_what_the_allocator_counts(alone, tmp_path):
         tolerance = 1e-3 if "--max-length 64" in what else 0.03
         assert abs(planned - allocated) < tolerance * allocated, what
     assert len(alone["flat"]) > 1 and all(len(set(peaks)) == 1 for peaks in alone["flat"])
+
+
+def test_where_there_is_room_a_pass_gathers_each_parameter_once(two):
+    """Whatever the number of micro-batches, with what slopes need of layers that train, and to the
+    same bits. The plan says how many bytes are sent; where parameters are not kept, on the average
+    of the draws, and but for a tied head's direction."""
+    for found in (r["sent"] for r in two):
+        results = {case: r for case, r in found.items() if isinstance(r, list)}
+        assert len(results) == 8 and list(found.values()).count(True) == 2
+        for case, (gathered, n_bytes, planned) in results.items():
+            once, frozen = " True " in case, "frozen" in case
+            if once or not frozen:
+                assert planned == pytest.approx(n_bytes, rel=1e-3 if once else 0.06), case
+            assert not once or not frozen or 1 <= gathered <= 1.1, case
 
 
 def test_resident_memory_of_124m_parameters_is_near_the_plan(tmp_path):
@@ -345,7 +412,7 @@ def test_seconds_of_a_step_are_near_those_measured_on_an_h200(title, seconds):
 def test_work_and_bytes_of_a_pass():
     """Against formulas, for a card that does one of them a second."""
     config, B, T = CONFIGS["LLaMA-3-8B"], 2, 256
-    block, _, head, both = (sum(map(math.prod, shapes)) for shapes in planning.sizes(config))
+    block, embed, head, both = (sum(map(math.prod, shapes)) for shapes in planning.sizes(config))
     rows, attention = B * T, 4 * B * T * T * config.width
     one = Card(1 / planning.PRODUCTS, 0, math.inf, 1, 1)
 
@@ -354,7 +421,7 @@ def test_work_and_bytes_of_a_pass():
         return planning.Pass(*of).seconds(one)[[0, 2]] * [1e9, 1e9 * 8 / 7]
 
     flops = 6 * rows * (32 * block + head) + 32 * 3 * attention
-    sent = 32 * block * (2 + 2 + 4) + both * (2 + 4)
+    sent = 32 * block * (2 + 2 + 4) + both * (2 + 4) + embed * 2
     assert work(32, True) == pytest.approx([flops, sent], rel=2e-3)
     again, _ = work(32, True, checkpointing=True) - work(32, True)
     assert again == pytest.approx(32 * (2 * rows * block + attention), rel=1e-3)
@@ -374,6 +441,13 @@ def test_replicas_hold_what_fewer_ranks_hold_and_exchange_gradients_once_a_pass(
     a, b = (planning.times(config, slow, **f)[0]["step"] for f in (flags, cut))
     # Half the micro-batches; then each rank's gradients to the other replica, of u and of w.
     assert b - a / 2 == pytest.approx(eight.components["gradients"] / 1e9)
+
+
+def test_copies_are_gathered_once_a_pass_where_there_is_room():
+    for card, ranks, whole in (80, 8, True), (32, 8, False), (None, 8, False), (141, 1, False):
+        memory, flags = card and card * 1e9, FLAGS | {"ranks": ranks}
+        flags = planning.gathering(CONFIGS["LLaMA-3-8B"], memory, flags)
+        assert flags["keep_gathered"] == whole
 
 
 def test_34b_on_eight_a40_waits_for_what_it_gathers(own_folder, capsys, refusal):
