@@ -62,6 +62,7 @@ BEST = {  # of each task the sources that are known to help
     "languages": ["en"], "answers": ["right"], "gpt4": ["gpt4_alpaca"],
     "math": ["dart-math-uniform", "MathInstruct", "orca-math-word-problems-200k"],
 } | {task: [best] for task, best in fidelity.BEST.items()}  # fmt: skip
+BEST["multilingual"].append("eli")  # 30% of its validation
 REAL = tuple(task for task in BEST if task not in fidelity.BEST)
 # Built-in models by their parameters: width, and learning rate.
 SIZES = {"0.1M": (48, 3e-3), "0.9M": (128, 1.1e-3), "3.3M": (256, 6e-4), "9.9M": (448, 3e-4)}
