@@ -58,7 +58,7 @@ BUDGETS = {
     "gpu": Budget(3000, (1000, 500), 256, f"--steps 200 --val-batch-size 32 {ON_GPU}",
                   f"--steps 100 --samples 3200 --lr-w 5e-5 {ON_GPU}"),
 }  # fmt: skip
-BEST = {  # of each task the sources that are known to help
+BEST = {  # of each task the sources that should help
     "languages": ["en"], "answers": ["right"], "gpt4": ["gpt4_alpaca"],
     "math": ["dart-math-uniform", "MathInstruct", "orca-math-word-problems-200k"],
 } | {task: [best] for task, best in fidelity.BEST.items()}  # fmt: skip
@@ -240,18 +240,20 @@ def known_rows(out: Path) -> Iterator[dict]:
 
 
 def curve_rows(out: Path) -> Iterator[dict]:
-    """Paired by seed, the mixtures of a task from the least loss up."""
+    """Paired by seed, the mixtures of a task from the best up."""
     others = {Cell("", f"mixture {method}", 0).folder(out).parent.name for method in THEIRS}
     for task in REAL:
         names = {f.name for f in (out / task).glob("mixture-*") if f.is_dir()} - others
         uniform, arms = losses(out, task, "uniform"), {}
         for arm in (name.removeprefix("mixture-") for name in names):
-            if pairs := {k: x for k, x in losses(out, task, arm).items() if k in uniform}:
-                arms[arm] = pairs
-        for arm in sorted(arms, key=lambda arm: np.mean([*arms[arm].values()])):
-            for seed, loss in arms[arm].items():
-                yield {"task": task, "mixture": arm, "held-out loss": loss,
-                       "minus uniform's": loss - uniform[seed]}  # fmt: skip
+            pairs = [
+                {"task": task, "mixture": arm, "held-out loss": x, "minus uniform's": x - base}
+                for k, x in losses(out, task, arm).items() if (base := uniform.get(k))
+            ]  # fmt: skip
+            arms |= {arm: pairs} if pairs else {}
+        order = {arm: np.mean([row["minus uniform's"] for row in arms[arm]]) for arm in arms}
+        for arm in sorted(arms, key=order.get):
+            yield from arms[arm]
 
 
 def rival_rows(out: Path) -> Iterator[dict]:
@@ -264,7 +266,7 @@ def rival_rows(out: Path) -> Iterator[dict]:
             for seed, run in fidelity.read(out, task, setting).items():
                 if seed in tuned.keys() & uniform.keys() & ours.keys():
                     yield {"task": task, "method": method, "steps": run["step"],
-                           "weight of what helps": sum(run["weights"][name] for name in best),
+                           "weight of what should help": sum(run["weights"][name] for name in best),
                            "held-out loss": tuned[seed],
                            "minus uniform's": tuned[seed] - uniform[seed],
                            "minus ScaleBiO's": tuned[seed] - ours[seed]}  # fmt: skip
@@ -292,8 +294,9 @@ def draw(rows: list[dict], file: Path) -> None:
     from matplotlib.figure import Figure
 
     found = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(4.6 * len(found), 4.2), layout="constrained")
-    for axes, task in zip(np.atleast_1d(figure.subplots(1, len(found))), found, strict=True):
+    n = math.ceil(len(found) / 2)
+    figure = Figure(figsize=(11, 3.6 * n), layout="constrained")
+    for axes, task in zip(figure.subplots(n, 2, squeeze=False).flat, found, strict=False):
         arms = {}
         for row in rows:
             if row["task"] == task:
@@ -304,7 +307,7 @@ def draw(rows: list[dict], file: Path) -> None:
             axes.errorbar(np.mean(values), y, xerr=se, fmt="o", color=colour, capsize=3)
             axes.plot(values, [y] * len(values), ".", color="0.4", markersize=3)
         axes.axvline(0, color="0.3", linewidth=1, linestyle=":")
-        axes.set_yticks(range(len(arms)), [*arms], fontsize=8)
+        axes.set_yticks(range(len(arms)), [*arms], fontsize=9)
         axes.locator_params(axis="x", nbins=5)
         axes.set(title=task, xlabel="held-out loss minus uniform's", ylim=(len(arms) - 0.5, -0.5))
     figure.savefig(file, dpi=92)
