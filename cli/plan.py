@@ -529,6 +529,17 @@ def hidden_from(config: ModelConfig, card: Card, **settings) -> int | None:
     return sizes[n] if n < len(sizes) else None
 
 
+def largest(config: ModelConfig, gpu_memory: float, **settings) -> int:
+    """The largest micro-batch that fits, of as many samples as a rank has in a step; 0 if none."""
+    settings |= {"keep_gathered": False}
+    most = max(settings["batch_size"], settings["val_batch_size"]) // settings["ranks"]
+
+    def too_large(B: int) -> bool:
+        return plan(config, **settings | {"micro_batch_size": B}).peak > room(gpu_memory)
+
+    return bisect.bisect_left(range(1, most + 1), True, key=too_large)
+
+
 def room(gpu_memory: float) -> float:
     """Bytes that a run may use of a GPU of `gpu_memory` GB."""
     return gpu_memory * GB - RESERVED
@@ -613,6 +624,7 @@ def command(flags, config: ModelConfig, total: int | None, n_sources: int) -> in
     if memory is not None:
         spare = room(memory) - p.peak
         answer |= {"fits": spare >= 0, "room": room(memory)}
+        answer["largest_micro_batch"] = largest(config, memory, **of)
     if spare < 0:
         fix = first_fix(config, memory, **of)
     if card:
@@ -633,6 +645,8 @@ def command(flags, config: ModelConfig, total: int | None, n_sources: int) -> in
         verdict = "does not fit, {:.2f} GB too much" if spare < 0 else "fits, {:.2f} GB to spare"
         say(f"{memory:g} GB GPU, {RESERVED / GB:g} GB kept back: "
             + verdict.format(abs(spare) / GB) + KEPT * of["keep_gathered"])  # fmt: skip
+        if spare >= 0:
+            say(f"the largest --micro-batch-size that fits: {answer['largest_micro_batch']}")
     if spare < 0:
         say(f"would fit with: {fix}" if fix else "no flag makes it fit")
     if card:

@@ -359,6 +359,9 @@ def test_first_fix_of_a_huge_micro_batch_is_found_by_halving(monkeypatch):
     n = int(fix.removeprefix("--micro-batch-size "))
     largest = [fits(plan(config, **flags | {"micro_batch_size": m}), 24) for m in (n, n + 1)]
     assert largest == [True, False] and len(asked) < 14
+    assert planning.largest(config, 24, **flags | {"micro_batch_size": 1}) == n
+    assert planning.largest(config, 2.5, **flags) == 0
+    assert planning.largest(config, 1000, **flags) == 2400 // flags["ranks"]
 
 
 def test_checkpointing_offload_and_frozen_ends_need_less():
