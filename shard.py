@@ -46,6 +46,9 @@ from model import Transformer
 # A model of at most this many bytes is gathered once a pass, and its gradients are reduced once; of
 # a larger one each block is gathered each time it is used, unless there is room for all.
 GATHER_ONCE_BYTES = 1_000_000_000
+# There it is one group: each of several would have processes wait for one another, and nothing is
+# computed meanwhile.
+ONE_GROUP_ON = ("cpu",)
 # Seconds that ranks wait for one another while a disk is read or written.
 FILES_TIMEOUT = 4 * 3600.0
 FILE_BYTES = 1_000_000_000  # of a checkpoint's files, but for one tensor
@@ -199,7 +202,7 @@ def make_mesh(device_type: str, shard_size: int = 0) -> DeviceMesh:
 
 def shard(model: Transformer, mesh: DeviceMesh, keep_gathered: bool) -> None:
     """Cut `model` over the mesh's last dimension, in place, and replicate it over the first of two:
-    each block is gathered on its own when it is used.
+    each block is gathered on its own when it is used, or a small model as a whole.
 
     keep_gathered: keep what was gathered until the end of backward (see `once_per_pass`).
     """
@@ -210,6 +213,9 @@ def shard(model: Transformer, mesh: DeviceMesh, keep_gathered: bool) -> None:
         cast_forward_inputs=False,  # a block's RoPE tables stay fp32
     )
     rules = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": not keep_gathered}
+    if model.reduce_once and mesh.device_type in ONE_GROUP_ON:
+        fully_shard(model, **rules)
+        return
     for block in model.blocks:
         fully_shard(block, **rules)
     last = [model.norm, model.head]

@@ -147,7 +147,7 @@ def turns() -> list:
 
 def peak() -> list:
     """(what, allocated, planned) bytes at the peak of a step, from the CPU allocator's events."""
-    results = []
+    results, shard.ONE_GROUP_ON = [], ()  # as on a GPU
     for kind, (dtype, once, ends, B, T) in itertools.product(SHAPES, CASES):
         shard.GATHER_ONCE_BYTES = 1 << 30 if once is True else 0
         if once == "kept" and dist.get_world_size() == 1:

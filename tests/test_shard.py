@@ -139,5 +139,5 @@ def test_sharded_matches_dense_for_every_family(results):
     """Losses, gradients, and what is computed and saved after evaluating, switching, stepping."""
     for result in results:
         differ = result["dense"]
-        assert len(differ) == 4 * (len(FAMILIES) + 2)
+        assert len(differ) == 4 * (len(FAMILIES) + 3)
         assert {key: d for key, d in differ.items() if not d <= 1e-12} == {}

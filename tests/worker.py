@@ -186,8 +186,10 @@ def backward(model, *seeds: int) -> None:
 def dense(_: str) -> dict:
     """Sharded against dense models: relative differences, by what was compared."""
     differ = {}
-    once = [(family, True) for family in ("llama", "llama-tied")]  # tied or not, FSDP groups differ
+    once = [(family, True) for family in ("gpt2", "llama", "llama-tied")]
     for family, gather_once in [(family, False) for family in FAMILIES] + once:
+        # As one group; and, tied or not, as several.
+        shard.ONE_GROUP_ON = ("cpu",) * (family == "gpt2")
         pairs = models(family, gather_once, torch.float64, n=2)
         cut, whole = pairs[0][0], pairs[1][0]
         key = family, gather_once
