@@ -128,7 +128,8 @@ def set_timeout(seconds: float) -> None:
     dist.barrier()  # none may be short of time because another still had more of it
     public = hasattr(dist, "set_timeout")  # from torch 2.14 on
     set_it = dist.set_timeout if public else dist.distributed_c10d._set_pg_timeout
-    set_it(timedelta(seconds=seconds))
+    for group in [*dist.distributed_c10d._world.pg_map]:  # with --shard-size several
+        set_it(timedelta(seconds=seconds), group)
 
 
 def jointly(work: Callable[[], T]) -> T:
@@ -355,7 +356,7 @@ def full(t: Tensor) -> Tensor:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that are free on every rank's GPU; None on a CPU. Collective."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    return free and min(gathered({dist.get_rank(): free}).values())
+    return None if free is None else min(gathered({dist.get_rank(): free}).values())
 
 
 # Copies that take turns on the device

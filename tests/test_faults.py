@@ -55,9 +55,11 @@ def fails(*argv: str, **kwargs) -> str:
     return said
 
 
-def test_when_a_rank_hangs_the_others_end_after_the_timeout():
+@pytest.mark.parametrize("ranks, shard_size", [(2, "0"), (4, "2")])
+def test_when_a_rank_hangs_the_others_end_after_the_timeout(ranks, shard_size):
     fault = partial(at, "forward", 20, partial(send, signal.SIGSTOP), entry=9)
-    started = forked.start(["--out", "out", "--timeout", "3"], 2, {1: fault})
+    flags = ["--out", "out", "--timeout", "3", "--shard-size", shard_size]
+    started = forked.start(flags, ranks, {1: fault})
     code, said = forked.finish(started, frozen=1)
     assert code == 1 and "did not come within the --timeout of 3 s" in said
 

@@ -176,8 +176,8 @@ def test_a_source_that_differs_gets_the_weight():
 
 
 def follow(persistence, steps=400, seed=0):
-    """Stated errors and weights after steps on gaps that two sources differ by in their errors
-    alone, of which a share lasts from step to step; and κ."""
+    """A weight and its stated error after steps on gaps that two sources differ by in their errors
+    alone, of which a share lasts from step to step."""
     rng, sources = np.random.default_rng(seed), SourceWeights(2, lr=0.002)
     state = np.zeros(2)
     for _ in range(steps):
