@@ -90,7 +90,7 @@ class SourceWeights(nn.Module):
         self.register_buffer("covariance", torch.diag(zeros))
         self.register_buffer("snr", zeros.clone())  # the largest |A| / √B so far
         # Sums of the gaps' differences and of their variances, of this block and of the last, each
-        # (S,); steps in this block; what κ is the mean of, and of how many.
+        # (S,). Steps since alpha last changed; what κ is the mean of, and of how many.
         self.register_buffer("blocks", torch.stack([self.evidence] * 2))
         self.register_buffer("kappa", torch.zeros(3, dtype=dtype))
         self.reset_optimizer()

@@ -356,6 +356,8 @@ def main(argv: list[str] | None = None) -> int:
             if not folder.is_dir():
                 parser.error(f"{what}: {folder} is no directory, and {task} needs it")
         trial.write(task)
+    if {*args.only} == {"tables"} and not out.is_dir():
+        parser.error(f"--out: there is no run yet in {out}")
     done = [fidelity.run(cells, trial.out, args.workers) for cells in stages(args, trial) if cells]
     if "tables" in args.only:
         write_results(trial)

@@ -130,6 +130,7 @@ def fsdp(_) -> None:
         whole = build(config, weights, torch.bfloat16, "cuda")
         with torch.device("meta"):
             cut = Transformer(config).to(torch.bfloat16)
+        cut.reduce_once = False
         shard.shard(cut, shard.make_mesh("cuda"), keep_gathered=False)
         cut.to_empty(device="cuda")
         cut._get_fsdp_state()._lazy_init()

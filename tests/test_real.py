@@ -100,6 +100,8 @@ def test_one_command_goes_from_sources_to_tables(asset, tmp_path, monkeypatch, c
     monkeypatch.setitem(real.BUDGETS, "cpu", replace(real.BUDGETS["cpu"], **small))
     argv = ["--model", str(model), "--budget", "cpu", "--out", str(tmp_path), "--seeds", "3",
             "--tasks", "answers", "--methods", "RegMix"]  # fmt: skip
+    with pytest.raises(SystemExit, match="2"):  # there is nothing yet
+        real.main([*argv, "--only", "tables"])
     assert real.main([*argv, "--only", "known", "curve", "rivals", "tables"]) == 0
     out = tmp_path / "stories260K-hf-cpu"
     tables = json.loads((out / "tables.json").read_text())
