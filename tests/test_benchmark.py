@@ -113,7 +113,7 @@ def test_table_has_a_process_for_each_side(monkeypatch, capsys):
 
     monkeypatch.setattr(speed, "run", full)
     assert speed.steps(speed.CASES["cuda"]) == {}
-    assert capsys.readouterr().out.count("does not fit") == 10
+    assert capsys.readouterr().out.count("does not fit") == 12
 
 
 def test_start_up_is_measured_from_any_folder(tmp_path, monkeypatch):
