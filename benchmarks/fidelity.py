@@ -207,19 +207,25 @@ def errors(directory: Path, out: Path, n: int = 16) -> Iterator[dict]:
         for name in ("train_alpaca.json", "train_gpt4_alpaca.json", "val.json")
     )
     batches = data.Batches(sources, val, 2 * n, 4, 8, seed=0)
-    w, u = from_pretrained(directory), from_pretrained(directory)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def step(t: int) -> tuple:
+        *parts, counts = batches.step(t)
+        return *([batch.to(device) for batch in part] for part in parts), counts
+
+    w, u = (from_pretrained(directory).to(device) for _ in "wu")
     opt, done = Lisa(w, 2, interval=1000, lr=1e-5), 0
     for p_w, p_u in zip(w.parameters(), u.parameters(), strict=True):
         p_u.requires_grad_(p_w.requires_grad)
     for steps in (1, 10, 100):
         for t in range(done, steps):
-            for batch in batches.step(t)[1]:
+            for batch in step(t)[1]:
                 w(batch.tokens, batch.labels).mean().backward()
             opt.step()
             opt.zero_grad()
         done, found = steps, {"differ by": [], "losses": [], "gradients": []}
         for t in range(2):
-            batch = batches.step(t)
+            batch = step(t)
             true = gap_of(w, u, batch, torch.float32, "difference")
             found["differ by"].append(true[:1] - true[1:])
             for how, gap in ("losses", "difference"), ("gradients", "gradient"):
