@@ -454,6 +454,8 @@ def announce(flags: Flags, inputs: Inputs, memory: plan.Memory | None = None) ->
     say(f"ScaleBiO: {flags.mode}{of}; "
         f"{'mixture' if inputs.mixture else 'sources'}: {sizes}{validation}; {flags.out}",
         *(f"note: {note}" for note in inputs.notes))  # fmt: skip
+    if flags.compile:
+        say("note: --compile: the first steps wait for the compiler, a minute or more each")
     if flags.compile and memory.settings["slopes"]:
         say("note: --compile leaves the blocks that train as they are, for the gap from gradients"
             + ("" if flags.lisa_layers else ": which are all, so that nothing is compiled"))
