@@ -138,6 +138,8 @@ CASES = {
     "cpu": [
         Case("built-in task, 1 rank", "tiny", "task", 0.5, 64, 32, repeats=20, threads=1),
         Case("built-in task, 2 ranks", "tiny", "task", 0.5, 64, 32, 2, 1, repeats=20),
+        Case("built-in task, --gap gradient", "tiny", "task", None, 64, 32, repeats=20, threads=1,
+             more="--gap gradient"),
         Case("124M, alpaca", "gpt2", "alpaca", 0.5, 8, 4),
         Case("124M, 256 tokens, all labels", "gpt2", "0+256", 1.0, 4),
         Case("124M, 256 tokens, 160 response", "gpt2", "96+160", 0.8, 4),
