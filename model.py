@@ -296,46 +296,51 @@ def capped(y: Tensor, cap: float | None) -> Tensor:
 
 
 class TokenLosses(torch.autograd.Function):
-    """Cross-entropy at M positions, whose logits (M, V) are made a chunk of positions at a time,
-    and if there are several chunks again in backward.
+    """Cross-entropy at M positions, whose logits (M, V) are made a chunk of positions at a time.
 
-        y = cap(z), z = x Wᵀ      ∂loss/∂z = (softmax(y) − onehot(target)) (1 − y²/cap²)
+        y = cap(z), z = x Wᵀ      d = ∂loss/∂z = (softmax(y) − onehot(target)) (1 − y²/cap²)
 
-    The gradient that arrives for each loss scales the rows of dx and of x, (M, D), rather than the
-    M V numbers of ∂loss/∂z.
+    Kept for backward is d, in the dtype of x; or nothing, and the chunks are made again there. The
+    gradient that arrives for each loss scales the rows of dx and of x, (M, D), rather than the M V
+    numbers of d.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap, n, head=None):
-        """x (M, D), targets (M,), n chunks -> (M,). The slopes of a `head` that is given learn what
-        each row adds to them."""
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap, n, keep, head=None):
+        """x (M, D), targets (M,), n chunks, whether to keep d -> (M,). The slopes of a `head` that
+        is given learn what each row adds to them."""
         padded, losses = TokenLosses.padded(weight), []
-        for h, t in zip(x.tensor_split(n), targets.tensor_split(n), strict=True):
+        kept = x.new_empty(len(x), len(padded) if keep else 0)
+        for h, t, d in zip(*(each.tensor_split(n) for each in (x, targets, kept)), strict=True):
             y = None  # free the last chunk's before the next one's is made
             y = TokenLosses.logits(h, padded, cap, len(weight))
-            losses.append(F.cross_entropy(y, t, reduction="none"))
-        ctx.save_for_backward(x, weight, targets, *([y] if n == 1 else []))
-        ctx.cap, ctx.n, ctx.head = cap, n, head
-        return torch.cat(losses)
+            log_p = F.log_softmax(y, -1, dtype=wide(x.dtype))
+            losses.append(F.nll_loss(log_p, t, reduction="none"))
+            del log_p
+            if keep:
+                TokenLosses.slope(y, t, losses[-1], cap, d)
+        losses = torch.cat(losses)
+        ctx.save_for_backward(x, weight, targets, losses, kept)
+        ctx.cap, ctx.n, ctx.head = cap, 1 if keep else n, head
+        return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, weight, targets, *made = ctx.saved_tensors
-        padded = TokenLosses.padded(weight)
-        chunks = (t.tensor_split(ctx.n) for t in (x, targets, grad[:, None]))
-        dx, dw, d, slopes = [], None, None, []
+        x, weight, targets, losses, d = ctx.saved_tensors
+        padded, keep = TokenLosses.padded(weight), d.numel() > 0
+        each = x, targets, losses, grad[:, None]
+        dx, dw, slopes = [], None, []
         along = None
         if ctx.head is not None:
             along = TokenLosses.padded(ctx.head.slopes.of(ctx.head)["weight"])  # (V', D)
-        for h, t, g in zip(*chunks, strict=True):  # (m, D), (m,), (m, 1)
-            del d  # the last chunk's
-            y = made.pop() if made else TokenLosses.logits(h, padded, ctx.cap, len(weight))
-            d = y.softmax(-1).scatter_add_(1, t[:, None], y.new_full((len(t), 1), -1))
-            if ctx.cap is not None:
-                d.addcmul_(d * y, y, value=-1 / ctx.cap**2)
-            del y
-            d = d.to(x.dtype)  # (m, V')
+        for h, t, loss, g in zip(*(a.tensor_split(ctx.n) for a in each), strict=True):
+            if not keep:
+                d = None  # the last chunk's
+                y = TokenLosses.logits(h, padded, ctx.cap, len(weight))
+                d = TokenLosses.slope(y, t, loss, ctx.cap)
+                del y
+                d = d.to(x.dtype)  # (m, V')
             if along is not None:  # ⟨∂loss/∂z, h dᵀ⟩
                 slopes.append((g * h * (d @ along)).sum(1))
             if ctx.needs_input_grad[0]:
@@ -348,7 +353,7 @@ class TokenLosses(torch.autograd.Function):
             dw.resize_(weight.shape)
         if along is not None:
             ctx.head.slopes.add(torch.cat(slopes))
-        return torch.cat(dx) if dx else None, dw, None, None, None, None
+        return torch.cat(dx) if dx else None, dw, None, None, None, None, None
 
     @staticmethod
     def padded(weight: Tensor) -> Tensor:
@@ -359,16 +364,32 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def logits(h: Tensor, padded: Tensor, cap: float | None, V: int) -> Tensor:
-        """(m, V'), fp32 for bf16; the columns of padding get probability 0."""
-        y = capped((h @ padded.T).to(wide(h.dtype)), cap)
+        """y (m, V') as multiplied, but fp32 where it is capped; the columns of padding get
+        probability 0."""
+        y = h @ padded.T
+        if cap is not None:
+            y = capped(y.to(wide(h.dtype)), cap)
         y[:, V:] = torch.finfo(y.dtype).min
         return y
+
+    @staticmethod
+    def slope(y: Tensor, t: Tensor, loss: Tensor, cap: float | None, out=None) -> Tensor:
+        """d of a chunk, (m, V'), in `out`. softmax − 1 of the target is exp(−loss) − 1, of which
+        bf16 would lose what is small."""
+        d = torch.softmax(y, -1, out=out if cap is None else None)
+        d.scatter_(1, t[:, None], loss.neg().expm1().to(d.dtype)[:, None])
+        if cap is not None:
+            d.addcmul_(d * y, y, value=-1 / cap**2)
+            d = d if out is None else out.copy_(d)
+        return d
 
 
 class Head(nn.Module):
     """Logits, or the loss at each position."""
 
-    logits_bytes = 512e6  # if a micro-batch's fp32 logits would exceed this, they are recomputed
+    # What is kept of a micro-batch's logits for backward; larger ones are made again there, and
+    # all of them in chunks that take a sixteenth of this in fp32.
+    logits_bytes = 2e9
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -381,12 +402,11 @@ class Head(nn.Module):
         x = x if self.scale == 1 else x * self.scale
         if targets is None:
             return capped(F.linear(x, self.weight).to(wide(x.dtype)), self.cap)
-        # Three buffers of a chunk's size are held at once, and a little more: of each of several
-        # chunks a quarter of logits_bytes.
-        share = 4 * len(x) * len(self.weight) / self.logits_bytes
-        n = min(math.ceil(4 * share), len(x)) if share > 1 else 1
+        size = len(x) * len(self.weight)
+        n = max(1, min(math.ceil(16 * 4 * size / self.logits_bytes), len(x)))
+        keep = torch.is_grad_enabled() and size * x.element_size() <= self.logits_bytes
         watched = self if self.slopes is not None and self.slopes.trains(self) else None
-        return TokenLosses.apply(x, self.weight, targets, self.cap, n, watched)
+        return TokenLosses.apply(x, self.weight, targets, self.cap, n, keep, watched)
 
 
 class Predictions:

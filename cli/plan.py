@@ -48,7 +48,7 @@ from model import Context, Rows, Transformer, causal_mask, dtype_of, rope_tables
 
 STATE = "parameters", "masters", "AdamW moments", "gradients"
 # Shares of a card's rates that were reached on an H200, see docs/speed.md; a link's is not known.
-PRODUCTS, MOVES = 0.67, 0.57
+PRODUCTS, MOVES = 0.67, 0.5
 KEPT = "; a copy at work is gathered once a pass"
 COMPUTING, GATHERING = ("products", "other operations"), "gathering beside these"
 FLOPS = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
@@ -421,7 +421,9 @@ class Pass:
         ahead = buffered * self.block
         saved = self.x + sum(self.kept)
 
-        yield self.at((1 + buffered) * head, saved, self.loss.forward)
+        # The buffer is that of the group that was gathered last.
+        gathered = head + buffered * (self.block if tied else head)
+        yield self.at(gathered, saved, self.loss.forward)
         if self.once and self.ends:  # in a micro-batch before the last nothing has been reduced
             yield self.at(0, self.x, 0, self.embed_grads + waiting)
         yield self.at(head + ahead, saved, self.loss.backward - head_grads, head_grads)

@@ -3,7 +3,6 @@
     python tests/test_plan.py table      # the table of docs/memory.md
 """
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -382,11 +381,12 @@ def test_checkpointing_offload_and_frozen_ends_need_less():
 def test_validation_pass_is_what_larger_validation_micro_batches_add():
     """Of 8 samples on 8 GPUs each has one, of 64 it fills its micro-batches of 4."""
     llama = functools.partial(planning.plan, CONFIGS["LLaMA-3-8B"])
-    flags = FLAGS | {"micro_batch_size": 4, "batch_size": 8, "val_batch_size": 64}
+    plain = FLAGS | {"slopes": False}  # which training alone has
+    flags = plain | {"micro_batch_size": 4, "batch_size": 8, "val_batch_size": 64}
     p, smaller = llama(**flags), llama(**flags | {"val_batch_size": 8})
     assert p.components["validation pass"] > 0 == smaller.components["validation pass"]
-    assert p.peak == llama(**FLAGS | {"micro_batch_size": 4}).peak
-    assert smaller.peak == llama(**FLAGS).peak
+    assert p.peak == llama(**plain | {"micro_batch_size": 4}).peak
+    assert smaller.peak == llama(**plain).peak
 
 
 def test_most_helpful_flags_of_a_run():
@@ -399,19 +399,18 @@ def test_most_helpful_flags_of_a_run():
 @pytest.mark.parametrize(
     "title, seconds",  # as docs/speed.md has them
     [
-        ("124M, ours ", 0.524), ("124M, ours --lisa-ends frozen", 0.482),
-        ("8B, ours ", 13.434), ("8B, ours --lisa-ends frozen", 12.613),
+        ("124M, ours ", 0.480), ("124M, ours --gap difference", 0.417),
+        ("124M, ours --gap difference --lisa-ends frozen", 0.388), ("8B, ours ", 13.234),
     ],
 )  # fmt: skip
 def test_seconds_of_a_step_are_near_those_measured_on_an_h200(title, seconds):
-    """Within 15%. With frozen ends the plan is 12% short: it is for the average of the draws, and
-    those that were measured had the lowest block."""
+    """Within 15%. With frozen ends the plan is 9% short: it is for the average of the draws, and
+    that which was measured had the lowest block."""
     (case,) = (case for case in speed.CASES["cuda"] if case.title == title)
-    case = dataclasses.replace(case, more=f"{case.more} --gap difference")
     settings = planning.settings(case.flags, 1, torch.bfloat16)
     planned, bound = planning.times(case.config, CARDS["H200"], **settings)
     assert abs(planned["step"] - seconds) < 0.15 * seconds
-    assert bound == ("other operations" if case.shape == "gpt2" else "products")
+    assert bound == ("other operations" if "frozen" in title else "products")
 
 
 def test_work_and_bytes_of_a_pass():
