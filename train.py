@@ -388,6 +388,8 @@ def run(flags: Flags, device: torch.device) -> int:
     except Exception as error:
         what = report.why(error, flags.out, flags.timeout, memory, rank)
         say_why(f"rank {rank} ends: {what}")
+        with contextlib.suppress(Exception):  # of another's software
+            end_track()
         if dist.get_world_size() > 1:
             shard.exit_now(1)  # taking the process group down would wait for a rank that is gone
         return 1

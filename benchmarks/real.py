@@ -296,7 +296,10 @@ def draw(rows: list[dict], file: Path) -> None:
     found = list(dict.fromkeys(row["task"] for row in rows))
     n = math.ceil(len(found) / 2)
     figure = Figure(figsize=(11, 3.6 * n), layout="constrained")
-    for axes, task in zip(figure.subplots(n, 2, squeeze=False).flat, found, strict=False):
+    panels = figure.subplots(n, 2, squeeze=False).flat
+    for axes in panels[len(found) :]:
+        axes.remove()
+    for axes, task in zip(panels, found, strict=False):
         arms = {}
         for row in rows:
             if row["task"] == task:

@@ -293,7 +293,7 @@ BRANCHING -= {"mode", "model", "dtype"}
 
 EXAMPLES = """\
 'A (tiny: B)' is the default A, and B for the built-in model. @FILE stands for the flags in a file,
-on as many lines as you like; what follows a # there is a comment.
+on as many lines as you like, with or without a \\ at their ends; what follows a # is a comment.
 
 examples:
   torchrun --standalone --nproc_per_node=2 train.py
@@ -323,10 +323,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(refuse(message))
 
+    def print_help(self, file=None) -> None:
+        if os.environ.get("RANK", "0") == "0":  # once, however many processes torchrun starts
+            super().print_help(file)
+
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         self.check(line)
         try:
-            return shlex.split(line, comments=True)
+            return shlex.split(line.rstrip().removesuffix("\\"), comments=True)
         except ValueError as error:
             self.error(f"{line}: {error}")
 
@@ -430,7 +434,7 @@ def check_flags(flags: Flags, world: int) -> list[str]:
             near = " or ".join(str(v) for v in (below, above) if v)
             problems.append(f"{spelt(name)} {value} is not divisible by {world} ranks: take {near}")
     if (flags.shard_size or 0) > 1 and world % flags.shard_size:
-        problems.append(f"--shard-size {flags.shard_size}: {world} ranks are not divisible by it")
+        problems.append(f"--shard-size {flags.shard_size} does not divide the {world} rank(s)")
     if learns and 0 < flags.alpha < 1e9 and flags.tau > 0:
         last = math.log(flags.alpha) + (flags.outer_rounds - 1) * math.log(flags.tau)  # ln alpha
         if not abs(last) < math.log(1e9):

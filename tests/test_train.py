@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import resource
 import shlex
@@ -202,7 +203,7 @@ def test_all_problems_are_printed_together(sound, refusal):
     sound["--shard-size"] = "3"
     lines = refusal(flags(sound), world=2)
     for expected in ("broken.jsonl:2: ", "odd.jsonl:2: ", "empty.json: ", "missing.json: ",
-                     "--shard-size 3: 2 ranks are not divisible by it",
+                     "--shard-size 3 does not divide the 2 rank(s)",
                      "--batch-size 63 is not divisible by 2 ranks: take 62 or 64",
                      "--lisa-layers 4: the model has 3 blocks", "--tau 0.0: ",
                      "--max-length 129: the model has 128 positions"):  # fmt: skip
@@ -373,8 +374,13 @@ def test_bad_input_under_torchrun_prints_its_lines_and_no_traceback_of_ours():
 def test_help_does_not_wait_for_torch(program, said):
     code = (f"import runpy, sys; sys.modules['torch'] = None; sys.argv[1:] = ['--help']; "
             f"runpy.run_path({str(ROOT / program)!r} + '.py', run_name='__main__')")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done, other = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                       env=os.environ | {"RANK": rank})
+        for rank in "01"
+    )  # fmt: skip
     assert done.returncode == 0 and said in done.stdout, done.stderr
+    assert other.returncode == 0 and other.stdout == ""  # torchrun's ranks say it once
     if program == "train":
         assert done.stdout.partition("examples:\n")[2].count("torchrun ") == 3
         choices = {f.name: f.metadata["choices"] for f in dataclasses.fields(Flags)}
@@ -393,7 +399,8 @@ def test_where_a_run_goes_names_model_and_data(argv, out):
 
 
 def test_flags_may_stand_in_a_file(capsys):
-    Path("run.args").write_text("# a comment\n--steps 7  # and another\n\n--train 'a b.json' c=d\n")
+    lines = "# a comment", "--steps 7  # and another", "", "--train 'a b.json' \\", "  c=d"
+    Path("run.args").write_text("\n".join(lines))
     flags = parse(["@run.args", "--seed", "2"])
     assert (flags.steps, flags.train, flags.seed) == (7, ["a b.json", "c=d"], 2)
     for content in (b"--out 'x", b"--out caf\xe9\xff", None):
