@@ -196,11 +196,11 @@ def generate_command(args: argparse.Namespace, device: torch.device) -> int:
     tok, room = c.tokenizer, c.config.max_positions
     if args.template:
         prompts = [templates.render_prompt(tok, args.template, [("user", p)]) for p in args.prompt]
-        stops, joint = c.stops, "\n-> "
+        stops = c.stops
     else:  # the prompt is text to go on with
         c = c._replace(notes=[])
         prompts = [[tok.bos_id] * tok.add_bos + tok.encode(p) for p in args.prompt]
-        stops, joint = [*tok.eos_ids, *c.config.eos_ids], ""
+        stops = [*tok.eos_ids, *c.config.eos_ids]
     Problems(
         f"--prompt {text[:40]!r}: {len(ids)} tokens: permitted are 1 to {room - 1}"
         for text, ids in zip(args.prompt, prompts, strict=True) if not 0 < len(ids) < room
@@ -208,8 +208,12 @@ def generate_command(args: argparse.Namespace, device: torch.device) -> int:
     seeds = [replies.seed_of(args.seed, prompt) for prompt in args.prompt]
     sampling = args.max_new_tokens, args.temperature, args.top_p, stops, seeds
     new = generate(replies.load(c, args.dtype, device), prompts, *sampling)
-    for prompt, ids in zip(args.prompt, new, strict=True):
-        say(*f"{prompt}{joint}{tok.decode(ids)}\n".split("\n"))
+    for prompt, asked, ids in zip(args.prompt, prompts, new, strict=True):
+        if args.template:
+            new_text = f"\n-> {tok.decode(ids)}"
+        else:  # decoded with the prompt: the first token of a text may lose its blank
+            new_text = tok.decode(asked + ids).removeprefix(tok.decode(asked))
+        say(*f"{prompt}{new_text}\n".split("\n"))
     return 0
 
 

@@ -300,45 +300,49 @@ class TokenLosses(torch.autograd.Function):
 
         y = cap(z), z = x Wᵀ      d = ∂loss/∂z = (softmax(y) − onehot(target)) (1 − y²/cap²)
 
-    Kept for backward is d, in the dtype of x; or nothing, and the chunks are made again there. The
-    gradient that arrives for each loss scales the rows of dx and of x, (M, D), rather than the M V
-    numbers of d.
+    For backward the first K rows of d are kept, in the dtype of x; of the others the logits are
+    made again there. The gradient that arrives for each loss scales the rows of dx and of x,
+    (M, D), rather than the M V numbers of d.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap, n, keep, head=None):
-        """x (M, D), targets (M,), n chunks, whether to keep d -> (M,). The slopes of a `head` that
-        is given learn what each row adds to them."""
-        padded, losses = TokenLosses.padded(weight), []
-        kept = x.new_empty(len(x), len(padded) if keep else 0)
-        for h, t, d in zip(*(each.tensor_split(n) for each in (x, targets, kept)), strict=True):
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap, chunk, keep, head=None):
+        """x (M, D), targets (M,), positions of a chunk, K, which is M or so many chunks -> (M,).
+        The slopes of a `head` that is given learn what each row adds to them."""
+        padded, losses, V = TokenLosses.padded(weight), [], len(weight)
+        kept = x.new_empty(keep, len(padded))
+        for i, (h, t) in enumerate(zip(x.split(chunk), targets.split(chunk), strict=True)):
             y = None  # free the last chunk's before the next one's is made
-            y = TokenLosses.logits(h, padded, cap, len(weight))
+            y = TokenLosses.logits(h, padded, cap, V)
             log_p = F.log_softmax(y, -1, dtype=wide(x.dtype))
             losses.append(F.nll_loss(log_p, t, reduction="none"))
             del log_p
-            if keep:
-                TokenLosses.slope(y, t, losses[-1], cap, d)
+            if len(d := kept[i * chunk : (i + 1) * chunk]):
+                TokenLosses.logits_grad(y, t, losses[-1], cap, d)
         losses = torch.cat(losses)
         ctx.save_for_backward(x, weight, targets, losses, kept)
-        ctx.cap, ctx.n, ctx.head = cap, 1 if keep else n, head
+        ctx.cap, ctx.chunk, ctx.head = cap, chunk, head
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, targets, losses, d = ctx.saved_tensors
-        padded, keep = TokenLosses.padded(weight), d.numel() > 0
-        each = x, targets, losses, grad[:, None]
+        padded, keep = TokenLosses.padded(weight), len(d)
         dx, dw, slopes = [], None, []
         along = None
         if ctx.head is not None:
             along = TokenLosses.padded(ctx.head.slopes.of(ctx.head)["weight"])  # (V', D)
-        for h, t, loss, g in zip(*(a.tensor_split(ctx.n) for a in each), strict=True):
-            if not keep:
+
+        def parts(a: Tensor) -> list[Tensor]:  # what is kept, as a whole, and chunks of the rest
+            return [b for b in (a[:keep], *a[keep:].split(ctx.chunk)) if len(b)] or [a]
+
+        each = zip(*map(parts, (x, targets, losses, grad[:, None])), strict=True)
+        for i, (h, t, loss, g) in enumerate(each):
+            if i or not keep:
                 d = None  # the last chunk's
                 y = TokenLosses.logits(h, padded, ctx.cap, len(weight))
-                d = TokenLosses.slope(y, t, loss, ctx.cap)
+                d = TokenLosses.logits_grad(y, t, loss, ctx.cap)
                 del y
                 d = d.to(x.dtype)  # (m, V')
             if along is not None:  # ⟨∂loss/∂z, h dᵀ⟩
@@ -373,10 +377,10 @@ class TokenLosses(torch.autograd.Function):
         return y
 
     @staticmethod
-    def slope(y: Tensor, t: Tensor, loss: Tensor, cap: float | None, out=None) -> Tensor:
+    def logits_grad(y: Tensor, t: Tensor, loss: Tensor, cap: float | None, out=None) -> Tensor:
         """d of a chunk, (m, V'), in `out`. softmax − 1 of the target is exp(−loss) − 1, of which
         bf16 would lose what is small."""
-        d = torch.softmax(y, -1, out=out if cap is None else None)
+        d = torch.softmax(y, -1, out=out if cap is None else None)  # a copy takes as long as it
         d.scatter_(1, t[:, None], loss.neg().expm1().to(d.dtype)[:, None])
         if cap is not None:
             d.addcmul_(d * y, y, value=-1 / cap**2)
@@ -387,8 +391,8 @@ class TokenLosses(torch.autograd.Function):
 class Head(nn.Module):
     """Logits, or the loss at each position."""
 
-    # What is kept of a micro-batch's logits for backward; larger ones are made again there, and
-    # all of them in chunks that take a sixteenth of this in fp32.
+    # Of the gradient of a micro-batch's logits so much is kept for backward; the rest is made again
+    # there. Logits are made in chunks of a sixteenth of this in fp32; some three are held at once.
     logits_bytes = 2e9
 
     def __init__(self, c: ModelConfig):
@@ -402,11 +406,12 @@ class Head(nn.Module):
         x = x if self.scale == 1 else x * self.scale
         if targets is None:
             return capped(F.linear(x, self.weight).to(wide(x.dtype)), self.cap)
-        size = len(x) * len(self.weight)
-        n = max(1, min(math.ceil(16 * 4 * size / self.logits_bytes), len(x)))
-        keep = torch.is_grad_enabled() and size * x.element_size() <= self.logits_bytes
+        column = min(self.logits_bytes / len(self.weight), 64 * len(x))  # bytes of one, at most
+        chunk = max(1, int(column / 64))  # 16 x 4 bytes
+        keep = min(int(column / x.element_size()) // chunk * chunk, len(x))
+        keep *= torch.is_grad_enabled()
         watched = self if self.slopes is not None and self.slopes.trains(self) else None
-        return TokenLosses.apply(x, self.weight, targets, self.cap, n, keep, watched)
+        return TokenLosses.apply(x, self.weight, targets, self.cap, chunk, keep, watched)
 
 
 class Predictions:

@@ -329,13 +329,11 @@ def held_out_losses(
         affordable = 3 * total * flags.batch_size // (10 * len(inputs.val or [0]))
         every = math.ceil(total / max(1, min(10, affordable)))
         due["val_loss"] = inputs.val, done == total or done % every == 0
-    due = {name: dataset for name, (dataset, now) in due.items() if now}
+    due = {name: dataset for name, (dataset, now) in due.items() if now and dataset}
     if due:
         shard.move_to_device(w)
-    return {
-        name: evaluate.loss(w, dataset, flags.micro_batch_size).mean if dataset else None
-        for name, dataset in due.items()
-    }
+    return {name: evaluate.loss(w, dataset, flags.micro_batch_size).mean
+            for name, dataset in due.items()}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -388,15 +386,22 @@ def run(flags: Flags, device: torch.device) -> int:
     except Exception as error:
         what = report.why(error, flags.out, flags.timeout, memory, rank)
         say_why(f"rank {rank} ends: {what}")
-        with contextlib.suppress(Exception):  # of another's software
-            end_track()
+        end(end_track, flags)
         if dist.get_world_size() > 1:
             shard.exit_now(1)  # taking the process group down would wait for a rank that is gone
         return 1
-    end_track()
     if rank == 0:
         (say_why if code == 1 else say)(*last_words)
+    end(end_track, flags)
     return code
+
+
+def end(end_track: Callable[[], None], flags: Flags) -> None:
+    """Of --report-to: what another's software raises changes nothing for a run that is over."""
+    try:
+        end_track()
+    except Exception as error:
+        say(f"--report-to {flags.report_to}: {error or repr(error)}")
 
 
 def draw_picture(flags: Flags) -> list[str]:

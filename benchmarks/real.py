@@ -34,7 +34,7 @@ import numpy as np
 
 from benchmarks import fidelity, rivals
 from benchmarks.fidelity import ASSETS, CAPTIONS, DEFAULTS, SIZE, TUNE, Cell
-from cli.flags import Parser, parse
+from cli.flags import Parser, from_to, parse
 from sources import tasks
 
 PARTS = "known", "curve", "rivals", "sizes", "tables"
@@ -346,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
                             help=f"[{', '.join(default)}]")  # fmt: skip
     parser.add_argument("--model", type=Path, required=True, help="a Hugging Face directory")
     parser.add_argument("--budget", choices=BUDGETS, required=True, help="sizes of runs and data")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
+    parser.add_argument("--seeds", type=from_to(0), nargs="+", default=[0, 1, 2], help="[0 1 2]")
     parser.add_argument("--out", type=Path, default=Path("runs/real"), help="[runs/real]")
     parser.add_argument("--workers", type=int, default=1, choices=range(1, 17),
                         help="runs at a time, a thread each [1]")  # fmt: skip
@@ -354,11 +354,15 @@ def main(argv: list[str] | None = None) -> int:
     model = args.model.resolve()
     out = args.out.resolve() / f"{model.name}-{args.budget}"
     trial = Trial(out, model, BUDGETS[args.budget])
-    for task in {*args.tasks} & {*REAL} if {*args.only} - {"sizes", "tables"} else ():
-        for folder, what in (model, "--model"), (ASSETS, "SCALEBIO_ASSETS"):
-            if not folder.is_dir():
-                parser.error(f"{what}: {folder} is no directory, and {task} needs it")
-        trial.write(task)
+    runs = {*args.only} - {"sizes", "tables"}
+    for task in (task for task in args.tasks if runs and task in REAL):
+        for file, what in (model / "config.json", "--model"), (ASSETS, "SCALEBIO_ASSETS"):
+            if not file.exists():
+                parser.error(f"{what}: there is no {file}, and {task} needs it")
+        try:
+            trial.write(task)
+        except OSError as error:
+            parser.error(f"--out {args.out}: {error}")
     if {*args.only} == {"tables"} and not out.is_dir():
         parser.error(f"--out: there is no run yet in {out}")
     done = [fidelity.run(cells, trial.out, args.workers) for cells in stages(args, trial) if cells]

@@ -304,6 +304,10 @@ examples:
 """
 
 
+# A line of @FILE up to a comment, or to a backslash that goes on with the next line.
+WORDS = re.compile(r"""([^\s#'"\\]|\\.|'[^']*'|"(\\.|[^"\\])*"|(?<=\S)#|\s)*""")
+
+
 class Parser(argparse.ArgumentParser):
     """Refuses a flag in one line; the usage is for --help."""
 
@@ -315,6 +319,8 @@ class Parser(argparse.ArgumentParser):
             return super().parse_args(given)
         except UnicodeDecodeError as error:  # of Python before 3.12
             self.error(f"a file of flags is not in UTF-8: {error}")
+        except RecursionError:
+            self.error("a file of flags names itself")
 
     def check(self, text: str) -> None:
         if text.encode(errors="ignore").decode() != text:
@@ -329,8 +335,13 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         self.check(line)
+        line = line.removeprefix("\ufeff").rstrip()
+        words = WORDS.match(line)[0]
+        rest = line[len(words) :]
+        if not rest.startswith("#") and (rest != "\\" or words[-1:].strip()):
+            words = line  # in which a quote or an escape is left open, if anything is left
         try:
-            return shlex.split(line.rstrip().removesuffix("\\"), comments=True)
+            return shlex.split(words)
         except ValueError as error:
             self.error(f"{line}: {error}")
 

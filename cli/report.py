@@ -355,7 +355,7 @@ def what_next(record: dict, out: Path) -> list[str]:
     data = flags["test"] or flags["val"]
     if flags["mode"] == "bilevel":
         usual, words = as_json(parse(["--model", flags["model"]])), []
-        for name in ("model", "train", "task", "template", "max_length", "seed"):
+        for name in ("model", "train", "val", "test", "task", "template", "max_length", "seed"):
             if name == "model" and flags[name] != "tiny" or flags[name] != usual[name]:
                 words += [spelt(name), *map(str, np.ravel(flags[name]))]
         command = ["train.py", "--mode", "finetune", *words, "--weights", f"{out}/weights.json"]
@@ -387,7 +387,9 @@ def weight_lines(result: dict) -> list[str]:
         gap, se = result["gap"][name], result["gap_se"][name]
         gap = "-" if gap is None else f"{gap:+.1e} ± {se:.0e}"
         differs = f"{'yes' if result['differs'][name] else 'no':3} ({result['snr'][name]:.1f})"
-        error = f"{se:8.4f}" if (se := result["weights_se"][name]) > 5e-5 or not se else " <0.0001"
+        differs = "-" if result["step"] < SHORT else differs
+        se = result["weights_se"][name]  # 0 where the weights have not moved
+        error = f"{se:8.4f}" if se > 5e-5 else " <0.0001" if se else f"{'-':>8}"
         rows[name] = p, result["sources"][name]["samples"], f"  {error}  {gap:18}  {differs}"
     threshold = differs_above(result["step"], len(rows))
     return [
@@ -406,7 +408,7 @@ def elsewhere(result: dict, train: list[str], out: Path) -> list[str]:
     sizes = {name: about.get("of", about["samples"]) for name, about in result["sources"].items()}
     counts, short = data.count_samples(result["weights"], sizes, MIXTURE)
     command = ["--train", *train, "--weights", str(out / "weights.json"), "--out", "mix"]
-    lines = [f"The same mixture elsewhere, {sum(counts.values())} records:", *short,
+    lines = [f"The mixture elsewhere, {sum(counts.values())} records:", *short,
              f"  python train.py --mode draw {shlex.join(command)}", *recipes(Path("mix"))]
     shares = {name: p for name, p in result["weights"].items() if p >= 5e-5}
     files = {name: result["sources"][name]["path"] for name in shares}

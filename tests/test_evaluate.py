@@ -196,6 +196,7 @@ def test_a_story_by_a_real_model(asset, here):
     _, out, _ = here("generate", "--model", model, "--prompt", start, "--max-new-tokens", 30)
     story = f"{start}, there was a little girl named Lily."
     assert story in out
+    assert "Once upon a time" in here("generate", "--model", model, "--prompt", "Once upon")[1]
     for name, text in (("told", story), ("backwards", story[::-1])):
         record = {"text": f"{text} She loved to play."}
         Path(f"{name}.json").write_text(json.dumps([record]))

@@ -70,6 +70,12 @@ def test_the_pipeline_and_the_files_it_leaves(pipeline, capsys):
     assert "tuned is a finished run" in capsys.readouterr().out
 
 
+def test_without_validation_records_the_loss_that_is_shown_is_of_training(pipeline):
+    said = done("--samples", "16", "--batch-size", "8", "--out", "unheld", flags=pipeline.tune)
+    assert "loss " in said and "nan" not in said
+    assert not any("val_loss" in row for row in rows("unheld"))
+
+
 def test_it_matches_a_loop_with_adamw_on_one_process(pipeline):
     """Two ranks, an odd last batch with a filler, several micro-batches; everything trains."""
     flags = ("--lisa-layers 0 --dtype fp64 --clip 0.5 --samples 21 --batch-size 8 "

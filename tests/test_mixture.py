@@ -98,8 +98,11 @@ def test_counts(sources, samples):
 
 def test_a_short_source_is_named_and_the_rest_is_spread():
     weights, sizes = {"a": 0.8, "b": 0.15, "c": 0.05}, {"a": 10, "b": 100, "c": 100}
-    parts, (note,) = data.count_samples(weights, sizes, 50)
+    parts, (note, other) = data.count_samples(weights, sizes, 50)
     assert parts == {"a": 10, "b": 30, "c": 10}
+    assert other == ("so the shares are a 0.20, b 0.60, c 0.20, not as the weights say: "
+                     "--samples 12 would keep to them")  # fmt: skip
+    assert data.count_samples(weights, sizes, 12) == ({"a": 10, "b": 2, "c": 0}, [])
     assert note.startswith("a is short: 40 samples by its weight, but it has 10;")
     assert "the mixture has 50 in all" in note
     parts, (note,) = data.count_samples({"a": 1, "b": 0, "c": 0}, sizes, 50)

@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 import evaluate
+import train
 from cli import report, tracker
 from cli.flags import as_json, parse
 from hf import Problems
@@ -154,6 +155,8 @@ def test_a_tracker_is_shown_every_number(tmp_path, monkeypatch, capsys):
     assert log.track is None and "no more: ZeroDivisionError" in capsys.readouterr().out
     with pytest.raises(OSError, match="division by zero: '--report-to wandb'"):
         tracker("wandb", tmp_path, {})
+    train.end(lambda: 1 / 0, parse(["--report-to", "wandb"]))  # the run is over, and stays well
+    assert capsys.readouterr().out == "--report-to wandb: division by zero\n"
     assert shown == [{"project": "scalebio", "name": tmp_path.name, "config": {"seed": 1}},
                      (3, {"weights/a": 0.5, "val_loss": 2.0}), 0]  # fmt: skip
 

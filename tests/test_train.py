@@ -399,11 +399,13 @@ def test_where_a_run_goes_names_model_and_data(argv, out):
 
 
 def test_flags_may_stand_in_a_file(capsys):
-    lines = "# a comment", "--steps 7  # and another", "", "--train 'a b.json' \\", "  c=d"
-    Path("run.args").write_text("\n".join(lines))
+    lines = ("\ufeff# a \"comment", "--steps 7  # and another \\", "", "--train 'a b.json' \\",
+             "  c=#d '# e' \\", "f\\\\")  # fmt: skip
+    Path("run.args").write_text("\n".join(lines), encoding="utf-8")
     flags = parse(["@run.args", "--seed", "2"])
-    assert (flags.steps, flags.train, flags.seed) == (7, ["a b.json", "c=d"], 2)
-    for content in (b"--out 'x", b"--out caf\xe9\xff", None):
+    assert (flags.steps, flags.seed) == (7, 2)
+    assert flags.train == ["a b.json", "c=#d", "# e", "f\\"]
+    for content in (b"--out 'x", b"--train a\\\nb", b"--out caf\xe9\xff", b"@run.args", None):
         Path("run.args").write_bytes(content) if content else Path("run.args").unlink()
         with pytest.raises(SystemExit):
             parse(["@run.args"])
