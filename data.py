@@ -354,11 +354,11 @@ def count_samples(
         f"mixture has {sum(parts.values())} in all (--repeat would repeat records)"
         for name in weights if wanted[name] > sizes[name]
     ]  # fmt: skip
-    whole, total = sum(weights.values()), sum(parts.values())
+    whole, total = sum(weights.values()), max(1, sum(parts.values()))
     shares = {name: parts[name] / total for name in weights}
     if notes and any(abs(shares[name] - p / whole) > 0.02 for name, p in weights.items()):
         most = int(min(sizes[name] * whole / p for name, p in weights.items() if p))
-        said = ", ".join(f"{name} {p:.2f}" for name, p in shares.items())
+        said = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
         notes.append(f"so the shares are {said}, not as the weights say: --samples {most} would "
                      "keep to them")  # fmt: skip
     return {name: parts[name] for name in weights}, notes

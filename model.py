@@ -307,8 +307,8 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap, chunk, keep, head=None):
-        """x (M, D), targets (M,), positions of a chunk, K, which is M or so many chunks -> (M,).
-        The slopes of a `head` that is given learn what each row adds to them."""
+        """x (M, D), targets (M,) -> (M,). A `chunk` is so many positions; `keep` is K, M or several
+        chunks. The slopes of a `head` that is given learn what each row adds to them."""
         padded, losses, V = TokenLosses.padded(weight), [], len(weight)
         kept = x.new_empty(keep, len(padded))
         for i, (h, t) in enumerate(zip(x.split(chunk), targets.split(chunk), strict=True)):
@@ -380,7 +380,8 @@ class TokenLosses(torch.autograd.Function):
     def logits_grad(y: Tensor, t: Tensor, loss: Tensor, cap: float | None, out=None) -> Tensor:
         """d of a chunk, (m, V'), in `out`. softmax − 1 of the target is exp(−loss) − 1, of which
         bf16 would lose what is small."""
-        d = torch.softmax(y, -1, out=out if cap is None else None)  # a copy takes as long as it
+        # Straight into `out` where nothing follows: copying it there would take as long again.
+        d = torch.softmax(y, -1, out=out if cap is None else None)
         d.scatter_(1, t[:, None], loss.neg().expm1().to(d.dtype)[:, None])
         if cap is not None:
             d.addcmul_(d * y, y, value=-1 / cap**2)
@@ -406,7 +407,8 @@ class Head(nn.Module):
         x = x if self.scale == 1 else x * self.scale
         if targets is None:
             return capped(F.linear(x, self.weight).to(wide(x.dtype)), self.cap)
-        column = min(self.logits_bytes / len(self.weight), 64 * len(x))  # bytes of one, at most
+        # Bytes that a column of logits may take, and no more than all rows need.
+        column = min(self.logits_bytes / len(self.weight), 64 * len(x))
         chunk = max(1, int(column / 64))  # 16 x 4 bytes
         keep = min(int(column / x.element_size()) // chunk * chunk, len(x))
         keep *= torch.is_grad_enabled()

@@ -365,7 +365,7 @@ def run(flags: Flags, device: torch.device) -> int:
             say(*write_records(flags.out, inputs.mixture), *report.render(flags.out))
         return 0
     rank, code, last_words, signals, memory = dist.get_rank(), 0, [], [], None
-    track, end_track = None, lambda: None
+    track, end_track = None, lambda code: None
     try:
         settings = plan_settings(flags, inputs, device)
         memory = plan.Memory(inputs.config, device.type, settings)
@@ -386,20 +386,20 @@ def run(flags: Flags, device: torch.device) -> int:
     except Exception as error:
         what = report.why(error, flags.out, flags.timeout, memory, rank)
         say_why(f"rank {rank} ends: {what}")
-        end(end_track, flags)
+        end(end_track, 1, flags)
         if dist.get_world_size() > 1:
             shard.exit_now(1)  # taking the process group down would wait for a rank that is gone
         return 1
     if rank == 0:
         (say_why if code == 1 else say)(*last_words)
-    end(end_track, flags)
+    end(end_track, code, flags)
     return code
 
 
-def end(end_track: Callable[[], None], flags: Flags) -> None:
+def end(end_track: Callable[[int], None], code: int, flags: Flags) -> None:
     """Of --report-to: what another's software raises changes nothing for a run that is over."""
     try:
-        end_track()
+        end_track(code)
     except Exception as error:
         say(f"--report-to {flags.report_to}: {error or repr(error)}")
 

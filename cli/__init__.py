@@ -24,16 +24,17 @@ def begin() -> None:
 
 
 def tracker(name: str, out: Path, settings: dict) -> tuple[Callable, Callable]:
-    """(what shows {name: number} and a step, what ends it) in wandb, in trackio, which is used
-    alike, or in a directory that tensorboard reads. OSError if it cannot begin."""
+    """(what shows {name: number} and a step, what ends it with an exit code) in wandb, in trackio,
+    which is used alike, or in a directory that tensorboard reads. OSError if it cannot begin."""
     try:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             to = SummaryWriter(out / name)
-            return lambda row, step: [to.add_scalar(k, x, step) for k, x in row.items()], to.close
+            return (lambda row, step: [to.add_scalar(k, x, step) for k, x in row.items()],
+                    lambda code: to.close())  # fmt: skip
         module = importlib.import_module(name)
         module.init(project="scalebio", name=out.name, config=settings)
     except Exception as error:  # no account, no network: each raises what it likes
         raise OSError(errno.EIO, str(error) or repr(error), f"--report-to {name}") from None
-    return module.log, module.finish
+    return module.log, lambda code: module.finish(*[code] * (name == "wandb"))

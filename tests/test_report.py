@@ -143,19 +143,19 @@ def test_a_report_ends_with_the_next_command(changed, said):
 
 def test_a_tracker_is_shown_every_number(tmp_path, monkeypatch, capsys):
     shown = []
-    fake = SimpleNamespace(init=lambda **about: shown.append(about), finish=lambda: shown.append(0),
+    fake = SimpleNamespace(init=lambda **about: shown.append(about), finish=shown.append,
                            log=lambda row, step: shown.append((step, row)))  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", fake)
     track, end = tracker("wandb", tmp_path, {"seed": 1})
     log = report.Log(tmp_path, {}, 0, 1, True, tmp_path, track)
     log.show({"step": 3, "weights": {"a": 0.5, "b": None}, "finite": True, "val_loss": 2.0})
-    end()
+    end(0)
     log.track = fake.init = lambda *_, **__: 1 / 0
     log.show({"step": 4, "val_loss": 1.0})  # a line, and the run goes on
     assert log.track is None and "no more: ZeroDivisionError" in capsys.readouterr().out
     with pytest.raises(OSError, match="division by zero: '--report-to wandb'"):
         tracker("wandb", tmp_path, {})
-    train.end(lambda: 1 / 0, parse(["--report-to", "wandb"]))  # the run is over, and stays well
+    train.end(lambda code: code / 0, 1, parse(["--report-to", "wandb"]))  # the run is over
     assert capsys.readouterr().out == "--report-to wandb: division by zero\n"
     assert shown == [{"project": "scalebio", "name": tmp_path.name, "config": {"seed": 1}},
                      (3, {"weights/a": 0.5, "val_loss": 2.0}), 0]  # fmt: skip
