@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import contextlib
 import functools
 import math
+import secrets
 import signal
 import sys
 import time
@@ -308,8 +309,7 @@ def resume(flags: Flags, inputs: Inputs, trainer: Trainer) -> tuple[int, Path]:
     if dist.get_rank() == 0:
         say(f"goes on from {checkpoint}")
         if origin != flags.out:
-            branched = {"branch": branch(flags, checkpoint)}
-            report.write_json(flags.out / "config.json", record(flags, inputs) | branched)
+            write_config(flags, inputs, branch=branch(flags, checkpoint))
     return done, origin
 
 
@@ -370,9 +370,9 @@ def run(flags: Flags, device: torch.device) -> int:
         settings = plan_settings(flags, inputs, device)
         memory = plan.Memory(inputs.config, device.type, settings)
         if rank == 0:
-            announce(flags, inputs, memory)
+            tracked = announce(flags, inputs, memory)
             if flags.report_to:
-                track, end_track = tracker(flags.report_to, flags.out, as_json(flags))
+                track, end_track = tracker(flags.report_to, flags.out, as_json(flags), *tracked)
         train(flags, inputs, device, signals, track, settings["keep_gathered"])
         if rank == 0:
             no_picture = draw_picture(flags)  # first, as the report lists the files
@@ -453,8 +453,11 @@ def outlive(stream: TextIO) -> None:
     stream.flush = functools.partial(attempt, stream.flush)
 
 
-def announce(flags: Flags, inputs: Inputs, memory: plan.Memory | None = None) -> None:
-    """Say and write down what the run is made of, and say what should be known of it."""
+def announce(
+    flags: Flags, inputs: Inputs, memory: plan.Memory | None = None
+) -> tuple[str, bool]:
+    """Say and write down what the run is made of, and say what should be known of it. Returns the
+    id that --report-to knows it by, and whether it does so already."""
     sizes = ", ".join(f"{name} {len(source)}" for name, source in inputs.used.items())
     validation = f"; validation {len(inputs.val)}" if inputs.val else ""
     of = f" of {flags.model}, {dist.get_world_size()} rank(s)" if memory else ""
@@ -469,10 +472,18 @@ def announce(flags: Flags, inputs: Inputs, memory: plan.Memory | None = None) ->
     if memory:
         say(f"memory: {memory.planned}{plan.KEPT * memory.settings['keep_gathered']}")
     held = held_run(flags.out) or {}
-    branched = {"branch": held["branch"]} if "branch" in held else {}
-    report.write_json(flags.out / "config.json", record(flags, inputs) | branched)
+    run_id = held.get("tracked") or secrets.token_hex(8)
+    write_config(flags, inputs, **{"tracked": run_id} if flags.report_to else {})
     if inputs.mixture:
         report.replace(flags.out / "mixture.jsonl", report.mixture_jsonl(inputs.mixture))
+    return run_id, "tracked" in held
+
+
+def write_config(flags: Flags, inputs: Inputs, **more) -> None:
+    """config.json, with `more` and what it has of this run beside the record."""
+    held = held_run(flags.out) or {}
+    kept = {key: held[key] for key in ("branch", "tracked") if key in held}
+    report.write_json(flags.out / "config.json", record(flags, inputs) | kept | more)
 
 
 if __name__ == "__main__":

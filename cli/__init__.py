@@ -23,9 +23,12 @@ def begin() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def tracker(name: str, out: Path, settings: dict) -> tuple[Callable, Callable]:
+def tracker(
+    name: str, out: Path, settings: dict, run_id: str, goes_on: bool
+) -> tuple[Callable, Callable]:
     """(what shows {name: number} and a step, what ends it with an exit code) in wandb, in trackio,
-    which is used alike, or in a directory that tensorboard reads. OSError if it cannot begin."""
+    which is used alike, or in a directory that tensorboard reads. A run that `goes_on` does so
+    there too, in wandb by its id, in trackio by its name. OSError if it cannot begin."""
     try:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -34,7 +37,9 @@ def tracker(name: str, out: Path, settings: dict) -> tuple[Callable, Callable]:
             return (lambda row, step: [to.add_scalar(k, x, step) for k, x in row.items()],
                     lambda code: to.close())  # fmt: skip
         module = importlib.import_module(name)
-        module.init(project="scalebio", name=out.name, config=settings)
+        known = {"id": run_id} if name == "wandb" else {}
+        module.init(project="scalebio", name=out.name, config=settings,
+                    resume="allow" if goes_on else "never", **known)  # fmt: skip
     except Exception as error:  # no account, no network: each raises what it likes
         raise OSError(errno.EIO, str(error) or repr(error), f"--report-to {name}") from None
     return module.log, lambda code: module.finish(*[code] * (name == "wandb"))

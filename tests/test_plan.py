@@ -353,13 +353,13 @@ def test_first_fix_names_the_first_flag_that_is_enough(name, card, change, fix):
 
 def test_first_fix_of_a_huge_micro_batch_is_found_by_halving(monkeypatch):
     plan, config, asked = planning.plan, CONFIGS["GPT-2"], []
-    flags = FLAGS | {"micro_batch_size": 300, "batch_size": 2400}
+    flags = FLAGS | {"micro_batch_size": 300, "batch_size": 2400, "max_length": 128}
     monkeypatch.setattr(planning, "plan", lambda *a, **k: asked.append(k) or plan(*a, **k))
-    fix = planning.first_fix(config, 24, **flags)
+    fix = planning.first_fix(config, 7, **flags)
     n = int(fix.removeprefix("--micro-batch-size "))
-    largest = [fits(plan(config, **flags | {"micro_batch_size": m}), 24) for m in (n, n + 1)]
+    largest = [fits(plan(config, **flags | {"micro_batch_size": m}), 7) for m in (n, n + 1)]
     assert largest == [True, False] and len(asked) < 14
-    assert planning.largest(config, 24, **flags | {"micro_batch_size": 1}) == n
+    assert planning.largest(config, 7, **flags | {"micro_batch_size": 1}) == n
     assert planning.largest(config, 2.5, **flags) == 0
     assert planning.largest(config, 1000, **flags) == 2400 // flags["ranks"]
 

@@ -4,6 +4,8 @@ run that ends early says why."""
 import itertools
 import json
 import math
+import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ import train
 from cli import report, tracker
 from cli.flags import as_json, parse
 from hf import Problems
+from tests import forked
 
 LONG = [
     "GPTeacher-General-Instruct", "orca-math-word-problems-200k", "code_contests_$python$_filtered",
@@ -146,7 +149,7 @@ def test_a_tracker_is_shown_every_number(tmp_path, monkeypatch, capsys):
     fake = SimpleNamespace(init=lambda **about: shown.append(about), finish=shown.append,
                            log=lambda row, step: shown.append((step, row)))  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    track, end = tracker("wandb", tmp_path, {"seed": 1})
+    track, end = tracker("wandb", tmp_path, {"seed": 1}, "ab12", goes_on=False)
     log = report.Log(tmp_path, {}, 0, 1, True, tmp_path, track)
     log.show({"step": 3, "weights": {"a": 0.5, "b": None}, "finite": True, "val_loss": 2.0})
     end(0)
@@ -154,11 +157,33 @@ def test_a_tracker_is_shown_every_number(tmp_path, monkeypatch, capsys):
     log.show({"step": 4, "val_loss": 1.0})  # a line, and the run goes on
     assert log.track is None and "no more: ZeroDivisionError" in capsys.readouterr().out
     with pytest.raises(OSError, match="division by zero: '--report-to wandb'"):
-        tracker("wandb", tmp_path, {})
+        tracker("wandb", tmp_path, {}, "ab12", True)
     train.end(lambda code: code / 0, 1, parse(["--report-to", "wandb"]))  # the run is over
     assert capsys.readouterr().out == "--report-to wandb: division by zero\n"
-    assert shown == [{"project": "scalebio", "name": tmp_path.name, "config": {"seed": 1}},
+    about = {"project": "scalebio", "name": tmp_path.name, "config": {"seed": 1}}
+    assert shown == [about | {"id": "ab12", "resume": "never"},
                      (3, {"weights/a": 0.5, "val_loss": 2.0}), 0]  # fmt: skip
+
+
+def test_a_run_that_goes_on_does_so_in_its_tracker(own_folder, monkeypatch):
+    """And one that branches off is a run of its own."""
+    asked = []
+
+    def log(row, step):
+        if len(asked) < 3 and step == 3 * len(asked):  # in the first run, later in the second
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    fake = SimpleNamespace(init=lambda **about: asked.append(about), log=log, __spec__=True,
+                           finish=lambda *code: None)  # fmt: skip
+    for name in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, name, fake)
+    for to, more, code in (("wandb", [], 143), ("wandb", [], 143), ("trackio", [], 0),
+                           ("wandb", ["--resume", "a/checkpoints/step-12"], 0)):  # fmt: skip
+        argv = [*forked.FLAGS, "--report-to", to, "--out", "b" if more else "a", *more]
+        assert train.main(argv + ["--steps", "14"] * bool(more)) == code
+    one, two, three, other = asked
+    assert [about["resume"] for about in asked] == ["never", "allow", "allow", "never"]
+    assert one["id"] == two["id"] != other["id"] and three["name"] == "a" and "id" not in three
 
 
 @pytest.mark.parametrize("every", [0, 5])

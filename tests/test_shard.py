@@ -101,7 +101,7 @@ def test_offloading_the_idle_copy_changes_no_bit(results):
 
 
 def test_compiled_blocks_match_eager_ones_without_compiling_for_each_width(results):
-    """Five widths and two batch sizes: a graph for blocks that train, and two for those that do
+    """Three widths and two batch sizes: a graph for blocks that train, and two for those that do
     not, above the lowest that does and below it; two of the last block; and all that again where no
     position is left out (from width 24 on)."""
     for result in results:
