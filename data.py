@@ -99,11 +99,6 @@ class Dataset:
         return cls(starts=starts, **arrays, **rest)
 
 
-def _unpack(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, labels) of tokens that are kept as ~t where they have no loss."""
-    return np.where(stored < 0, ~stored, stored), np.where(stored < 0, IGNORE, stored)
-
-
 Arrays = dict[str, np.ndarray]
 Counts = dict[str, dict[str, int]]  # {what: {thing: records}}: those "dropped", and notes
 ARRAYS = {"tokens": np.int32, "lengths": np.int64, "hashes": np.uint64, "prompts": np.uint64,
@@ -429,7 +424,8 @@ def _collate(
     stored = np.full((len(samples), width), ~0)  # (B, T): padding is token 0 without loss
     for row, part in zip(stored, parts, strict=True):
         row[: len(part)] = part
-    tokens, labels = map(torch.from_numpy, _unpack(stored))
+    tokens = torch.from_numpy(np.where(stored < 0, ~stored, stored))
+    labels = torch.from_numpy(np.where(stored < 0, IGNORE, stored))
     return MicroBatch(tokens, labels, torch.tensor(groups))
 
 

@@ -172,7 +172,7 @@ def loss_command(args: argparse.Namespace, device: torch.device) -> int:
     say(*aligned([header, *(cells for *_, cells in rows)]))
     for (name, label), dataset in datasets.items():
         if sources[label]:
-            dataset.notes["keys that are not read"].pop("source")
+            dataset.notes.get("keys that are not read", {}).pop("source", None)
         for remark in dataset.remarks():
             say(f"note: {name}, {label}: {remark}")
     if len({c.template for c in checkpoints}) > 1:

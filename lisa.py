@@ -61,10 +61,9 @@ class Lisa:
     copy            draws differ between copies of different number
     move_to_device  called before the parameters or their state are touched: a copy that waits in
                     host memory then comes to the device
-    optimizer       called with (masters, lr=, weight_decay=), makes a torch optimiser
-    state_names     the tensors that it keeps of a parameter, of the parameter's shape but for
-                    "step", a number. Zeros must be what it starts from. For SGD with momentum:
-                    ("momentum_buffer",)
+    optimizer       called with (masters, lr=, weight_decay=), makes a torch optimiser. What it
+                    keeps of a parameter has the parameter's shape but for "step", a number, and
+                    starts from zeros
 
     Raises ValueError for `n_active` or `ends` that are not among these.
     """
@@ -81,7 +80,6 @@ class Lisa:
         weight_decay: float = 0.0,
         move_to_device: Callable[[], None] = lambda: None,
         optimizer: Callable[..., torch.optim.Optimizer] = ADAMW,
-        state_names: tuple[str, ...] = ("step", "exp_avg", "exp_avg_sq"),
     ):
         self.units = [list(block.parameters()) for block in model.blocks]
         in_blocks = {id(p) for unit in self.units for p in unit}
@@ -96,7 +94,9 @@ class Lisa:
         for p in self.index:
             p.requires_grad_(False)
         self.make = functools.partial(optimizer, lr=lr, weight_decay=weight_decay)
-        self.state_names = state_names
+        (trial := torch.zeros(1, requires_grad=True)).grad = torch.zeros(1)
+        (opt := self.make([trial])).step()
+        self.state_names = tuple(opt.state[trial])
         self.opt = None  # made by the first switch
         self.switch(0)
 
@@ -159,14 +159,11 @@ class Lisa:
     def state_dict(self) -> dict[str, Tensor]:
         """The active set's masters and optimiser state, to be saved, or to be loaded into in place.
 
-        Zero where the optimiser has not stepped yet, as it starts itself. Raises ValueError for
-        state that `state_names` leaves out, which a resumed run would lose.
+        Zero where the optimiser has not stepped yet, as it starts itself.
         """
         tensors = {}
         for p, master in self.masters.items():
             state, i = self.opt.state[master], self.index[p]
-            if unnamed := state.keys() - set(self.state_names):
-                raise ValueError(f"the optimiser keeps {sorted(unnamed)}: not in state_names")
             for name in self.state_names:
                 if name not in state:
                     like = torch.zeros((), device=p.device) if name == "step" else master.detach()

@@ -446,17 +446,14 @@ def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None
     like = ((name, torch.empty(p.shape, dtype=p.dtype, device="meta"))
             for name, p in model.named_parameters())  # fmt: skip
 
-    def write() -> None:
-        with pretrained.written_whole(target) as directory:
-            pretrained.write_tensors(directory, model.config, tensors, like)
-            finish(directory)
-            sync(*directory.iterdir())
-        sync(target.parent)
-
     def take_part() -> None:
         try:
             if dist.get_rank() == 0:
-                write()
+                with pretrained.written_whole(target) as directory:
+                    pretrained.write_tensors(directory, model.config, tensors, like)
+                    finish(directory)
+                    sync(*directory.iterdir())
+                sync(target.parent)
         finally:  # where rank 0 fails, too, the others are still gathering
             for _ in tensors:
                 pass

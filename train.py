@@ -3,8 +3,6 @@
     torchrun --standalone --nproc_per_node=2 train.py         # built-in task and model, no download
     torchrun --nproc_per_node=8 train.py --model meta-llama/Meta-Llama-3-8B \\
         --train alpaca=a.json math=b.jsonl --val val.json --test test.json --out runs/x
-    torchrun --nproc_per_node=8 train.py --mode finetune --model meta-llama/Meta-Llama-3-70B \\
-        --train alpaca=a.json math=b.jsonl --weights runs/x/weights.json --out runs/y
 
 The training loop; the algorithm is in bilevel.py and lisa.py, the flags in cli/flags.py. Writes to
 --out: config.json, metrics.jsonl, weights.json or mixture.jsonl, a picture, checkpoints/, model/.
@@ -22,7 +20,6 @@ if __name__ == "__main__":
     parse(None)  # --help, or a flag that cannot be read, does not wait for torch
 
 import contextlib
-import functools
 import math
 import secrets
 import signal
@@ -449,8 +446,8 @@ def outlive(stream: TextIO) -> None:
     if not hasattr(stream, "reconfigure"):
         return  # a notebook's
     attempt(stream.reconfigure, errors="replace")
-    stream.write = functools.partial(attempt, stream.write)
-    stream.flush = functools.partial(attempt, stream.flush)
+    stream.write = partial(attempt, stream.write)
+    stream.flush = partial(attempt, stream.flush)
 
 
 def announce(

@@ -248,14 +248,8 @@ class Flags:
         return (f"in {span} a logit moves by {far:.1f} at Adam's full speed: from "
                 f"{1 / n_sources:.3f} to {most:.5f} for one of {n_sources} sources")
 
-    def cost(self, s: dict[str, float], bound: str, total: int | None) -> dict:
-        """Of a run of `total` steps, from what plan.times says of one."""
-        hours = total and total * s["step"] / 3600
-        dollars = hours and self.price and hours * self.gpus * self.price
-        return {"seconds": s, "bound": bound, "steps": total, "hours": hours, "dollars": dollars}
-
     def cost_in_words(self, cost: dict) -> list[str]:
-        """Lines of what `cost` gave, and of the micro-batch size that hides gathering."""
+        """Lines of what a plan says of time and money."""
         *parts, step = (f"{what} {s:.4g} s" for what, s in cost["seconds"].items())
         where = f"{self.gpus} {self.card}{' (as if in one machine)' * (self.gpus > 8)}"
         lines = [f"a {step.replace(' ', ': ', 1)} on {where}, bound by {cost['bound']}; "
@@ -304,8 +298,9 @@ examples:
 """
 
 
-# A line of @FILE up to a comment, or to a backslash that goes on with the next line.
-WORDS = re.compile(r"""([^\s#'"\\]|\\.|'[^']*'|"(\\.|[^"\\])*"|(?<=\S)#|\s)*""")
+# Beside the words of a line of @FILE, which the group holds if they are quoted or escaped: a
+# comment, and a backslash that goes on with the next line.
+BESIDE = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?<!\S)(?:#.*|\\$)""")
 
 
 class Parser(argparse.ArgumentParser):
@@ -336,12 +331,8 @@ class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         self.check(line)
         line = line.removeprefix("\ufeff").rstrip()
-        words = WORDS.match(line)[0]
-        rest = line[len(words) :]
-        if not rest.startswith("#") and (rest != "\\" or words[-1:].strip()):
-            words = line  # in which a quote or an escape is left open, if anything is left
         try:
-            return shlex.split(words)
+            return shlex.split(BESIDE.sub(r"\1", line))
         except ValueError as error:
             self.error(f"{line}: {error}")
 
@@ -477,7 +468,6 @@ def check_flags(flags: Flags, world: int) -> list[str]:
     return problems
 
 
-# --------------------------------------------------------------------------------------------------
 # The flags of evaluate.py
 
 # What ScaleBiO's evaluation puts after a question of GSM8K or MATH.

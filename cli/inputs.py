@@ -33,29 +33,20 @@ import data
 import shard
 from cli import plan
 from cli.flags import BRANCHING, HARMLESS, WEIGHTS, Flags, as_json, check_flags, spelt
-from data import cache_dir
 from hf import Problems, open_regular, pretrained, read_json, say, templates, tokenizer
 from model import ModelConfig, dtype_of, open_checkpoint, parameter_shapes
 from sources import tasks
 from sources.records import source_paths
 
 TINY = {  # a llama of 0.9M parameters; the vocabulary is the byte tokenizer's
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "intermediate_size": 344,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 128,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "intermediate_size": 344, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 10000.0,
     # 1/sqrt(128). With the usual 0.02 the residual stream starts so small that the first Adam step
     # of a block that LISA admits, ±lr on every weight, can swamp it.
     "initializer_range": 0.088,
-    "rope_theta": 10000.0,
-}
+}  # fmt: skip
 LOCK = ".lock"  # in --out: locked while a run writes there
 BEGUN = LOCK, ".config.json.tmp"  # all that a run leaves there that is killed at its start
 HASHED = "the data of", "the tokenizer"  # in `identity`: their values say nothing to a user
@@ -191,8 +182,8 @@ def plan_inputs(flags: Flags) -> tuple[ModelConfig, int | None, int]:
         named = open_data(flags, None) if flags.card and part and not flags.steps else {}
         used = {name: range(len(named[f"train {name}"]))[:cap]
                 for name in (source_paths(part) if named else ())}  # fmt: skip
-        total = total_steps(flags, SimpleNamespace(used=used | {"": range(flags.samples or 0)}))
-    problems.raise_if_any()
+    problems.raise_if_any()  # of flags out of their ranges there are no steps
+    total = total_steps(flags, SimpleNamespace(used=used | {"": range(flags.samples or 0)}))
     return config, total or None, n_sources
 
 
@@ -281,7 +272,7 @@ def open_data(flags: Flags, tok: tokenizer.Tokenizer | None) -> dict[str, data.D
     paths |= {k: Path(v) for k, v in (("val", flags.val), ("test", flags.test)) if v}
     for name, path in paths.items():
         with problems.collecting():
-            settings = tok, flags.template, flags.max_length if tok else 2, cache_dir()
+            settings = tok, flags.template, flags.max_length if tok else 2, data.cache_dir()
             datasets[name] = data.load_dataset(path, *settings)
     for (name, one), (held, other) in itertools.combinations(datasets.items(), 2):
         pair = held in ("val", "test") and not name.startswith("also ")
@@ -397,9 +388,7 @@ def parse_source_weights(spec: str, names: list[str]) -> dict[str, float] | None
     return {name: stated.get(name, 0) / total for name in names}
 
 
-# --------------------------------------------------------------------------------------------------
 # The directory of a run
-
 
 def record(flags: Flags, inputs: Inputs) -> dict:
     """config.json: everything that decides what the run computes, and where it ran."""
@@ -457,19 +446,16 @@ def held_run(directory: Path) -> dict | None:
         return None
 
 
-def runs_to_continue(flags: Flags) -> dict[str, dict]:
-    """The records of the runs that this one would go on with, by the flag that names them."""
-    named = {f"--out {flags.out}": held_run(flags.out)}
-    if flags.resume not in ("auto", "never"):
-        named[f"--resume {flags.resume}"] = held_run(Path(flags.resume))
-    return {flag: record for flag, record in named.items() if record is not None}
-
-
 def changes(flags: Flags, record: dict) -> list[str]:
     """A line for each thing that differs from a run that this one would go on with, and may not,
     or not where it branches off. Only what both records speak of is compared."""
     record, problems = json.loads(json.dumps(record)), []
-    for where, held in runs_to_continue(flags).items():
+    runs = {f"--out {flags.out}": held_run(flags.out)}
+    if flags.resume not in ("auto", "never"):
+        runs[f"--resume {flags.resume}"] = held_run(Path(flags.resume))
+    for where, held in runs.items():
+        if held is None:
+            continue
         both = [key for key in record if held.get(key) is not None]
         old, new = (identity({key: r[key] for key in both}) for r in (held, record))
         for thing in sorted(old.keys() | new.keys()):

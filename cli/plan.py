@@ -54,9 +54,7 @@ COMPUTING, GATHERING = ("products", "other operations"), "gathering beside these
 FLOPS = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
 
 
-# --------------------------------------------------------------------------------------------------
 # What a block and the head allocate
-
 
 class Live(TorchDispatchMode):
     """Counts the bytes of the meta tensors' storages that are alive, and their peak, leaving out
@@ -250,9 +248,7 @@ def state(
     return dict(zip(STATE, values, strict=True))
 
 
-# --------------------------------------------------------------------------------------------------
 # The plan
-
 
 def draws(config: ModelConfig, lisa_layers: int, lisa_ends: str) -> list[tuple[int, bool, float]]:
     """What LISA may draw: how many blocks, whether the ends, and how often."""
@@ -321,13 +317,11 @@ def settings(flags, ranks: int, dtype: torch.dtype) -> dict:
         "micro_batch_size", "max_length", "lisa_layers", "lisa_ends", "activation_checkpointing",
         "cpu_offload", "batch_size", "shard_size",
     )  # fmt: skip
-    given = {name: getattr(flags, name) for name in names}
-    # Fine-tuning has no validation in a step.
-    given["val_batch_size"] = flags.val_batch_size or flags.batch_size
-    copies = 1 if flags.mode == "finetune" else 2
-    slopes = flags.slopes(dtype)
-    given |= {"ranks": ranks, "dtype": dtype, "copies": copies, "slopes": slopes}
-    return given | {"keep_gathered": False}
+    return {name: getattr(flags, name) for name in names} | {
+        "val_batch_size": flags.val_batch_size or flags.batch_size,  # not in a step of fine-tuning
+        "copies": 1 if flags.mode == "finetune" else 2, "slopes": flags.slopes(dtype),
+        "ranks": ranks, "dtype": dtype, "keep_gathered": False,
+    }  # fmt: skip
 
 
 def gathering(config: ModelConfig, memory: float | None, settings: dict) -> dict:
@@ -488,14 +482,14 @@ class Pass:
         }
 
 
-def times(config: ModelConfig, card: Card, **settings) -> tuple[dict[str, float], str]:
-    """Seconds of a step and of its parts, from what `plan` takes; and the part that bounds it."""
-    s, parts = SimpleNamespace(**settings), np.zeros(5)
+def times(config: ModelConfig, card: Card, **settings) -> tuple[dict[str, float], str, float]:
+    """Seconds of a step and of its parts, from what `plan` takes; the part that bounds it; and the
+    bytes of gradients that a rank sends to the replicas of its shard in a step, once a pass."""
+    s, parts, trained = SimpleNamespace(**settings), np.zeros(5), 0.0
     shards = s.shard_size or s.ranks
     passes = [(s.batch_size, s.copies, s.slopes), (s.val_batch_size, s.copies - 1, False)]
     for *draw, share in draws(config, s.lisa_layers, s.lisa_ends):
-        adam = 7 * s.copies * state(config, shards, s.dtype, *draw)["gradients"]  # 3 are written
-        parts[3] += share * adam / (MOVES * card.moves) / GB
+        trained += share * s.copies * state(config, shards, s.dtype, *draw)["gradients"]
         for batch, copies, slopes in passes:
             mine = max(1, batch // s.ranks)
             n, B = math.ceil(mine / s.micro_batch_size), min(s.micro_batch_size, mine)
@@ -503,20 +497,15 @@ def times(config: ModelConfig, card: Card, **settings) -> tuple[dict[str, float]
             one = Pass(config, s.dtype, *of, s.keep_gathered, s.slopes)
             took = one.seconds(card, n, first=copies == s.copies)  # validation ends w's
             parts += share * copies * np.array([*took, 0, max(took[0] + took[1], took[2])])
-    parts[3] += 4 * plan(config, **settings).host / card.host / GB  # copies go and come
-    parts[2] += (alike := exchanged(config, s) / card.link / GB)
-    parts[4] += parts[3] + alike
+    exchanged = 2 * (1 - shards / s.ranks) * trained
+    # AdamW reads four numbers and writes three; a copy that waits on the host goes and comes.
+    host = 4 * plan(config, **settings).host / card.host
+    parts[3] = (7 * trained / (MOVES * card.moves) + host) / GB
+    parts[2] += exchanged / card.link / GB
+    parts[4] += parts[3] + exchanged / card.link / GB
     seconds = dict(zip((*COMPUTING, GATHERING, "update", "step"), parts.tolist(), strict=True))
     longest = GATHERING if parts[2] > parts[0] + parts[1] else max(COMPUTING, key=seconds.get)
-    return seconds, longest
-
-
-def exchanged(config: ModelConfig, s: SimpleNamespace) -> float:
-    """Bytes of gradients that a rank sends to the replicas of its shard in a step: once a pass."""
-    shards = s.shard_size or s.ranks
-    sums = (share * state(config, shards, s.dtype, *draw)["gradients"]
-            for *draw, share in draws(config, s.lisa_layers, s.lisa_ends))  # fmt: skip
-    return 2 * (1 - shards / s.ranks) * s.copies * sum(sums)
+    return seconds, longest, exchanged
 
 
 def hidden_from(config: ModelConfig, card: Card, **settings) -> int | None:
@@ -630,8 +619,10 @@ def command(flags, config: ModelConfig, total: int | None, n_sources: int) -> in
     if spare < 0:
         fix = first_fix(config, memory, **of)
     if card:
-        answer |= flags.cost(*times(config, card, **of), total)
-        answer["exchanged"] = exchanged(config, SimpleNamespace(**of))
+        seconds, answer["bound"], answer["exchanged"] = times(config, card, **of)
+        hours = total and total * seconds["step"] / 3600
+        dollars = hours and flags.price and hours * flags.gpus * flags.price
+        answer |= {"seconds": seconds, "steps": total, "hours": hours, "dollars": dollars}
     if answer.get("bound") == GATHERING:
         n = answer["hidden_from"] = hidden_from(config, card, **of)
         of["micro_batch_size"] = n or of["micro_batch_size"]

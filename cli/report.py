@@ -203,7 +203,6 @@ def read_rows(out: Path, before: float = math.inf) -> list[dict]:
 
 # When it cannot go on
 
-
 def why(error: Exception, out: Path, timeout: float, memory: plan.Memory | None, rank: int) -> str:
     """Why a rank ends, in a line. Want of memory leaves the traceback in a file; what should not
     happen prints it."""
@@ -247,7 +246,6 @@ def nonfinite_message(row: dict, counts: Tensor, out: Path) -> str:
 
 
 # Results
-
 
 def summarise(rows: list[dict]) -> dict:
     """What weights.json says of the results.
@@ -428,7 +426,6 @@ def elsewhere(result: dict, train: list[str], out: Path) -> list[str]:
 
 # The records of a mixture
 
-
 def mixture_jsonl(drawn: dict[str, data.Dataset]) -> Iterator[str]:
     """A line for each sample: its source, and its record's number in the source's file (from 1; in
     JSON Lines, the line)."""
@@ -438,7 +435,6 @@ def mixture_jsonl(drawn: dict[str, data.Dataset]) -> Iterator[str]:
 
 
 # Pictures
-
 
 @dataclass
 class Run:

@@ -113,11 +113,13 @@ def test_loss_table_is_the_same_on_one_process_and_two(checkpoint, records, here
     other = make_checkpoint(Path(), seed=1)
     mixture = [{"text": "x" * n, "source": "short" if n < 9 else "long"} for n in range(3, 20)]
     Path("mix.json").write_text(json.dumps(mixture))
+    nameless = [{"text": "x" * n, "source": ""} for n in range(3, 5)]
+    Path("nameless.json").write_text(json.dumps(nameless))
     Path("sources").mkdir()
     for name in ("math", "code"):
         Path(f"sources/train_{name}.jsonl").write_text(records.read_text())
     args = ("loss", "--model", checkpoint, other, "--data", "sources", "both=mix.json",
-            "instruction-seed3", "--micro-batch-size", 2)  # fmt: skip
+            "none=nameless.json", "instruction-seed3", "--micro-batch-size", 2)  # fmt: skip
     code, one, _ = here(*args)
     assert (code, one) == (0, one) == on_two_ranks(*args)
     notes, (_, *lines) = one.splitlines()[:2], one.splitlines()[2:]
@@ -128,7 +130,8 @@ def test_loss_table_is_the_same_on_one_process_and_two(checkpoint, records, here
              for label in ("both", "long", "short")}  # fmt: skip
     lines = [json.loads(line) for line in records.read_text().splitlines()]
     text = [[("text", r["text"])] for r in lines]
-    expected = {"code": text, "math": text, **turns, "instruction-seed3": test}
+    none = [[("text", r["text"])] for r in nameless]
+    expected = {"code": text, "math": text, **turns, "none": none, "instruction-seed3": test}
     models = [str(checkpoint), str(other)]
     assert [row[:2] for row in rows] == [[label, name] for label in expected for name in models]
     for label, name, *values in rows:

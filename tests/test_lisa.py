@@ -131,7 +131,7 @@ def test_a_block_that_stays_keeps_its_state_and_one_that_returns_starts_afresh()
 
 
 @DTYPES
-@pytest.mark.parametrize("settings", [{}, SGD], ids=["AdamW", "SGD"])
+@pytest.mark.parametrize("settings", [{}, {"optimizer": SGD}], ids=["AdamW", "SGD"])
 def test_going_on_from_the_state_dict_changes_no_bit(settings, dtype):
     def start():
         model = make(dtype)
@@ -227,11 +227,6 @@ def test_bad_settings_are_named():
     for bad in {"n_active": 7}, {"n_active": 2, "ends": "some"}:
         with pytest.raises(ValueError, match="permitted are"):
             Lisa(make(), interval=1, **bad)
-    model = make()  # an optimiser whose state has a name that is not stated
-    opt = Lisa(model, n_active=2, interval=4, optimizer=SGD["optimizer"])
-    train(model, opt, 1)
-    with pytest.raises(ValueError, match="momentum_buffer"):
-        opt.state_dict()
 
 
 @pytest.mark.parametrize("name", ["lisa", "bilevel"])

@@ -458,6 +458,9 @@ def test_contradictory_flags_of_a_plan_are_refused_together(refusal):
         "--gpu-memory 2.0", "--gpus 0", "--lisa-coupling independent", "--lisa-ends sampled",
         "--max-length 513",
     ]  # fmt: skip
+    for bad in ("--batch-size 0", "--epochs inf", "--epochs nan --mode finetune"):  # in the steps
+        (line,) = refusal(["--plan", *bad.split()])
+        assert line.startswith(" ".join(bad.split()[:2]))
     assert refusal(["--json", "--gpu-memory", "80"]) == [
         "--gpu-memory goes with --plan alone", "--json goes with --plan alone",
     ]  # fmt: skip

@@ -59,8 +59,7 @@ FAMILIES = {
                 "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
     "gpt_neox": {"model_type": "gpt_neox", **SIZES, **TOKENS, "max_position_embeddings": 128},
 }  # fmt: skip
-SGD = {"optimizer": functools.partial(torch.optim.SGD, momentum=0.9),
-       "state_names": ("momentum_buffer",)}  # fmt: skip
+SGD = functools.partial(torch.optim.SGD, momentum=0.9)
 
 
 def trajectory(
@@ -109,7 +108,7 @@ def trajectories(folder: str) -> dict:
 def offload(folder: str) -> list[list[dict]]:
     """The same trajectory with both copies on the device; and with turns, a stop and a resume. The
     second with another optimiser than AdamW."""
-    sgd, results = functools.partialmethod(Lisa.__init__, **SGD), []
+    sgd, results = functools.partialmethod(Lisa.__init__, optimizer=SGD), []
     for family, dtype, once, init in (
         ("gpt2", "bf16", True, Lisa.__init__), ("llama", "fp32", False, sgd),
     ):  # fmt: skip
