@@ -133,6 +133,8 @@ class SourceWeights(nn.Module):
         """λ ← Adam(λ, Jᵀ gap), for gap = ∂(penalty)/∂p = α (ℓ(w) − ℓ(u)), (S,), of which errors of
         this variance are known, (S,)."""
         jac = self.jacobian()
+        # No gap is known better than to a thousandth, not even that of a source of one record.
+        variance = variance.maximum((1e-3 * gap).square())
         self.lam.grad, noise = gap @ jac, variance @ jac.square()
         fade = self.evidence.new_tensor([self.memory, self.memory**2])[:, None]
         self.evidence.mul_(fade).add_(torch.stack([self.lam.grad, noise]))

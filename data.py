@@ -34,7 +34,7 @@ from hf.templates import encode_conversations, fingerprint
 from hf.tokenizer import Tokenizer, Turns, byte_tokenizer, load_tokenizer  # noqa: F401 (public)
 from sources.records import ANSWERS, Source, iter_records, locate
 
-FORMAT_VERSION = 5  # of a cache entry; raise it when the arrays or the tokenisation change
+FORMAT_VERSION = 6  # of a cache entry; raise it when the arrays or the tokenisation change
 IGNORE = -100  # label of a position without loss
 
 
@@ -134,6 +134,8 @@ def _tokenise(
                 counts["text that spells control tokens, taken as text"].update(set(spelt))
             if len(pieces) > 1:
                 counts[f"longer than {max_length} tokens, cut to pieces"]["text"] += 1
+            elif tokenizer and pieces and len(sample[0]) > max_length:
+                counts[f"longer than {max_length} tokens, cut off there"]["conversation"] += 1
             stored += pieces
             hashes += [_hash(turns + [("piece", str(n))] * (n > 0)) for n in range(len(pieces))]
             prompts += [_hash(_prompt(turns))] * len(pieces)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,13 @@ class Lisa:
         self.first_of_ends = len(self.index) - len(self.units[-1])
         self.move_to_device = move_to_device
         self.active: set[int] = set()
-        self.set_rules(n_active, interval, seed, ends, copy)
+        if ends not in ENDS:
+            raise ValueError(f"ends={ends!r}: permitted are {', '.join(ENDS)}")
+        n_blocks = len(self.units) - 1
+        if not 0 <= n_active <= n_blocks:
+            raise ValueError(f"n_active={n_active}: permitted are 0 to {n_blocks}, the blocks")
+        self.n_active, self.interval, self.seed = n_active, interval, seed
+        self.ends, self.copy, self.period = ends, copy, -1
         self.masters: dict[Tensor, Tensor] = {}  # active parameter -> its master
         self.hooks = {}
         for p in self.index:
@@ -100,34 +106,35 @@ class Lisa:
         self.opt = None  # made by the first switch
         self.switch(0)
 
-    def set_rules(self, n_active: int, interval: int, seed: int, ends: str, copy: int) -> None:
-        """Draw by these from the next switch on. A block that stays active keeps its state."""
-        if ends not in ENDS:
-            raise ValueError(f"ends={ends!r}: permitted are {', '.join(ENDS)}")
-        n_blocks = len(self.units) - 1
-        if not 0 <= n_active <= n_blocks:
-            raise ValueError(f"n_active={n_active}: permitted are 0 to {n_blocks}, the blocks")
-        self.n_active, self.interval, self.seed = n_active, interval, seed
-        self.ends, self.copy, self.period = ends, copy, -1
-
     @property
     def param_groups(self) -> list[dict]:
         return self.opt.param_groups
 
     def switch(self, step: int) -> None:
-        """Draw anew if `step` opens another period: release the blocks that leave, admit others."""
+        """Draw anew if `step` opens another period."""
         period = step // self.interval
-        if period == self.period:
-            return
+        if period != self.period:
+            rules = len(self.units) - 1, self.n_active, self.ends, self.copy
+            self._activate(draw(self.seed, period, *rules), step)
+            self.period = period
+
+    def activate(self, state: Iterable[str]) -> None:
+        """Have those units train that a `state_dict` of these names is of, until the next switch,
+        whatever they were drawn by."""
+        held = {int(name.split(".")[0]) for name in state}
+        units = {i for i, unit in enumerate(self.units) if held & {self.index[p] for p in unit}}
+        self._activate(units, 0)
+        self.period = -1
+
+    def _activate(self, units: set[int], step: int) -> None:
+        """Release the units that leave, admit others."""
         self.move_to_device()
-        n_blocks = len(self.units) - 1
-        now = draw(self.seed, period, n_blocks, self.n_active, self.ends, self.copy)
-        for i in sorted(self.active - now):
+        for i in sorted(self.active - units):
             self._release(i, step)
-        for i in sorted(now - self.active):
+        for i in sorted(units - self.active):
             self._admit(i)
-        self.active, self.period = now, period
-        masters = [self.masters[p] for i in sorted(now) for p in self.units[i]]
+        self.active = units
+        masters = [self.masters[p] for i in sorted(units) for p in self.units[i]]
         if self.opt is None:
             self.opt = self.make(masters)
         self.opt.param_groups[0]["params"] = masters

@@ -532,9 +532,11 @@ def in_files(tensors: dict[str, Tensor]) -> dict[str, int]:
     return {name: 1 + end // size for name, end in zip(tensors, ends, strict=True)}
 
 
-def load_checkpoint(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors, whatever number of ranks wrote them. ValueError if the checkpoint has others.
-    Collective."""
+def load_checkpoint(
+    checkpoint: Path, tensors_for: Callable[[list[str]], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The tensors made for the names in a checkpoint, filled, whatever number of ranks wrote it.
+    ValueError if it has others. Collective."""
     reader = HuggingFaceStorageReader(checkpoint)
 
     @contextlib.contextmanager
@@ -548,9 +550,11 @@ def load_checkpoint(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{checkpoint}: is of another run, or no checkpoint ({why})") from None
 
     # Looked at first, as dcp.load prints what it trips over there.
-    jointly(one_line()(reader.read_metadata))
+    metadata = jointly(one_line()(reader.read_metadata))
     with one_line(), one_error():
+        tensors = tensors_for(list(metadata.state_dict_metadata))
         dcp.load(tensors, storage_reader=reader)
+    return tensors
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -45,7 +45,6 @@ from cli.inputs import (
     about,
     branch,
     checkpoints,
-    flags_of,
     held_run,
     open_run,
     plan_inputs,
@@ -106,18 +105,11 @@ def load_copies(
     return copies
 
 
-def lisa_rules(flags: Flags, copy: int) -> tuple[int, int, int, str, int]:
-    """By which LISA draws blocks of copy 0, w, or 1, u, as lisa.Lisa.set_rules takes them."""
-    same = flags.lisa_coupling != "independent"
-    return flags.lisa_layers, flags.lisa_interval, flags.seed, flags.lisa_ends, 0 if same else copy
-
-
 def make_lisa(flags: Flags, model: Transformer, lr: float, copy: int) -> Lisa:
     """The optimiser of copy 0, w, or 1, u; its state moves with it if they take turns."""
-    opt = Lisa(
-        model, *lisa_rules(flags, copy), lr, flags.weight_decay,
-        move_to_device=partial(shard.move_to_device, model),
-    )  # fmt: skip
+    copy *= flags.lisa_coupling == "independent"
+    rules = flags.lisa_layers, flags.lisa_interval, flags.seed, flags.lisa_ends, copy
+    opt = Lisa(model, *rules, lr, flags.weight_decay, partial(shard.move_to_device, model))
     if model.offload is not None:
         model.offload.follow(model, opt.state_tensors)
     return opt
@@ -200,6 +192,8 @@ def train(
         row |= {"seconds": seconds, "tokens_per_s": tokens_of(trainer, batch) / seconds}
         if not (stats.finite or flags.skip_nonfinite):
             log.write_weights()
+            if step and not (flags.out / f"checkpoints/step-{step}").exists():
+                log.say(save(flags, inputs, trainer, step, log, signals))
             raise Failed(report.nonfinite_message(row, counts, flags.out))
         log.write(row | held_out)
         done, last = step + 1, step + 1 == total
@@ -251,10 +245,14 @@ def tokens_of(trainer: Trainer, batch: tuple) -> int:
     return mine * dist.get_world_size()
 
 
-def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """A run's state: the copies' parameters, their active sets' AdamW state, and the weights'."""
+def state_of(trainer: Trainer, saved: Iterable[str] = ()) -> dict[str, torch.Tensor]:
+    """A run's state: the copies' parameters, their active sets' AdamW state, and the weights'. If
+    there are names of a state that was `saved`, those blocks are active from now on that were."""
     state = trainer.state_dict()
     for copy, (model, opt) in trainer.copies.items():
+        if saved:
+            kept = f"{copy}.lisa."
+            opt.activate(name.removeprefix(kept) for name in saved if name.startswith(kept))
         named = {name: p.detach() for name, p in model.named_parameters()}
         named |= {f"lisa.{name}": tensor for name, tensor in opt.state_dict().items()}
         state |= {
@@ -290,23 +288,15 @@ def resume(flags: Flags, inputs: Inputs, trainer: Trainer) -> tuple[int, Path]:
         return 0, flags.out
     try:
         done = shard.broadcast_from_rank0(lambda: shard.steps_done(checkpoint))
-        theirs = shard.broadcast_from_rank0(lambda: flags_of(checkpoint, flags))
-        opts = [opt for _, opt in trainer.copies.values()]
-        for copy, opt in enumerate(opts):  # the blocks that were active when it was saved
-            opt.set_rules(*lisa_rules(theirs, copy))
-            opt.switch(done - 1)
-        state = state_of(trainer)
-        shard.load_checkpoint(checkpoint, state)
+        state = shard.load_checkpoint(checkpoint, partial(state_of, trainer))
     except ValueError as error:
         raise Failed(str(error)) from None
     trainer.load_state_dict(state)
-    for copy, opt in enumerate(opts):
-        opt.set_rules(*lisa_rules(flags, copy))
     origin = checkpoint.parent.parent
     if dist.get_rank() == 0:
         say(f"goes on from {checkpoint}")
         if origin != flags.out:
-            write_config(flags, inputs, branch=branch(flags, checkpoint))
+            write_config(flags, inputs, branch=branch(record(flags, inputs), checkpoint))
     return done, origin
 
 

@@ -72,7 +72,7 @@ class Inputs:
     def all(self) -> dict[str, data.Dataset]:
         named = {f"train {name}": source for name, source in self.sources.items()}
         held = {"val": self.val, "test": self.test}
-        return named | {name: dataset for name, dataset in held.items() if dataset}
+        return named | {name: dataset for name, dataset in held.items() if dataset is not None}
 
     @property
     def used(self) -> dict[str, data.Dataset]:
@@ -468,25 +468,17 @@ def changes(flags: Flags, record: dict) -> list[str]:
                     gone = "is gone" if now is None else "has changed"
                     how = "was not there" if was is None else gone
                 problems.append(f"{where} holds another run: {thing} {how}")
+        was, now = ([name.removeprefix("train ") for name in r.get("data", {})
+                     if name.startswith("train ")] for r in (held, record))  # fmt: skip
+        if was != now and sorted(was) == sorted(now):  # λ and batches go by the sources' places
+            problems.append(f"{where} holds another run: the sources' order was {', '.join(was)}")
     return problems
 
 
-def flags_of(checkpoint: Path, flags: Flags) -> Flags:
-    """Flags by which LISA drew blocks in the run that a checkpoint is of; the rest as here.
-    ValueError if it does not say."""
-    names = "lisa_layers", "lisa_interval", "lisa_ends", "lisa_coupling", "seed"
-    held = (held_run(checkpoint) or {}).get("flags", {})
-    found = {name: held.get(name) for name in names}
-    if any(type(v) is not type(getattr(flags, n)) for n, v in found.items()) or (
-            found["lisa_interval"] < 1):
-        raise ValueError(f"{checkpoint}: says not by which flags of LISA it was made")
-    return dataclasses.replace(flags, **found)
-
-
-def branch(flags: Flags, checkpoint: Path) -> dict:
-    """What a run branches off from, for its config.json: the checkpoint, and the flags that differ,
-    with their values there and here."""
-    old, new = (held_run(checkpoint) or {}).get("flags", {}), as_json(flags)
+def branch(record: dict, checkpoint: Path) -> dict:
+    """What the run of this record branches off from, for its config.json: the checkpoint, and the
+    flags that differ, with their values there and here."""
+    old, new = (held_run(checkpoint) or {}).get("flags", {}), record["flags"]
     changed = {spelt(n): [old[n], new[n]] for n in new if n in old and n not in HARMLESS
                and old[n] != new[n]}  # fmt: skip
     return {"from": str(checkpoint), "changed": changed}

@@ -229,7 +229,7 @@ def why(error: Exception, out: Path, timeout: float, memory: plan.Memory | None,
 
 
 def nonfinite_message(row: dict, counts: Tensor, out: Path) -> str:
-    """Why a step was not finite, and what is left of the run."""
+    """Why a step was not finite, and how to go on from the one before it."""
     bad = [
         f"the loss of source {name} under {copy}"
         for copy in "wu"
@@ -237,11 +237,11 @@ def nonfinite_message(row: dict, counts: Tensor, out: Path) -> str:
         if n and loss is None
     ]
     bad += ["the validation loss"] * ("weights" in row and row["val_loss"] is None)
+    goes_on = f", and --resume {out} to go on from there" if row["step"] else ""
     return (
         f"step {row['step']}: not finite: {', '.join(bad) or 'a gradient'}. This step changed "
-        f"nothing; the {row['step']} steps before it are in {out}. The same command with "
-        "--skip-nonfinite passes over such steps; lower learning rates, or --clip, need another "
-        "--out."
+        "nothing. The same command with --skip-nonfinite passes over such steps; lower learning "
+        f"rates, or --clip, need another --out{goes_on}."
     )
 
 
@@ -267,8 +267,13 @@ def summarise(rows: list[dict]) -> dict:
         "step": last["step"] + 1,
         "skipped": sum(not row["finite"] for row in rows),
         "alpha": last["alpha"],
-        "test_loss": [row.get("test_loss") for row in (rows[0], last)],
+        "test_loss": before_and_after(rows, "test_loss"),
     }
+
+
+def before_and_after(rows: list[dict], key: str) -> list[float | None]:
+    """A loss of the model as loaded and as saved; of a run of one step only of the latter."""
+    return [rows[0].get(key) if len(rows) > 1 else None, rows[-1].get(key) if rows else None]
 
 
 def last_fifth(series):
@@ -323,13 +328,14 @@ def render(out: Path) -> list[str]:
         result = read_json(out / "weights.json")
         lines = [*weight_lines(result), ""]
     for what, key in ("validation loss:", "val_loss"), ("held-out test loss:", "test_loss"):
-        before, after = (row.get(key) for row in (rows[:1] + rows[-1:] or [{}, {}]))
-        if (shares or key == "test_loss") and None not in (before, after):
-            lines.append(f"{what:19} {before:.4f} before, {after:.4f} after")
+        before, after = before_and_after(rows, key)
+        if (shares or key == "test_loss") and after is not None:
+            first = "" if before is None else f"{before:.4f} before, "
+            lines.append(f"{what:19} {first}{after:.4f} after")
     if skipped := sum(not row["finite"] for row in rows):
         lines.append(f"steps passed over because something was not finite: {skipped}")
-    if not shares and (train := record["flags"]["train"]):
-        lines += [*[""] * bool(lines[-1]), *elsewhere(result, train, out)]
+    if not shares and record["flags"]["train"]:
+        lines += [*[""] * bool(lines[-1]), *elsewhere(result, record["flags"], out)]
     if (out / "messages.jsonl").exists():
         lines += ["", "Elsewhere:", *recipes(out)]
     left_out = defaultdict(list)
@@ -352,18 +358,27 @@ def what_next(record: dict, out: Path) -> list[str]:
     flags, ranks = record["flags"], record["world_size"]
     data = flags["test"] or flags["val"]
     if flags["mode"] == "bilevel":
-        usual, words = as_json(parse(["--model", flags["model"]])), []
-        for name in ("model", "train", "val", "test", "task", "template", "max_length", "seed"):
-            if name == "model" and flags[name] != "tiny" or flags[name] != usual[name]:
-                words += [spelt(name), *map(str, np.ravel(flags[name]))]
+        words = spelled_out(flags, "model", "train", "val", "test", "drop_overlap", "task",
+                            "template", "max_length", "seed")  # fmt: skip
         command = ["train.py", "--mode", "finetune", *words, "--weights", f"{out}/weights.json"]
     elif flags["mode"] == "finetune" and (data or not flags["train"]):
         data = data or f"{flags['task']}-seed{flags['seed']}"
-        command = ["evaluate.py", "loss", "--model", f"{out}/model", "--data", data]
+        command = ["evaluate.py", "loss", "--model", f"{out}/model", "--data", data,
+                   *spelled_out(flags, "max_length")]  # fmt: skip
     else:
         return []
     launch = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["python"]
     return [f"Next: {shlex.join(launch + command)}"]
+
+
+def spelled_out(flags: dict, *names: str) -> list[str]:
+    """Of these flags those that are not as usual, as words of a command line."""
+    usual, words = as_json(parse(["--model", flags["model"]])), []
+    for name in names:
+        value = flags[name]
+        if value != usual[name] or name == "model" and value != "tiny":
+            words += [spelt(name), *([] if value is True else map(str, np.ravel(value)))]
+    return words
 
 
 def table(rows: dict[str, tuple[float | None, int, str]], last: str) -> list[str]:
@@ -401,11 +416,13 @@ def weight_lines(result: dict) -> list[str]:
     ]  # fmt: skip
 
 
-def elsewhere(result: dict, train: list[str], out: Path) -> list[str]:
+def elsewhere(result: dict, flags: dict, out: Path) -> list[str]:
     """How other tools get the learned mixture, how much of it, and which source limits that."""
     sizes = {name: about.get("of", about["samples"]) for name, about in result["sources"].items()}
     counts, short = data.count_samples(result["weights"], sizes, MIXTURE)
-    command = ["--train", *train, "--weights", str(out / "weights.json"), "--out", "mix"]
+    held = ("val", "test", "drop_overlap") if flags["drop_overlap"] else ()
+    command = [*spelled_out(flags, "train", *held), "--weights", str(out / "weights.json"),
+               "--out", "mix"]  # fmt: skip
     lines = [f"The mixture elsewhere, {sum(counts.values())} records:", *short,
              f"  python train.py --mode draw {shlex.join(command)}", *recipes(Path("mix"))]
     shares = {name: p for name, p in result["weights"].items() if p >= 5e-5}

@@ -282,6 +282,13 @@ def test_other_records_are_another_run(out, refusal):
     ]  # fmt: skip
 
 
+def test_weights_and_batches_go_by_the_places_of_the_sources(out, refusal):
+    swapped = ["--train", "c=train_c.jsonl", "a=train_a.jsonl", "b=train_b.jsonl", *FLAGS[2:]]
+    for more in (["--out", "out"], ["--out", "other", "--resume", "out", "--steps", "14"]):
+        (line,) = refusal([*swapped, *more])
+        assert line.endswith(" out holds another run: the sources' order was a, b, c")
+
+
 def test_dropped_records_are_in_the_report():
     records = [{"text": text} for text in ("fine", "", "fine too", "held out")]
     Path("a.jsonl").write_text("\n".join(map(json.dumps, records)))

@@ -175,6 +175,16 @@ def test_a_source_that_differs_gets_the_weight():
     assert 0 < sources.row()["weights_se"][0] < 0.1
 
 
+def test_gaps_without_spread_are_sure_and_the_same_ones_say_nothing():
+    """As of sources of one record each."""
+    apart, same = SourceWeights(2, lr=0.1, z=3.0), SourceWeights(2, lr=0.1, z=3.0)
+    for _ in range(30):
+        apart.update(torch.tensor([1.0, 0.0]), torch.zeros(2))
+        same.update(torch.tensor([1.0, 1.0 + 1e-6]), torch.zeros(2))
+    assert apart.probs()[1] > 0.9 and (apart.snr > 100).all() and apart.snr.isfinite().all()
+    assert (same.probs() == 0.5).all() and (same.snr < 1).all()
+
+
 def follow(persistence, steps=300, seed=0):
     """A weight and its stated error after steps on gaps that two sources differ by in their errors
     alone, of which a share lasts from step to step."""

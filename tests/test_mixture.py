@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import data
 import train
 from cli import inputs, report
-from cli.flags import parse
+from cli.flags import as_json, parse
 
 NAMES = ["a", "b", "c"]
 
@@ -239,12 +239,12 @@ def test_what_draw_cannot_do_is_refused(files, refusal):
 
 
 def mixture_elsewhere(
-    sizes: dict[str, int], weights: list[float], ending: str = ".json"
+    sizes: dict[str, int], weights: list[float], ending: str = ".json", **more
 ) -> str:
     about = {name: {"samples": n, "path": f"{name}{ending}"} for name, n in sizes.items()}
     result = {"weights": dict(zip(sizes, weights, strict=True)), "sources": about}
-    train = [f"{name}={name}.json" for name in sizes]
-    return "\n".join(report.elsewhere(result, train, Path("runs/x")))
+    flags = as_json(parse([])) | {"train": [f"{name}={name}.json" for name in sizes]} | more
+    return "\n".join(report.elsewhere(result, flags, Path("runs/x")))
 
 
 def test_the_size_of_a_recipe_and_what_limits_it_are_said():
@@ -255,6 +255,8 @@ def test_the_size_of_a_recipe_and_what_limits_it_are_said():
     assert said.endswith("\nwhich yields about 15000 samples: then a is used up")
     assert collapsed.endswith("\nwhich yields about 10 samples: then few is used up")
     assert "fraction" not in mixture_elsewhere({"a": 9000}, [1.0], ".json:prompt=q,answer=a")
+    said = mixture_elsewhere({"a": 9000}, [1.0], val="v.json", drop_overlap=True)
+    assert "--train a=a.json --val v.json --drop-overlap --weights" in said
 
 
 def test_loaders_of_others_read_what_is_drawn(files):

@@ -219,6 +219,21 @@ def test_long_text_is_cut_into_pieces_that_predict_every_token_once(max_length, 
     assert dataset.remarks() == cut * (n_cut > 0) and dataset.duplicates == 0
 
 
+def test_conversations_that_are_cut_off_are_counted(write, tmp_path):
+    """But for those of which no answer is left, which are dropped."""
+    turns = [(role, content) for n in (3, 20) for role, content in (("user", "q"), ("a", "x" * n))]
+    records = [
+        {"messages": [{"role": "assistant" if role == "a" else role, "content": content}
+                      for role, content in turns[:n]]} for n in (2, 4)
+    ] + [{"messages": [{"role": "user", "content": "q" * 90}, CHAT[1]]}]  # fmt: skip
+    dataset = data.load_dataset(write(*records), byte_tokenizer(), "plain", 24, tmp_path / "cache")
+    assert dataset.lengths.tolist() == [len(dataset.stored(0)), 24]
+    assert dataset.remarks() == [
+        "1 records dropped: no response token left after truncation",
+        "longer than 24 tokens, cut off there: conversation (1 records)",
+    ]  # fmt: skip
+
+
 def test_any_two_keys_can_be_named(write, tmp_path):
     record = {"Q": ASK[1], "A": REPLY[1], "instruction": "x", "output": "y"}
     path = f"{write(record)}:prompt=Q,answer=A"

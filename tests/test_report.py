@@ -136,12 +136,24 @@ def test_a_table_is_sorted_and_scaled_to_the_largest_weight():
                                       "denoising-seed3"),
     ({"mode": "finetune", "train": ["a.json"], "val": "v.json"},
      "python evaluate.py loss --model x/model --data v.json"),
+    ({"mode": "finetune", "model": "o/M", "test": "t.json", "max_length": 2048},
+     "python evaluate.py loss --model x/model --data t.json --max-length 2048"),
+    ({"train": ["a.json"], "val": "v.json", "drop_overlap": True},
+     "python train.py --mode finetune --train a.json --val v.json --drop-overlap "
+     "--weights x/weights.json"),
     ({"mode": "draw"}, None),
 ])  # fmt: skip
 def test_a_report_ends_with_the_next_command(changed, said):
     flags = as_json(parse([])) | {"template": "plain", "world_size": 1} | changed
     next_one = report.what_next({"flags": flags, "world_size": flags["world_size"]}, Path("x"))
     assert next_one == [f"Next: {said}"] * bool(said)
+
+
+def test_a_run_of_one_step_has_no_loss_of_before():
+    rows = [{"test_loss": 2.0}, {}, {"test_loss": 1.0}]
+    assert report.before_and_after(rows, "test_loss") == [2, 1]
+    assert report.before_and_after(rows[-1:], "test_loss") == [None, 1]
+    assert report.before_and_after([], "test_loss") == [None, None]
 
 
 def test_a_tracker_is_shown_every_number(tmp_path, monkeypatch, capsys):

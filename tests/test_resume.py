@@ -186,6 +186,7 @@ def test_a_run_branches_off_from_a_checkpoint_of_another(whole, refusal):
     longer = ["--steps", "16", "--alpha", "3", "--lisa-layers", "2", "--lisa-ends", "sampled"]
     said = done("--out", "longer", "--resume", whole, *longer, ranks=2)
     assert f"branched off from {newest[0]}: --steps 16, was 12; --alpha 3.0, was 10.0" in said
+    assert "--template" not in said.split("branched off")[1].split("Files")[0]
     assert rows("longer")[:12] == rows(whole) and len(rows("longer")) == 16
     assert not {"max_length", "per_source", "samples", "repeat"} & BRANCHING  # the data
     for flags, problem in (

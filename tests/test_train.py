@@ -21,7 +21,7 @@ from cli.flags import RESERVED, Flags, parse
 from cli.inputs import prepare, source_paths
 from lisa import ENDS
 from model import DTYPES, build, from_pretrained, random_weights
-from tests.forked import FLAGS, done, rows, run, saved, write_model
+from tests.forked import FLAGS, assert_same, done, rows, run, saved, write_model
 
 ROOT = Path(__file__).parents[1]
 QUICK = "--steps 3 --batch-size 8 --val-batch-size 8 --micro-batch-size 4 --max-length 64".split()
@@ -147,19 +147,23 @@ def test_an_absent_source_is_null_and_rounds_raise_alpha():
 
 
 def test_nonfinite_loss_stops_or_is_passed_over(sound):
-    """The embedding of Z is infinite, and of the samples only one of source b has a Z. The
-    checkpoint before that step stays, and the run goes on from there if it may pass over it."""
+    """The embedding of Z is infinite, and of the samples only one of source b has a Z. The state
+    before that step is saved, also where LISA has just drawn other blocks, and if the run may pass
+    over it, it goes on from there, to the same bits as one that always might."""
     tensors = load_file("checkpoint/model.safetensors")
     tensors["model.embed_tokens.weight"][ord("Z")] = torch.inf
     save_file(tensors, "checkpoint/model.safetensors")
     write_json(Path("b.json"), [{"text": "Zzz" if i == 5 else "abc"} for i in range(12)])
     sound["--train"][1] = "b=b.json"
-    argv = [*flags(sound), *"--steps 6 --batch-size 4 --val-batch-size 4 --save-every 1".split()]
+    argv = [*flags(sound), *"--steps 6 --batch-size 4 --val-batch-size 4 --dtype bf16".split()]
+    argv += ["--lisa-layers", "1", "--lisa-interval", "1"]
     code, said = run(flags=argv)
     assert code == 1 and "Traceback" not in said
     why = ": not finite: the loss of source b under w, the loss of source b under u."
     step = int(said.partition(why)[0].rpartition("step ")[2])
-    assert 0 < step < 6 and len(rows("out")) == step and saved("out")[-1] == f"step-{step}"
+    assert 0 < step < 6 and len(rows("out")) == step and saved("out") == [f"step-{step}"]
+    assert "--resume out to go on from there" in said
+    assert done("--skip-nonfinite", "--out", "straight", flags=argv)
 
     said = done("--skip-nonfinite", flags=argv)
     assert "not finite: 1" in said
@@ -168,6 +172,7 @@ def test_nonfinite_loss_stops_or_is_passed_over(sound):
     assert bad["source_loss_w"]["b"] is None and bad["source_loss_w"]["a"] is not None
     assert [row["step"] for row in rows("out") if not row["finite"]] == [step]
     assert bad["weights"] == before["weights"]
+    assert_same("out", "straight")
 
 
 def test_activation_checkpointing_changes_nothing():
@@ -231,6 +236,8 @@ TOO_LONG = "[Errno 36] File name too long: 'x"
         ({"--test": "array.json"}, "--test array.json has the same records as --val"),
         ({"--train": [A, "b=as-val.jsonl"], "--drop-overlap": []},
          "train b: no record is left after --drop-overlap"),
+        ({"--val": "as-val.jsonl", "--test": "array.json", "--drop-overlap": []},
+         "val: no record is left after --drop-overlap"),
         ({"--val-batch-size": "0"}, "--val-batch-size 0: "),
         ({"--steps": "0"}, "--steps 0: "),
         ({"--alpha": "nan"}, "--alpha nan: "),
