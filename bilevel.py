@@ -66,10 +66,12 @@ class SourceWeights(nn.Module):
     the variance that it would have were errors of one step gone in the next (the method of batch
     means). The weights' errors are √κ times what they would be then.
 
-    To weight something else (single samples, features of a sample), replace `probs` in a subclass:
-    it may be any differentiable function of the parameter `lam`.
+    To weight something else (single samples, groups of sources), replace `probs` in a subclass: it
+    may be any differentiable function of the parameter `lam`, also of `n_logits` where these are
+    not as many as the sources.
 
-    n_sources, dtype    of λ, which stays on the CPU
+    n_sources           S
+    n_logits, dtype     of λ, which stays on the CPU; S logits unless stated
     lr                  Adam's rate for λ, which set_rate scales
     z                   standard errors from 0 below which a gradient moves nothing
     """
@@ -79,19 +81,20 @@ class SourceWeights(nn.Module):
     warmup = 10  # steps after which the errors are known well enough for `snr`
 
     def __init__(
-        self, n_sources: int, dtype: torch.dtype = torch.float32, lr: float = 1e-2, z: float = 0.0
-    ):
+        self, n_sources: int, dtype: torch.dtype = torch.float32, lr: float = 1e-2, z: float = 0.0,
+        n_logits: int | None = None,
+    ):  # fmt: skip
         super().__init__()
-        self.lam = nn.Parameter(torch.zeros(n_sources, dtype=dtype))
+        zeros = torch.zeros(n_sources if n_logits is None else n_logits, dtype=dtype)
+        self.lam = nn.Parameter(zeros.clone())
         self.lr, self.z = lr, z
-        zeros = torch.zeros(n_sources, dtype=dtype)
         self.register_buffer("evidence", torch.stack([zeros, zeros]))  # A and B
-        # Covariance of λ's errors, by the noise of its steps so far, (S, S).
+        # Covariance of λ's errors, by the noise of its steps so far.
         self.register_buffer("covariance", torch.diag(zeros))
         self.register_buffer("snr", zeros.clone())  # the largest |A| / √B so far
         # Sums of the gaps' differences and of their variances, of this block and of the last, each
         # (S,). Steps since alpha last changed; what κ is the mean of, and of how many.
-        self.register_buffer("blocks", torch.stack([self.evidence] * 2))
+        self.register_buffer("blocks", torch.zeros(2, 2, n_sources, dtype=dtype))
         self.register_buffer("kappa", torch.zeros(3, dtype=dtype))
         self.reset_optimizer()
 
@@ -124,7 +127,7 @@ class SourceWeights(nn.Module):
         return self.lam.softmax(0)  # (S,)
 
     def jacobian(self) -> Tensor:
-        """J = ∂p/∂λ, (S, S)."""
+        """J = ∂p/∂λ, (S, n_logits)."""
         p = self.probs()
         eye = torch.eye(len(p), dtype=p.dtype)
         return torch.autograd.grad(p, self.lam, eye, is_grads_batched=True)[0]
@@ -169,12 +172,13 @@ class SourceWeights(nn.Module):
 
     def row(self) -> dict[str, Tensor]:
         """What metrics.jsonl says of the sources after a step, (S,) each: the weights, their
-        standard errors to first order, and by how many standard errors a source's gradient has
-        differed from 0 at its clearest. Before two blocks are through κ is not known, and 1."""
+        standard errors to first order, and by how many standard errors the gradient of its logit
+        has differed from 0 at its clearest. Before two blocks are through κ is not known, and 1."""
         jac, (_, ratios, n) = self.jacobian(), self.kappa
         kappa = (ratios / n.clamp(min=1)).clamp(min=1)
         errors = ((jac @ (kappa * self.covariance)) * jac).sum(1).clamp(min=0).sqrt()
-        return {"weights": self.probs().detach(), "weights_se": errors, "snr": self.snr}
+        own = jac.abs().argmax(1)  # the logit that moves a source most
+        return {"weights": self.probs().detach(), "weights_se": errors, "snr": self.snr[own]}
 
 
 @dataclass

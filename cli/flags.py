@@ -137,7 +137,7 @@ class Flags:
                       "weights, --model may be a config.json; exit 1 if they do not fit",
                       same_run=False, only=TRAINS)
 
-    task: str = DATA("denoising", "built-in data, used without --train", only=TRAINS,
+    task: str = DATA("denoising", "built-in data, without --train", only=TRAINS,
                      choices=tuple(tasks.TASKS))
     template: str = DATA("auto", "how a conversation becomes text; own is the model's chat "
                          "template; auto is own where it has one, else alpaca", tiny="plain",
@@ -160,7 +160,8 @@ class Flags:
     tau: float = STEP(1.0, "factor on alpha from one outer round to the next", permitted=SCALE,
                       only=LEARNS)
     outer_rounds: int = STEP(1, "rounds of --epochs or --steps", permitted=COUNT, only=LEARNS)
-    lr_w: float = STEP(1e-5, "learning rate of w", tiny=1e-3, permitted=RATE)
+    lr_w: float = STEP(1e-5, "learning rate of w; and of u, unless that is given", tiny=1e-3,
+                       permitted=RATE)
     lr_u: float = STEP(1e-5, "learning rate of u", tiny=1e-3, permitted=RATE, only=LEARNS)
     lr_lambda: float | None = STEP(None, "learning rate of the source weights' logits; auto: such "
                                    "that each can move by 8 in a whole run [auto]",
@@ -245,8 +246,8 @@ class Flags:
         far = self.lambda_rate(steps) * steps * (1 - self.warmup / 2)
         most = 1 / (1 + (n_sources - 1) * math.exp(-2 * min(far, 300)))
         span = f"{steps} steps" if total or self.lr_lambda is not None else "the run"
-        return (f"in {span} a logit moves by {far:.1f} at Adam's full speed: from "
-                f"{1 / n_sources:.3f} to {most:.5f} for one of {n_sources} sources")
+        return (f"in {span} one of {n_sources} sources can go from {1 / n_sources:.3f} to "
+                f"{most:.5f} (its logit by {far:.1f}, at Adam's full speed)")
 
     def cost_in_words(self, cost: dict) -> list[str]:
         """Lines of what a plan says of time and money."""
@@ -363,6 +364,8 @@ def parse(argv: list[str] | None) -> Flags:
     } | given  # fmt: skip
     if "epochs" in given and "steps" not in given:
         values["steps"] = None
+    if "lr_w" in given and "lr_u" not in given and values["lr_u"] is not None:
+        values["lr_u"] = values["lr_w"]
     names = []
     for item in values["train"] or []:
         name, equals, _ = item.partition("=")
@@ -459,6 +462,10 @@ def check_flags(flags: Flags, world: int) -> list[str]:
     if not flags.train and (flags.val or flags.test or flags.also or flags.mode == "draw"):
         problems.append("--train is missing: a built-in task goes without --val, --test, --also "
                         "and --mode draw")
+    if flags.train and flags.task not in (None, Flags.task):
+        problems.append(f"--task {flags.task} contradicts --train: built-in data go without")
+    if learns and 0 < flags.tau != 1 == flags.outer_rounds:
+        problems.append(f"--tau {flags.tau}: needs --outer-rounds, between which alpha changes")
     if not learns and not flags.weights and not flags.plan:
         problems.append(f"--weights is missing: --mode {flags.mode} needs {WEIGHTS}")
     if flags.report_to and not find_spec(flags.report_to):

@@ -345,6 +345,11 @@ def draw_mixture(flags: Flags, inputs: Inputs, weights: dict | None) -> None:
     sources = {name: inputs.sources[name] for name in source_names(flags)}
     if weights is None:
         weights = {name: len(s) / sum(map(len, sources.values())) for name, s in sources.items()}
+    with contextlib.suppress(ValueError, LookupError, TypeError):  # no weights.json
+        learned = read_json(Path(flags.weights))["sources"]
+        if other := [n for n, s in sources.items() if learned[n]["sha256"] != s.sha256]:
+            inputs.notes.append(f"--weights {flags.weights}: learned on other records of "
+                                f"{', '.join(other)}")  # fmt: skip
     how = weights, flags.samples, flags.repeat, flags.seed
     inputs.mixture, notes = data.draw_samples(sources, *how)
     also = {name: source for name, source in inputs.sources.items() if name not in sources}
@@ -364,7 +369,7 @@ def parse_source_weights(spec: str, names: list[str]) -> dict[str, float] | None
     is_list = "=" in spec and not os.path.exists(spec)  # a long list is no path at all
     problems, stated = [], {}
     try:
-        pairs = [item.rpartition("=")[::2] for item in spec.split(",")]
+        pairs = [item.strip().rpartition("=")[::2] for item in spec.split(",")]
         stated = dict(pairs if is_list else read_json(Path(spec))["weights"].items())
     except ValueError as error:
         problems.append(f"{error}; permitted is {WEIGHTS}".removeprefix(f"{spec}: "))
@@ -374,7 +379,8 @@ def parse_source_weights(spec: str, names: list[str]) -> dict[str, float] | None
         problems.append("a source is named twice")
     others = set(stated) - set(names) if is_list else set(stated) ^ set(names)
     if others and not problems:
-        problems.append(f"it is about {sorted(stated)}, but to train on are {sorted(names)}")
+        what = f"names {sorted(others)}" if is_list else f"is about {sorted(stated)}"
+        problems.append(f"it {what}, but to train on are {sorted(names)}")
     for name, p in stated.items():
         with contextlib.suppress(ValueError):
             stated[name] = p = float(p) if is_list else p
@@ -450,6 +456,7 @@ def changes(flags: Flags, record: dict) -> list[str]:
     """A line for each thing that differs from a run that this one would go on with, and may not,
     or not where it branches off. Only what both records speak of is compared."""
     record, problems = json.loads(json.dumps(record)), []
+    hint = f"; with another --out and --resume {flags.out} it may"
     runs = {f"--out {flags.out}": held_run(flags.out)}
     if flags.resume not in ("auto", "never"):
         runs[f"--resume {flags.resume}"] = held_run(Path(flags.resume))
@@ -464,6 +471,8 @@ def changes(flags: Flags, record: dict) -> list[str]:
             free |= (thing, now) == ("--template", "auto")  # not settled yet
             if was != now and not free:
                 how = f"was {was}, now {now}"
+                if where.startswith("--out") and thing in map(spelt, BRANCHING):
+                    how, hint = how + hint, ""
                 if thing.startswith(HASHED):
                     gone = "is gone" if now is None else "has changed"
                     how = "was not there" if was is None else gone
@@ -509,7 +518,8 @@ def check_out(flags: Flags) -> list[str]:
             problems.append(f"--resume {flags.resume} is in --out itself: to branch off from an "
                             "earlier step, give another --out")
         elif not checkpoints(flags):
-            problems.append(f"--resume {flags.resume}: holds no checkpoint")
+            held = "holds no checkpoint" if named.exists() else "no such directory"
+            problems.append(f"--resume {flags.resume}: {held}")
     return problems
 
 

@@ -251,7 +251,7 @@ def summarise(rows: list[dict]) -> dict:
     """What weights.json says of the results.
 
     A source `differs` from the others if its gradient was so many standard errors from 0 that
-    chance gets there in one run of a hundred.
+    chance gets there in one run of a hundred; none does in a run that is too short.
     `gap` is the mean over the last fifth of the steps, `gap_se` its standard error.
     """
     last, names = rows[-1], list(rows[-1]["weights"])
@@ -259,7 +259,8 @@ def summarise(rows: list[dict]) -> dict:
     gaps = {name: [(row["gap"][name], row["gap_se"][name]) for row in last_fifth(rows)
                    if row["gap"][name] is not None] for name in names}  # fmt: skip
     return {key: last[key] for key in ("weights", "weights_se", "snr")} | {
-        "differs": {name: last["snr"][name] > threshold for name in names},
+        "differs": {name: last["step"] + 1 >= SHORT and last["snr"][name] > threshold
+                    for name in names},
         "gap": {k: float(np.mean([gap for gap, _ in v])) if v else None for k, v in gaps.items()},
         "gap_se": {
             k: math.hypot(*(se for _, se in v)) / len(v) if v else None for k, v in gaps.items()
@@ -360,15 +361,23 @@ def what_next(record: dict, out: Path) -> list[str]:
     if flags["mode"] == "bilevel":
         words = spelled_out(flags, "model", "train", "val", "test", "drop_overlap", "task",
                             "template", "max_length", "seed")  # fmt: skip
-        command = ["train.py", "--mode", "finetune", *words, "--weights", f"{out}/weights.json"]
+        command = ["--mode", "finetune", *words, "--weights", f"{out}/weights.json"]
+        program = program_here("train.py")
     elif flags["mode"] == "finetune" and (data or not flags["train"]):
         data = data or f"{flags['task']}-seed{flags['seed']}"
-        command = ["evaluate.py", "loss", "--model", f"{out}/model", "--data", data,
+        command = ["loss", "--model", f"{out}/model", "--data", data,
                    *spelled_out(flags, "max_length")]  # fmt: skip
+        program = program_here("evaluate.py")
     else:
         return []
     launch = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["python"]
-    return [f"Next: {shlex.join(launch + command)}"]
+    return [f"Next: {shlex.join([*launch, program, *command])}"]
+
+
+def program_here(name: str) -> str:
+    """A program of this project, as it is called from the folder we are in."""
+    path = Path(__file__).resolve().parents[1] / name
+    return name if path.parent == Path.cwd() else str(path)
 
 
 def spelled_out(flags: dict, *names: str) -> list[str]:
@@ -424,7 +433,8 @@ def elsewhere(result: dict, flags: dict, out: Path) -> list[str]:
     command = [*spelled_out(flags, "train", *held), "--weights", str(out / "weights.json"),
                "--out", "mix"]  # fmt: skip
     lines = [f"The mixture elsewhere, {sum(counts.values())} records:", *short,
-             f"  python train.py --mode draw {shlex.join(command)}", *recipes(Path("mix"))]
+             f"  python {shlex.quote(program_here('train.py'))} --mode draw {shlex.join(command)}",
+             *recipes(Path("mix"))]  # fmt: skip
     shares = {name: p for name, p in result["weights"].items() if p >= 5e-5}
     files = {name: result["sources"][name]["path"] for name in shares}
     if not all(file.endswith((".json", ".jsonl")) for file in files.values()):

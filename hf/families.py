@@ -72,6 +72,8 @@ class ModelConfig:
         field whose effect is not supported or not known."""
         f = Fields(config)
         family, bos, eos = f.get("model_type"), f.ids("bos_token_id"), f.ids("eos_token_id")
+        if {"flags", "versions"} <= config.keys():
+            raise ValueError("is of a run: its model is in the directory model beside it")
         if not isinstance(family, str) or family not in READERS:
             raise ValueError(f"model_type = {family!r}: supported are {', '.join(READERS)}")
         try:

@@ -191,7 +191,10 @@ def source_paths(items: list[str], flag: str = "--train") -> dict[str, Path]:
         for p in found:
             bare = re.sub(r"(\.jsonl?|\.parquet|\.gz)+$", "", Path(p).name)
             label = bare.removeprefix("train_" * (p != path)) if name is None else name
-            if not (label and p):
+            if name is not None and p and folder:
+                problems.add(f"{flag} {item}: a folder, whose train_* files are sources by their "
+                             f"own names: give {flag} {p}")
+            elif not (label and p):
                 problems.add(f"{flag} {item}: expected NAME=PATH")
             elif not label.isprintable() or set(label) & set("/,") or len(label) > 100:
                 problems.add(f"{flag} {label}={p}: a name may have no comma, as in --weights, and "

@@ -189,17 +189,31 @@ def test_clip_scales_to_the_norm():
     assert step.opt_w.grads[0].norm().item() == pytest.approx(0.01)
 
 
-def test_toy_problem_reaches_its_optimum():
-    """Two sources that pull a scalar to 0 and to 1, validation at 0.8: p = (0.2, 0.8)."""
+class Pairs(SourceWeights):
+    """Four sources in two groups, which share what a group gets."""
+
+    def probs(self):
+        return self.lam.softmax(0).repeat_interleave(2) / 2
+
+
+@pytest.mark.parametrize("sources, targets, expected", [
+    (SourceWeights(2, lr=0.02), [0.0, 1.0, 0.8], [0.2, 0.8]),
+    (Pairs(4, lr=0.02, n_logits=2), [0.0, 0.0, 1.0, 1.0, 0.8], [0.1, 0.1, 0.4, 0.4]),
+])  # fmt: skip
+def test_toy_problem_reaches_its_optimum(sources, targets, expected):
+    """Sources that pull a scalar to 0 and to 1, validation at 0.8; also where a logit is of a group
+    of them."""
     w, u = (nn.Module() for _ in "wu")
     for model in (w, u):
         model.x = nn.Parameter(torch.zeros(()))
     opts = [torch.optim.SGD(model.parameters(), 0.2) for model in (w, u)]
-    targets = torch.tensor([0.0, 1.0, 0.8])
-    sources = SourceWeights(2, lr=0.02)
+    targets, n = torch.tensor(targets), len(expected)
     step = PenaltyStep(w, u, *opts, sources, alpha=10,
                        losses=lambda model, batch: (model.x - targets[batch.group]) ** 2)
     for _ in range(300):
-        step.step(group_batches([0, 1], 2), group_batches([2], 1), torch.tensor([1, 1, 1]))
-    expected = torch.tensor([0.2, 0.8])
-    torch.testing.assert_close(sources.probs().detach(), expected, rtol=0, atol=0.01)
+        step.step(group_batches(range(n), n), group_batches([n], 1), torch.ones(n + 1))
+    torch.testing.assert_close(sources.probs().detach(), torch.tensor(expected), rtol=0, atol=0.01)
+    assert {len(values) for values in step.row().values()} == {n}
+    again = type(sources)(n, n_logits=len(sources.lam))
+    again.load_state_dict(sources.state_dict())
+    assert torch.equal(again.probs(), sources.probs())

@@ -145,12 +145,21 @@ def test_other_weights_or_another_tokenizer_are_another_run(pipeline, refusal):
     assert train.main([*pipeline.usual, "--out", "kept"]) == 0
 
 
+def test_weights_learned_on_other_records_are_noted(pipeline):
+    argv = [*pipeline.usual, "--samples", "8", "--out", "new"]
+    other = ["b=train_c.jsonl" if arg == "b=train_b.jsonl" else arg for arg in argv]
+    uniform = ["a=1,b=1" if arg == "learned/weights.json" else arg for arg in other]
+    said = [[note for note in prepare(parse(words), 1).notes if "learned on" in note]
+            for words in (argv, other, uniform)]  # fmt: skip
+    assert said == [[], ["--weights learned/weights.json: learned on other records of b"], []]
+
+
 def test_all_problems_are_printed_together(pipeline, refusal):
     spoilt = "--samples 0 --batch-size 0 --alpha 10 --val-batch-size 8 --weights c=0.5,b=-1"
     lines = refusal([*pipeline.tune, *spoilt.split(), "--out", "new"])
     for expected in ("--val-batch-size goes with --mode bilevel alone",
                      "--alpha goes with --mode bilevel alone", "--batch-size 0: permitted",
-                     "--samples 0: permitted", "it is about", "weight of b is -1.0"):
+                     "--samples 0: permitted", "it names ['c'], but", "weight of b is -1.0"):
         assert sum(expected in line for line in lines) == 1, (expected, lines)
     assert len(lines) == 6
     (line,) = refusal(["--mode", "finetune", "--out", "new"])

@@ -149,6 +149,14 @@ def test_a_report_ends_with_the_next_command(changed, said):
     assert next_one == [f"Next: {said}"] * bool(said)
 
 
+def test_no_source_differs_in_a_run_that_is_too_short(tmp_path):
+    for steps in (report.SHORT - 1, report.SHORT):
+        rows = report.read_rows(write_run(tmp_path / str(steps), ["a", "b"], steps))
+        for row in rows:
+            row |= {"snr": {"a": 99.0, "b": 0.0}, "gap_se": {"a": 1.0, "b": 1.0}, "alpha": 10.0}
+        assert report.summarise(rows)["differs"] == {"a": steps == report.SHORT, "b": False}
+
+
 def test_a_run_of_one_step_has_no_loss_of_before():
     rows = [{"test_loss": 2.0}, {}, {"test_loss": 1.0}]
     assert report.before_and_after(rows, "test_loss") == [2, 1]

@@ -193,7 +193,8 @@ def test_a_run_branches_off_from_a_checkpoint_of_another(whole, refusal):
         (["--resume", whole], "12 steps are done there, and this run has 12: take more --steps"),
         (["--resume", whole, "--steps", "16", "--max-length", "32"], "--max-length was "),
         (["--resume", str(newest[1]), "--val", "other.jsonl"], "the data of val has changed"),
-        (["--resume", "nowhere"], "--resume nowhere: holds no checkpoint"),
+        (["--resume", "nowhere"], "--resume nowhere: no such directory"),
+        (["--resume", "."], "--resume .: holds no checkpoint"),
         (["--out", str(Path(whole).parent), "--resume", whole], "--resume"),
         (["--out", whole, "--resume", str(newest[1])], "is in --out itself"),
     ):

@@ -75,7 +75,8 @@ def test_denoising_orders_the_sources(refusal):
     assert "finished" in shown and "clean" in shown
     lines = refusal([*argv, "--steps", "41", "--alpha", "30"])
     assert [line.split(" another run: ")[1] for line in lines] == [
-        "--alpha was 10.0, now 30.0", "--steps was 20, now 41",
+        "--alpha was 10.0, now 30.0; with another --out and --resume out it may",
+        "--steps was 20, now 41",
     ]  # fmt: skip
 
 
@@ -238,6 +239,9 @@ TOO_LONG = "[Errno 36] File name too long: 'x"
          "train b: no record is left after --drop-overlap"),
         ({"--val": "as-val.jsonl", "--test": "array.json", "--drop-overlap": []},
          "val: no record is left after --drop-overlap"),
+        ({"--train": ["a=twins"]}, "--train a=twins: a folder, whose train_* files are sources"),
+        ({"--task": "graded"}, "--task graded contradicts --train: "),
+        ({"--tau": "2"}, "--tau 2.0: needs --outer-rounds"),
         ({"--val-batch-size": "0"}, "--val-batch-size 0: "),
         ({"--steps": "0"}, "--steps 0: "),
         ({"--alpha": "nan"}, "--alpha nan: "),
@@ -247,6 +251,7 @@ TOO_LONG = "[Errno 36] File name too long: 'x"
         ({"--tau": "1e5", "--outer-rounds": "3"}, "--tau 100000.0: "),
         ({"--template": "llama3"}, "--template llama3: "),
         ({"--model": "no/such/model"}, "no/such/model: "),
+        ({"--model": "run"}, "run/config.json: is of a run: its model is in the directory model"),
     ],
 )
 def test_refusals(sound, refusal, change, expected):
@@ -254,6 +259,8 @@ def test_refusals(sound, refusal, change, expected):
     Path("as-val.jsonl").write_text("\n".join(some := held_out[:5]))
     Path("array.json").write_text(f"[{','.join(held_out[::-1])}]")
     Path("twins").mkdir()
+    Path("run").mkdir()
+    write_json(Path("run/config.json"), {"flags": {}, "versions": {}})
     for name in ("train_x.json", "train_x.jsonl"):
         Path("twins", name).write_text(some[0])
     lines = refusal(flags(sound | change))
@@ -471,6 +478,12 @@ def test_contradictory_flags_of_a_plan_are_refused_together(refusal):
     assert refusal(["--json", "--gpu-memory", "80"]) == [
         "--gpu-memory goes with --plan alone", "--json goes with --plan alone",
     ]  # fmt: skip
+
+
+def test_the_learning_rate_of_w_is_that_of_u_unless_it_is_given():
+    given = [parse(words.split()) for words in ("", "--lr-w 3e-4", "--lr-w 3e-4 --lr-u 1e-4")]
+    assert [(f.lr_w, f.lr_u) for f in given] == [(1e-3, 1e-3), (3e-4, 3e-4), (3e-4, 1e-4)]
+    assert parse("--mode finetune --weights uniform --lr-w 3e-4".split()).lr_u is None
 
 
 def test_learning_rate_schedule():

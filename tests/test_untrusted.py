@@ -184,7 +184,7 @@ def test_a_text_that_a_tokenizer_cannot_do_is_a_line():
     ("--steps 999999999 --outer-rounds 999999999", "make 1e+18 steps: permitted are 1e9"),
     ("--epochs 999999999 --batch-size 1", "make 1.2e+11 steps: permitted are 1e9"),
     ("--tau 0.1 --outer-rounds 1000", "--tau 0.1: permitted is what leaves alpha between 1e-9"),
-    ("--resume loop", "--resume loop: holds no checkpoint"),
+    ("--resume loop", "--resume loop: no such directory"),
     ("--lr-lambda 1e308", "--lr-lambda 1e+308: permitted is"),
     ("--mode finetune --weights uniform --samples 1000000000 --repeat", "--samples 1000000000: "),
 ])  # fmt: skip
