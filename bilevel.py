@@ -264,22 +264,24 @@ class Step:
             slopes.n_samples = 0
         return sums, of_samples[: len(train)]
 
-    def _over_all_ranks(self, sums: Tensor, opts: list, stop: bool) -> Totals:
+    def _update(self, sums: Tensor, opts: list, stop: bool = False) -> Totals:
         """Add up this rank's `sums`, (n,), its gradients' squares and its wish to stop with those
-        of the others, in one all-reduce. Collective: every rank calls it."""
+        of the others, in one all-reduce. If all is finite, each optimiser steps, on gradients
+        scaled down to norm `clip`; then they are gone. Collective: every rank calls it."""
         norms = torch.stack([_local_square_norm(opt).to(sums) for opt in opts])
         total = torch.cat([sums, norms, sums.new_full((1,), float(stop))])
         if dist.is_initialized():
             dist.all_reduce(total)
         total = total.cpu()  # the step's one wait for the device
-        sums, norms, asked = total.split([len(sums), len(opts), 1])
-        return Totals(sums, norms.sqrt().tolist(), bool(total.isfinite().all()), asked.item() > 0)
-
-    def _update(self, opt, norm: float) -> None:
-        """One optimiser step on gradients scaled down to norm `clip`."""
-        if self.clip and norm > self.clip:
-            torch._foreach_mul_(_local_grads(opt), self.clip / norm)
-        opt.step()
+        sums, squares, asked = total.split([len(sums), len(opts), 1])
+        norms, finite = squares.sqrt().tolist(), bool(total.isfinite().all())
+        for opt, norm in zip(opts, norms, strict=True):
+            if finite and self.clip and norm > self.clip:
+                torch._foreach_mul_(_local_grads(opt), self.clip / norm)
+            if finite:
+                opt.step()
+            opt.zero_grad()
+        return Totals(sums, norms, finite, asked.item() > 0)
 
 
 def by_group(values: Tensor, group: Tensor, n_groups: int) -> Tensor:
@@ -344,6 +346,8 @@ class PenaltyStep(Step):
         on_micro: Callable[[nn.Module, bool], None] = lambda model, last: None,
     ):
         super().__init__({"w": (w, opt_w), "u": (u, opt_u)}, losses, clip, on_micro)
+        if gap not in ("difference", "gradient"):
+            raise ValueError(f"gap={gap!r}: permitted are difference, gradient")
         self.slopes_u = self.slopes_w = None
         self.forget = lambda: None
         if gap == "gradient":
@@ -401,19 +405,16 @@ class PenaltyStep(Step):
         gaps = sum(self._gap_sums(*x, n_sources) for x in zip(train, of_u, of_w, strict=True))
 
         sums = torch.cat([sum_u[:-1], sum_w, gaps.flatten().to(sum_w)])  # (4S + 1,)
-        total = self._over_all_ranks(sums, [self.opt_u, self.opt_w], stop)
+        # w first: one move less where copies take turns.
+        total = self._update(sums, [self.opt_w, self.opt_u], stop)
         sum_u, sum_w, gaps = total.sums.to(probs).split([n_sources, n_sources + 1, 2 * n_sources])
-        norm_u, norm_w = total.norms
+        norm_w, norm_u = total.norms
 
         loss_u, loss_w = sum_u / n[:-1], sum_w[:-1] / n[:-1]  # 0 / 0 = NaN where absent
         gap, variance = gaps_and_variances(*gaps.view(2, -1), n[:-1])
         if total.finite:
-            self._update(self.opt_w, norm_w)  # w first: one move less where copies take turns
-            self._update(self.opt_u, norm_u)
             scale = torch.where(present, self.alpha / coverage, 0)
             self.sources.update(*(torch.nan_to_num(x) for x in (scale * gap, scale**2 * variance)))
-        self.opt_u.zero_grad()
-        self.opt_w.zero_grad()
         return StepStats(
             loss_w, norm_w, total.finite, total.stop, loss_u, norm_u, (sum_w[-1] / n[-1]).item(),
             gap, variance,
@@ -462,12 +463,8 @@ class PlainStep(Step):
         coef = torch.full_like(n, 1 / n.sum())  # (S + 1,)
         coef[-1] = 0  # where the fillers' group -1 points
         sums, _ = self._backward(self.w, train, [], coef)
-        total = self._over_all_ranks(sums, [self.opt_w], stop)
-        (norm,) = total.norms
-        if total.finite:
-            self._update(self.opt_w, norm)
-        self.opt_w.zero_grad()
-        return StepStats(total.sums[:-1] / n[:-1], norm, total.finite, total.stop)
+        total = self._update(sums, [self.opt_w], stop)
+        return StepStats(total.sums[:-1] / n[:-1], *total.norms, total.finite, total.stop)
 
 
 class Slopes:

@@ -65,10 +65,7 @@ class Rival(PenaltyStep):
         model, opt = self.copies[copy]
         coef = torch.cat([probs, probs.new_zeros(1)]) / counts
         sums, _ = self._backward(model, train, [], coef)
-        total = self._over_all_ranks(sums, [opt], False)
-        if total.finite:
-            self._update(opt, total.norms[0])
-        opt.zero_grad()
+        total = self._update(sums, [opt])
         return total._replace(sums=(total.sums / counts)[:-1].where(probs > 0, math.nan))
 
     @torch.no_grad()
@@ -121,11 +118,9 @@ class Alignment(Rival):
         cosines = torch.stack([cosine(g, ahead) for g in of_sources]).to(p)
         for master, parts in zip(masters, zip(*of_sources, strict=True), strict=True):
             master.grad = sum(x * g for x, g in zip(p.tolist(), parts, strict=True))
-        total = self._over_all_ranks(torch.stack(losses), [self.opt_w], False)
+        total = self._update(torch.stack(losses), [self.opt_w])
         if total.finite:
-            self._update(self.opt_w, total.norms[0])
             self.sources.update(-cosines, torch.zeros_like(p))  # their errors are not known
-        self.opt_w.zero_grad()
         self.seen = [self.sources.probs().detach()]
         return self.stats(total._replace(sums=total.sums[:-1]), stop, total.sums[-1].item())
 

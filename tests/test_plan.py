@@ -119,7 +119,7 @@ def state() -> list:
         for t in (0, 2, 3):
             if t == 3:
                 live = {}
-                penalty._update = lambda *_, p=penalty, live=live: live.update(live_state(p))
+                penalty.opt_w.step = lambda p=penalty, live=live: live.update(live_state(p))
             one_step(penalty, config, 2, 16, t=t)
         active = penalty.opt_w.active
         draw = len(active - {config.n_layers}), config.n_layers in active
