@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import itertools
 import json
 import math
@@ -33,7 +32,7 @@ import data
 import shard
 from cli import plan
 from cli.flags import BRANCHING, HARMLESS, WEIGHTS, Flags, as_json, check_flags, spelt
-from hf import Problems, open_regular, pretrained, read_json, say, templates, tokenizer
+from hf import Problems, open_regular, pretrained, read_json, say, templates, tokenizer, try_lock
 from model import ModelConfig, dtype_of, open_checkpoint, parameter_shapes
 from sources import tasks
 from sources.records import source_paths
@@ -575,17 +574,6 @@ def lock_directory(out: Path, token: str) -> BinaryIO:
     except OSError as error:
         raise ValueError(f"--out {error.filename or out}: {error.strerror}") from None
     return lock
-
-
-def try_lock(lock: BinaryIO) -> bool:
-    """Lock a file, unless another process has done so."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        say(f"note: nothing keeps another run out: {lock.name} cannot be locked ({error.strerror})")
-    return True
 
 
 def find_token(out: Path, token: str) -> None:

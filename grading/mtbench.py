@@ -262,9 +262,7 @@ class Judge:
         request = Request(self.address, json.dumps(body).encode(), headers)
         try:
             with self.opener.open(request, timeout=self.timeout) as reply:
-                text = b""
-                while len(text) < BYTES and (piece := reply.read1(1 << 16)):
-                    text += piece
+                text = reply.read(BYTES)
             choice = parse_json(text)["choices"][0]
         except HTTPError as error:
             error.said = error.fp.read1(10_000).decode(errors="replace")

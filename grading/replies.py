@@ -8,7 +8,6 @@ and the files in which the replies are kept as they come.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import shard
-from hf import Problems, open_regular, parse_json, pretrained, say, templates, tokenizer
+from hf import Problems, open_regular, parse_json, pretrained, say, templates, tokenizer, try_lock
 from hf.tokenizer import Turns
 from model import ModelConfig, Transformer, dtype_of, generate, open_checkpoint, read_tensors
 from sources.records import located_values
@@ -168,9 +167,7 @@ def answer_batch(
         model, [prompts[i] for i in own], max_new_tokens, temperature, eos_id=c.stops,
         seeds=[seeds[i] for i in own], stop_when=all_finished,
     )  # fmt: skip
-    every = [None] * world
-    dist.all_gather_object(every, dict(zip(own, new, strict=True)))
-    for i, ids in {i: ids for part in every for i, ids in part.items()}.items():
+    for i, ids in shard.gathered(dict(zip(own, new, strict=True))).items():
         text = c.tokenizer.decode(ids)
         if c.template == "alpaca":  # no control token opens a user's turn: it may go on with one
             text = text.split("### Instruction:")[0]
@@ -227,10 +224,8 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path if first else os.devnull, "ab")  # noqa: SIM115 (see __exit__)
         if first:
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed
-            except BlockingIOError:
-                raise ValueError(f"{path}: another process is writing to it") from None
+            if not try_lock(self.file):  # until the file is closed
+                raise ValueError(f"{path}: another process is writing to it")
             self.rows = read(path)
             self.file.truncate(path.read_bytes().rfind(b"\n") + 1)
 

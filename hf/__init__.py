@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import faulthandler
+import fcntl
 import functools
 import json
 import math
@@ -45,6 +46,17 @@ def open_regular(path: str | os.PathLike, mode: str = "rb") -> BinaryIO:
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 
     return open(path, mode, opener=opener)
+
+
+def try_lock(file: BinaryIO) -> bool:
+    """Lock a file until it is closed, unless another process has done so."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        say(f"note: nothing keeps another run out: {file.name} cannot be locked ({error.strerror})")
+    return True
 
 
 def read_json(file: Path, most: int = JSON_BYTES) -> dict:

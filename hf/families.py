@@ -61,7 +61,6 @@ class ModelConfig:
     embed_scale: float = 1.0
     residual_scale: float = 1.0  # of what attention and MLP add to the residual stream (Granite)
     logit_scale: float = 1.0
-    bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     ignored_dropout: tuple[str, ...] = ()  # non-zero dropout fields, which this model leaves out
     hf: dict = field(default_factory=dict, compare=False, repr=False)  # config.json itself
@@ -71,7 +70,7 @@ class ModelConfig:
         """Read config.json as transformers 4 or 5 write it. Raises Problems, a line for every
         field whose effect is not supported or not known."""
         f = Fields(config)
-        family, bos, eos = f.get("model_type"), f.ids("bos_token_id"), f.ids("eos_token_id")
+        family, _, eos = f.get("model_type"), f.ids("bos_token_id"), f.ids("eos_token_id")
         if {"flags", "versions"} <= config.keys():
             raise ValueError("is of a run: its model is in the directory model beside it")
         if not isinstance(family, str) or family not in READERS:
@@ -87,9 +86,7 @@ class ModelConfig:
             raise Problems(problems)
         values = {"score_scale": values["head_size"] ** -0.5} | values
         dropout = tuple(k for k, v in config.items() if DROPOUT.search(k) and v)
-        bos = bos[0] if bos else None
-        return cls(family, bos_id=bos, eos_ids=eos, ignored_dropout=dropout, hf=dict(config),
-                   **values)  # fmt: skip
+        return cls(family, eos_ids=eos, ignored_dropout=dropout, hf=dict(config), **values)
 
 
 DROPOUT = re.compile("dropout|pdrop")
