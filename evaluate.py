@@ -246,19 +246,19 @@ def answer_problems(args: argparse.Namespace, device: torch.device) -> list[dict
     from grading import answers
 
     Problems(f"--{x} is missing" for x in ("model", "data") if not getattr(args, x)).raise_if_any()
-    problems, exemplars = Problems(), answers.EXEMPLARS[args.command]
+    problems = Problems()
+    exemplars = args.exemplars or f"{answers.EXEMPLARS}/{args.command}.jsonl"
     with problems.collecting():
         c = replies.open_model(args.model, args.template)
     with problems.collecting():
         every = answers.read_problems(local_file(args.data))
     with problems.collecting():
-        if args.exemplars:
-            exemplars = answers.read_problems(local_file(args.exemplars))
-        if args.shots > len(exemplars):
-            raise ValueError(f"--shots {args.shots}: there are {len(exemplars)} exemplars")
+        shown = answers.read_problems(local_file(exemplars))
+        if args.shots > len(shown):
+            raise ValueError(f"--shots {args.shots}: there are {len(shown)} exemplars")
     shard.jointly(problems.raise_if_any)
     before = []
-    for question, solution, *_ in exemplars[: args.shots]:
+    for question, solution, *_ in shown[: args.shots]:
         before += [("user", f"{question}\n{args.instruction}"), ("assistant", solution)]
     asked = [replies.Asked({"index": i, "question": question, "answer": answer},
                            [f"{question}\n{args.instruction}"])

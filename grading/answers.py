@@ -16,6 +16,7 @@ import logging
 import os
 import re
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 from latex2sympy2_extended.math_normalization import extract_boxed_content, normalize_latex
@@ -25,41 +26,7 @@ from grading.replies import convert_rows
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs each timeout
 
-EXEMPLARS = {
-    "gsm8k": [
-        ("A baker fills 4 trays with 12 rolls each and sells 29 rolls. How many rolls are left?",
-         "The baker makes 4 * 12 = 48 rolls.\nAfter the sale 48 - 29 = 19 rolls are left.\n"
-         "The answer is \\boxed{19}."),
-        ("Lena reads 15 pages on Monday and twice as many on Tuesday. Her book has 120 pages. "
-         "How many pages does she still have to read?",
-         "On Tuesday Lena reads 2 * 15 = 30 pages.\nTogether she has read 15 + 30 = 45 pages.\n"
-         "She still has to read 120 - 45 = 75 pages.\nThe answer is \\boxed{75}."),
-        ("A taxi asks $3 to start and $2 for each kilometre. Omar pays with a $50 note and gets "
-         "$25 back. How many kilometres did he ride?",
-         "Omar paid 50 - 25 = 25 dollars.\nOf these 25 - 3 = 22 dollars were for the distance.\n"
-         "He rode 22 / 2 = 11 kilometres.\nThe answer is \\boxed{11}."),
-        ("A tank of 200 litres is 30% full. A pump adds 7 litres a minute. After how many minutes "
-         "is it full?",
-         "The tank holds 0.30 * 200 = 60 litres.\nIt lacks 200 - 60 = 140 litres.\n"
-         "The pump needs 140 / 7 = 20 minutes.\nThe answer is \\boxed{20}."),
-    ],
-    "math": [
-        ("What is the sum of all integers $n$ with $|2n - 3| \\le 5$?",
-         "The condition says $-5 \\le 2n - 3 \\le 5$, so $-1 \\le n \\le 4$. The integers are "
-         "$-1, 0, 1, 2, 3, 4$, and their sum is $9$. The answer is $\\boxed{9}$."),
-        ("A fair die is thrown twice. What is the probability that the second number is greater "
-         "than the first?",
-         "Of the $36$ outcomes $6$ show equal numbers. By symmetry the second number is greater in "
-         "half of the other $30$. The probability is $\\frac{15}{36} = \\frac{5}{12}$. The answer "
-         "is $\\boxed{\\frac{5}{12}}$."),
-        ("Simplify $\\sqrt{50} - \\sqrt{8}$.",
-         "We have $\\sqrt{50} = 5\\sqrt{2}$ and $\\sqrt{8} = 2\\sqrt{2}$. The difference is "
-         "$3\\sqrt{2}$. The answer is $\\boxed{3\\sqrt{2}}$."),
-        ("Factor $x^3 - 4x$ completely.",
-         "Take out $x$: $x^3 - 4x = x(x^2 - 4)$. The second factor is a difference of squares, so "
-         "the answer is $\\boxed{x(x - 2)(x + 2)}$."),
-    ],
-}  # fmt: skip
+EXEMPLARS = Path(__file__).parent / "exemplars"  # our own: NAME.jsonl for each command
 
 
 class Problem(NamedTuple):

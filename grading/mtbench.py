@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import NamedTuple
@@ -41,16 +41,7 @@ TEMPERATURES = {  # of the answers, by category: FastChat's
 WITH_REFERENCE = ("math", "reasoning", "coding")  # graded with a reference answer at hand
 KEY = "JUDGE_API_KEY"  # the environment variable
 
-SYSTEM = (
-    "You grade replies of an AI assistant. Weigh how well a reply does what the user asked for: "
-    "whether it is correct, helpful, relevant, deep enough, creative where that is wanted, and as "
-    "detailed as it should be. Its length alone counts for nothing. Be impartial and strict."
-)
-FORMAT = (
-    "Explain your judgement in a few sentences first. Then end with the grade, a number from 1 "
-    "(useless) to 10 (could not be better), in double square brackets and exactly in this form: "
-    "Grade: [[5]]"
-)
+PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")  # our own
 
 
 class Question(NamedTuple):
@@ -97,8 +88,8 @@ def as_row(replies: list[Reply]) -> dict:
 
 
 def read_prompts(path: str | os.PathLike) -> dict[str, tuple[str, str]]:
-    """{name: (system prompt, template)} of FastChat's judge_prompts.jsonl. ValueError with a line
-    "path:line: …" per problem."""
+    """{name: (system prompt, template)} of a file like FastChat's judge_prompts.jsonl. ValueError
+    with a line "path:line: …" per problem."""
 
     def prompt(row: dict) -> tuple:
         return row["name"], (row["system_prompt"] + "", row["prompt_template"] + "")
@@ -113,36 +104,23 @@ def read_prompts(path: str | os.PathLike) -> dict[str, tuple[str, str]]:
     return prompts
 
 
+@lru_cache
+def own_prompts() -> dict[str, tuple[str, str]]:
+    return read_prompts(PROMPTS)
+
+
 def judge_messages(
     q: Question, answers: tuple[str, str], turn: int, prompts: dict | None = None
 ) -> list[dict]:
-    """What the judge is asked about the answer to turn 0 or 1: by FastChat's prompts, or our own.
-    KeyError for a prompt that is missing, or a field of it that is unknown."""
-    system, user = SYSTEM, own_prompt(q, answers, turn)
-    if prompts:
-        system, user = prompts[f"single{'-math' * bool(q.reference)}-v1{'-multi-turn' * turn}"]
-        told = {"question": q.turns, "answer": answers, "ref_answer": (*q.reference, "", "")}
-        told = {f"{name}_{n + 1}": texts[n] for name, texts in told.items() for n in (0, 1)}
-        told |= {"question": q.turns[0], "answer": answers[0]}
-        user = re.sub(r"\{(\w+)\}", lambda field: told[field[1]], user)
+    """What the judge is asked about the answer to turn 0 or 1, by prompts of `read_prompts`, ours
+    unless given. KeyError for a prompt that is missing, or a field of it that is unknown."""
+    prompts = prompts or own_prompts()
+    system, user = prompts[f"single{'-math' * bool(q.reference)}-v1{'-multi-turn' * turn}"]
+    told = {"question": q.turns, "answer": answers, "ref_answer": (*q.reference, "", "")}
+    told = {f"{name}_{n + 1}": texts[n] for name, texts in told.items() for n in (0, 1)}
+    told |= {"question": q.turns[0], "answer": answers[0]}
+    user = re.sub(r"\{(\w+)\}", lambda field: told[field[1]], user)
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
-
-
-def own_prompt(q: Question, answers: tuple[str, str], turn: int) -> str:
-    """What the judge is asked without FastChat's prompts."""
-    parts = []
-    for n in range(turn + 1):
-        reference = "".join(q.reference[n : n + 1])
-        told = {"question": q.turns[n], "reference answer": reference, "reply": answers[n]}
-        parts += [f"<{title} {n + 1}>\n{text}\n</{title} {n + 1}>"
-                  for title, text in told.items() if text or title == "reply"]  # fmt: skip
-    task = ("Grade the assistant's reply to the question below." if turn == 0 else
-            "Grade the assistant's second reply in the conversation below. The first is shown for "
-            "context only.")  # fmt: skip
-    if q.reference:
-        task += (" The reference answer is by an expert: compare the reply with it, and find the "
-                 "mistakes.")  # fmt: skip
-    return "\n\n".join([f"{task} {FORMAT}", *parts])
 
 
 NAMED, VALUE = r"(?:grade|rating|score)\W{0,9}?", r"(\d+(?:\.\d*)?)\s{0,9}(?:/\s{0,9}10)?\s{0,9}"

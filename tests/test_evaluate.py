@@ -297,10 +297,10 @@ def test_exemplars_are_turns_before_the_question(sums, here, says):
     prompts, model = says("2"), make_checkpoint(Path(), max_position_embeddings=2048)
     args = ("gsm8k", "--model", model, "--data", sums, *FLAGS, "--shots", 2)
     assert here(*args, "--out", "a")[0] == here(*args, "--exemplars", sums, "--out", "b")[0] == 0
-    for exemplars in answers.EXEMPLARS.values():
-        assert len(exemplars) >= 4 and all("\\boxed{" in solution for _, solution in exemplars)
-    first = answers.EXEMPLARS["gsm8k"][0]
-    for prompt, solution in ((prompts[0], first[1]), (prompts[-1], "So.\n#### 2")):
+    ours = [answers.read_problems(answers.EXEMPLARS / f"{x}.jsonl") for x in ("gsm8k", "math")]
+    for exemplars in ours:
+        assert len(exemplars) >= 4 and all("\\boxed{" in e.solution for e in exemplars)
+    for prompt, solution in ((prompts[0], ours[0][0].solution), (prompts[-1], "So.\n#### 2")):
         assert prompt.count("\nGo.\n") == 3 and f"\nGo.\n{solution}" in prompt
 
 
