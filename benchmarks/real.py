@@ -362,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             trial.write(task)
         except OSError as error:
-            parser.error(f"--out {args.out}: {error}")
+            parser.error(f"--out {args.out}, or SCALEBIO_ASSETS: {error}")
     if {*args.only} == {"tables"} and not out.is_dir():
         parser.error(f"--out: there is no run yet in {out}")
     done = [fidelity.run(cells, trial.out, args.workers) for cells in stages(args, trial) if cells]

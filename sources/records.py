@@ -361,6 +361,8 @@ def write_records(out: Path, drawn: dict) -> list[str]:
             if n in found:
                 found[n] = record
         problems.raise_if_any()
+        if None in found.values():
+            raise ValueError(f"{source.path}: was written to while it was read")
         for turns, record in (found[n] for n in source.numbers.tolist()):
             records.append(record)
             if messages := as_messages(turns):

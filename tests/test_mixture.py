@@ -13,6 +13,7 @@ import data
 import train
 from cli import inputs, report
 from cli.flags import as_json, parse
+from sources.records import write_records
 
 NAMES = ["a", "b", "c"]
 
@@ -236,6 +237,14 @@ def test_what_draw_cannot_do_is_refused(files, refusal):
     assert line == "--also a=val.json: --train has a source of this name"
     (line,) = refusal([*DRAW[2:], "--val", "val.json", "--also", "c=few.json"])
     assert line == "--also goes with --mode finetune or draw alone"
+
+
+def test_a_file_that_lost_records_since_they_were_drawn_is_named(files, tmp_path):
+    flags = parse([*DRAW, "--weights", "uniform", "--samples", "20"])
+    drawn = inputs.prepare(flags, 1).mixture
+    Path("a.json").write_text(json.dumps(files["a"][:5]))
+    with pytest.raises(ValueError, match="a.json: was written to while it was read"):
+        write_records(tmp_path, drawn)
 
 
 def mixture_elsewhere(
