@@ -249,10 +249,10 @@ def state_of(trainer: Trainer, saved: Iterable[str] = ()) -> dict[str, torch.Ten
     """A run's state: the copies' parameters, their active sets' AdamW state, and the weights'. If
     there are names of a state that was `saved`, those blocks are active from now on that were."""
     state = trainer.state_dict()
+    for copy, (_, opt) in trainer.copies.items() if saved else ():  # of which one may have to wait
+        own = f"{copy}.lisa."
+        opt.activate(name.removeprefix(own) for name in saved if name.startswith(own))
     for copy, (model, opt) in trainer.copies.items():
-        if saved:
-            kept = f"{copy}.lisa."
-            opt.activate(name.removeprefix(kept) for name in saved if name.startswith(kept))
         named = {name: p.detach() for name, p in model.named_parameters()}
         named |= {f"lisa.{name}": tensor for name, tensor in opt.state_dict().items()}
         state |= {

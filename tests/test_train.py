@@ -147,7 +147,8 @@ def test_an_absent_source_is_null_and_rounds_raise_alpha():
     assert [row["alpha"] for row in table] == [10.0] * 4 + [30.0] * 4
 
 
-def test_nonfinite_loss_stops_or_is_passed_over(sound):
+@pytest.mark.parametrize("more", [[], ["--cpu-offload"]], ids=["", "in turns"])
+def test_nonfinite_loss_stops_or_is_passed_over(sound, more):
     """The embedding of Z is infinite, and of the samples only one of source b has a Z. The state
     before that step is saved, also where LISA has just drawn other blocks, and if the run may pass
     over it, it goes on from there, to the same bits as one that always might."""
@@ -157,7 +158,7 @@ def test_nonfinite_loss_stops_or_is_passed_over(sound):
     write_json(Path("b.json"), [{"text": "Zzz" if i == 5 else "abc"} for i in range(12)])
     sound["--train"][1] = "b=b.json"
     argv = [*flags(sound), *"--steps 6 --batch-size 4 --val-batch-size 4 --dtype bf16".split()]
-    argv += ["--lisa-layers", "1", "--lisa-interval", "1"]
+    argv += ["--lisa-layers", "1", "--lisa-interval", "1", *more]
     code, said = run(flags=argv)
     assert code == 1 and "Traceback" not in said
     why = ": not finite: the loss of source b under w, the loss of source b under u."
