@@ -113,7 +113,7 @@ class SourceWeights(nn.Module):
         return factor * self.lr
 
     def get_extra_state(self) -> Tensor:
-        """Adam's step and moments, (3, S), so that a run can be resumed."""
+        """Adam's step and moments, (3, n_logits), so that a run can be resumed."""
         zero = torch.zeros_like(self.lam)  # what Adam starts from
         state = self.opt.state.get(self.lam) or {}
         names = "step", "exp_avg", "exp_avg_sq"
@@ -177,8 +177,10 @@ class SourceWeights(nn.Module):
         jac, (_, ratios, n) = self.jacobian(), self.kappa
         kappa = (ratios / n.clamp(min=1)).clamp(min=1)
         errors = ((jac @ (kappa * self.covariance)) * jac).sum(1).clamp(min=0).sqrt()
-        own = jac.abs().argmax(1)  # the logit that moves a source most
-        return {"weights": self.probs().detach(), "weights_se": errors, "snr": self.snr[own]}
+        snr = self.snr
+        if len(snr) != len(errors):  # that of the logit which moves a source most
+            snr = snr[jac.abs().argmax(1)]
+        return {"weights": self.probs().detach(), "weights_se": errors, "snr": snr}
 
 
 @dataclass

@@ -121,7 +121,8 @@ class Lisa:
     def activate(self, state: Iterable[str]) -> None:
         """Have those units train that a `state_dict` of these names is of, until the next switch,
         whatever they were drawn by."""
-        held = {int(name.split(".")[0]) for name in state}
+        numbers = (name.partition(".")[0] for name in state)
+        held = {int(number) for number in numbers if number.isdecimal()}
         units = {i for i, unit in enumerate(self.units) if held & {self.index[p] for p in unit}}
         self._activate(units, 0)
         self.period = -1

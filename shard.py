@@ -551,8 +551,8 @@ def load_checkpoint(
 
     # Looked at first, as dcp.load prints what it trips over there.
     metadata = jointly(one_line()(reader.read_metadata))
+    tensors = tensors_for(list(metadata.state_dict_metadata))
     with one_line(), one_error():
-        tensors = tensors_for(list(metadata.state_dict_metadata))
         dcp.load(tensors, storage_reader=reader)
     return tensors
 

@@ -162,6 +162,7 @@ def train(
         if dist.get_rank() == 0:
             say(f"weights: {flags.reach(total, len(inputs.sources))}")
     start, origin = resume(flags, inputs, trainer)
+    saved = start if origin == flags.out else 0  # steps that the newest checkpoint in --out has
     learned = {"model": flags.model, "sources": about(inputs.sources)}
     learned = learned if flags.mode == "bilevel" else None
     log = report.Log(flags.out, learned, start, total, dist.get_rank() == 0, origin, track)
@@ -192,14 +193,14 @@ def train(
         row |= {"seconds": seconds, "tokens_per_s": tokens_of(trainer, batch) / seconds}
         if not (stats.finite or flags.skip_nonfinite):
             log.write_weights()
-            if step and not (flags.out / f"checkpoints/step-{step}").exists():
+            if step != saved:
                 log.say(save(flags, inputs, trainer, step, log, signals))
             raise Failed(report.nonfinite_message(row, counts, flags.out))
         log.write(row | held_out)
         done, last = step + 1, step + 1 == total
         due = flags.keep if last else flags.save_every and done % flags.save_every == 0
         if due or (stats.stop and not last):
-            log.say(save(flags, inputs, trainer, done, log, signals))
+            log.say(save(flags, inputs, trainer, saved := done, log, signals))
         if stats.stop and not last:
             raise Stopped(f"stopped after {done} of {total} steps")
 

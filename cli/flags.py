@@ -210,8 +210,8 @@ class Flags:
     compile: bool = LISA(False, "fuse what each block does, with torch.compile; needs a C++ "
                          "compiler")
 
-    save_every: int = KEEP(0, "steps between two checkpoints; 0 = only when asked to stop by a "
-                           "signal", permitted=STEPS)
+    save_every: int = KEEP(0, "steps between two checkpoints; 0 = only where a signal, or a step "
+                           "that is not finite, stops the run", permitted=STEPS)
     keep: int = KEEP(2, "checkpoints to keep, the newest; a finished run keeps its last state, or "
                         "with 0 none", permitted=STEPS)
     resume: str = KEEP("auto", "'auto' goes on from the newest checkpoint in --out; 'never' starts "

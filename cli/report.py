@@ -66,7 +66,7 @@ class Log:
         """about: what weights.json says besides the results, None for a run that learns none;
         start: steps already done, of which the rows are kept; origin: the directory of the run
         that did them; track: shows numbers by their names, and a step."""
-        self.out, self.about, self.main, self.late = out, about, main, main
+        self.out, self.about, self.main, self.late, self.finished = out, about, main, main, False
         self.rows, file = read_rows(origin, start) if main else [], f"{origin}/metrics.jsonl"
         if main and len(self.rows) < start:
             say(f"note: {start - len(self.rows)} of the {start} steps before are missing in {file}")
@@ -102,6 +102,7 @@ class Log:
         """Add to the last row what the finished model gives; `settle` writes it."""
         if self.main:
             self.bar.close()
+            self.finished = True
             for row in self.rows[-1:]:
                 row |= held_out
                 self.show(held_out | {"step": row["step"]})
@@ -136,7 +137,7 @@ class Log:
 
     def write_weights(self) -> None:
         if self.rows and self.main and self.about is not None:
-            write_json(self.out / "weights.json", self.about | summarise(self.rows))
+            write_json(self.out / "weights.json", self.about | summarise(self.rows, self.finished))
 
 
 def progress_text(row: dict) -> str:
@@ -247,7 +248,7 @@ def nonfinite_message(row: dict, counts: Tensor, out: Path) -> str:
 
 # Results
 
-def summarise(rows: list[dict]) -> dict:
+def summarise(rows: list[dict], finished: bool = True) -> dict:
     """What weights.json says of the results.
 
     A source `differs` from the others if its gradient was so many standard errors from 0 that
@@ -268,13 +269,15 @@ def summarise(rows: list[dict]) -> dict:
         "step": last["step"] + 1,
         "skipped": sum(not row["finite"] for row in rows),
         "alpha": last["alpha"],
-        "test_loss": before_and_after(rows, "test_loss"),
+        "test_loss": before_and_after(rows, "test_loss", finished),
     }
 
 
-def before_and_after(rows: list[dict], key: str) -> list[float | None]:
-    """A loss of the model as loaded and as saved; of a run of one step only of the latter."""
-    return [rows[0].get(key) if len(rows) > 1 else None, rows[-1].get(key) if rows else None]
+def before_and_after(rows: list[dict], key: str, finished: bool = True) -> list[float | None]:
+    """A loss of the model as loaded and, in the last row of a `finished` run, as saved: of a run of
+    one step there is only the latter."""
+    first, last = ([row.get(key) for row in rows[:1] + rows[-1:]] or [None, None])
+    return [first, last] if len(rows) > 1 else [None, last] if finished else [first, None]
 
 
 def last_fifth(series):
@@ -365,8 +368,9 @@ def what_next(record: dict, out: Path) -> list[str]:
         program = program_here("train.py")
     elif flags["mode"] == "finetune" and (data or not flags["train"]):
         data = data or f"{flags['task']}-seed{flags['seed']}"
-        command = ["loss", "--model", f"{out}/model", "--data", data,
-                   *spelled_out(flags, "max_length")]  # fmt: skip
+        # evaluate.py cuts where models do that are not built in; a built-in task is not cut.
+        cut = spelled_out(flags | {"model": "other"}, "max_length") if flags["train"] else []
+        command = ["loss", "--model", f"{out}/model", "--data", data, *cut]
         program = program_here("evaluate.py")
     else:
         return []
@@ -609,7 +613,8 @@ def spread(ys: list[float], least: float, top: float) -> list[float]:
 
 def draw_bars(axes, runs: list[Run], bars: dict[str, tuple], colours: dict) -> None:
     """The sources with their values, pale where the data do not tell one from the others."""
-    threshold = differs_above(len(runs[0].rows), len(bars))
+    steps = len(runs[0].rows)
+    threshold = differs_above(steps, len(bars)) if steps >= SHORT else math.inf
     for y, (name, (value, se, final)) in enumerate(bars.items()):
         apart = len(runs) > 1 or runs[0].shares or runs[0].rows[-1]["snr"][name] > threshold
         axes.barh(y, value, color=colours[name], alpha=1 if apart else 0.35, xerr=se,

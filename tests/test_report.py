@@ -134,10 +134,12 @@ def test_a_table_is_sorted_and_scaled_to_the_largest_weight():
      "--template own --weights x/weights.json"),
     ({"mode": "finetune", "seed": 3}, "python evaluate.py loss --model x/model --data "
                                       "denoising-seed3"),
-    ({"mode": "finetune", "train": ["a.json"], "val": "v.json"},
+    ({"mode": "finetune", "train": ["a.json"], "val": "v.json", "max_length": 512},
      "python evaluate.py loss --model x/model --data v.json"),
-    ({"mode": "finetune", "model": "o/M", "test": "t.json", "max_length": 2048},
+    ({"mode": "finetune", "model": "o/M", "train": ["a"], "test": "t.json", "max_length": 2048},
      "python evaluate.py loss --model x/model --data t.json --max-length 2048"),
+    ({"mode": "finetune", "train": ["a.json"], "test": "t.json"},
+     "python evaluate.py loss --model x/model --data t.json --max-length 64"),
     ({"train": ["a.json"], "val": "v.json", "drop_overlap": True},
      "python train.py --mode finetune --train a.json --val v.json --drop-overlap "
      "--weights x/weights.json"),
@@ -161,6 +163,7 @@ def test_a_run_of_one_step_has_no_loss_of_before():
     rows = [{"test_loss": 2.0}, {}, {"test_loss": 1.0}]
     assert report.before_and_after(rows, "test_loss") == [2, 1]
     assert report.before_and_after(rows[-1:], "test_loss") == [None, 1]
+    assert report.before_and_after(rows[:1], "test_loss", finished=False) == [2, None]
     assert report.before_and_after([], "test_loss") == [None, None]
 
 
