@@ -370,9 +370,7 @@ def plot_command(args: argparse.Namespace, _: None) -> int:
     """Draw runs into one picture."""
     from cli import report
 
-    file = args.out or (args.run[0] if len(args.run) == 1 else Path()) / "weights.png"
-    report.plot(args.run, file)
-    hf.say(file)
+    hf.say(report.plot(args.run, args.out))
     return 0
 
 

@@ -394,11 +394,10 @@ def end(end_track: Callable[[int], None], code: int, flags: Flags) -> None:
 
 def draw_picture(flags: Flags) -> list[str]:
     """The picture of a finished run; or a line that says why there is none."""
-    name = "weights.png" if flags.mode == "bilevel" else "losses.png"
     try:
-        report.plot([flags.out], flags.out / name)
+        report.plot([flags.out])
     except ValueError as error:
-        return [f"no {name}: {error}"]
+        return [f"no picture: {error}"]
     return []
 
 

@@ -542,7 +542,8 @@ EVALUATION = [  # commands, flag, default, help, and what argparse takes beside
     (ASKING, "--out", None, "directory of the replies [runs/eval-<model>]", {}),
     ("plot", "run", None, "directories of train.py; runs that differ in their seed alone are drawn "
      "together", {"nargs": "+", "type": Path}),
-    ("plot", "--out", None, "png, pdf or svg [weights.png; of one run, in its directory]", FILE),
+    ("plot", "--out", None, "png, pdf or svg [weights.png or, of fine-tuning, losses.png; of one "
+     "run in its directory]", FILE),
 ]  # fmt: skip
 
 

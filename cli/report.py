@@ -500,8 +500,9 @@ def read_run(path: Path) -> Run:
     return Run(path, rows, [*(shares or rows[0].get("weights") or ())], shares, kind)
 
 
-def plot(paths: list[Path], file: Path) -> None:
-    """Draw runs into an image file. ValueError, a line for each reason why it cannot be."""
+def plot(paths: list[Path], file: Path | None = None) -> Path:
+    """Draw runs into an image file: unless it is named, weights.png or losses.png, of one run in
+    its directory. Returns it. ValueError, a line for each reason why it cannot be."""
     runs, problems = [], Problems()
     for path in paths:
         with problems.collecting():
@@ -511,12 +512,16 @@ def plot(paths: list[Path], file: Path) -> None:
         figure = figure_of(runs)
     except (LookupError, TypeError, AttributeError, ArithmeticError):
         raise ValueError("a file of a run is damaged") from None
+    if file is None:
+        folder = paths[0] if len(paths) == 1 else Path()
+        file = folder / ("losses.png" if runs[0].shares else "weights.png")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a font without some character: it is drawn as a box
         try:
             figure.savefig(file, dpi=92)
         except (OSError, ValueError) as error:
             raise ValueError(f"{file}: {getattr(error, 'strerror', 0) or error}") from None
+    return file
 
 
 def figure_of(runs: list[Run]):

@@ -228,10 +228,11 @@ def test_plot_writes_a_picture(tmp_path, capsys, monkeypatch):
     write_run(tmp_path / "x", ["a", "b"])
     write_run(tmp_path / "y", ["a", "b"], learns=False)
     assert evaluate.main(["plot", "x"]) == 0
+    assert evaluate.main(["plot", "y"]) == 0
     assert evaluate.main(["plot", "x", "y", "--out", "both.png"]) == 0
-    for file in (tmp_path / "x/weights.png", tmp_path / "both.png"):
-        assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert capsys.readouterr().out.splitlines() == ["x/weights.png", "both.png"]
+    drawn = ["x/weights.png", "y/losses.png", "both.png"]
+    assert all((tmp_path / file).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for file in drawn)
+    assert capsys.readouterr().out.splitlines() == drawn
 
 
 def test_what_cannot_be_drawn_is_one_line_each(tmp_path, capsys, monkeypatch):
