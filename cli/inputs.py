@@ -298,6 +298,12 @@ def describe(flags: Flags, inputs: Inputs) -> None:
                          "throughout")  # fmt: skip
     for pair in ("train", "val"), ("train", "test"), ("val", "test"):
         compare(flags, inputs, *pair)
+    if flags.mode == "bilevel" and flags.batch_size < len(inputs.sources):
+        notes.append(f"--batch-size {flags.batch_size} is less than the {len(inputs.sources)} "
+                     "sources, which take turns")  # fmt: skip
+    if flags.mode == "bilevel" and flags.val_batch_size > len(inputs.val):
+        notes.append(f"--val-batch-size {flags.val_batch_size} is more than there are validation "
+                     f"records, {len(inputs.val)}: a step has some more than once")  # fmt: skip
 
 
 def compare(flags: Flags, inputs: Inputs, what: str, other: str) -> None:
@@ -337,6 +343,9 @@ def draw_per_source(flags: Flags, inputs: Inputs) -> None:
             drawn = data.draw(source, name, flags.per_source, flags.seed)
             inputs.sources[name] = dataclasses.replace(drawn, of=len(source))
             inputs.notes.append(f"{name}: {len(drawn)} of {len(source)} samples are drawn")
+        elif len(source) < flags.per_source:
+            inputs.notes.append(f"{name}: has {len(source)} samples of --per-source "
+                                f"{flags.per_source}")  # fmt: skip
 
 
 def draw_mixture(flags: Flags, inputs: Inputs, weights: dict | None) -> None:

@@ -216,7 +216,8 @@ def test_per_source_draws_as_many_of_each(files):
     flags = [*DRAW[2:], "--val", "val.json", "--train", "few=few.json", "--per-source", "10"]
     found = inputs.prepare(parse(flags), 1)
     assert {name: len(part) for name, part in found.sources.items()} == {"a": 10, "b": 10, "few": 3}
-    assert found.notes[-2:] == ["a: 10 of 40 samples are drawn", "b: 10 of 30 samples are drawn"]
+    assert found.notes[-3:] == ["a: 10 of 40 samples are drawn", "b: 10 of 30 samples are drawn",
+                                "few: has 3 samples of --per-source 10"]  # fmt: skip
     same, other = (inputs.prepare(parse([*flags, "--seed", seed]), 1) for seed in "34")
     assert same.sources["a"].numbers.tolist() == found.sources["a"].numbers.tolist()
     assert other.sources["a"].numbers.tolist() != found.sources["a"].numbers.tolist()

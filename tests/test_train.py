@@ -114,7 +114,7 @@ def test_overlap_is_a_warning_with_counts():
     parts = {"a": records[:20], "v": records[18:22], "t": [*records[2:5], *records[25:], *other]}
     for name, some in parts.items():
         write_json(Path(f"{name}.json"), some)
-    args = "--train a=a.json --val v.json --test t.json".split()
+    args = "--train a=a.json --val v.json --test t.json --val-batch-size 2".split()
     all_of, kept = (prepare(parse([*args, *more]), 1) for more in ([], ["--drop-overlap"]))
     notes = [note.removesuffix(" (--drop-overlap drops them)") for note in all_of.notes[-3:]]
     assert [note.replace(", case and spaces aside", "") for note in notes] == [
@@ -127,6 +127,15 @@ def test_overlap_is_a_warning_with_counts():
     ]  # fmt: skip
     assert [len(found.sources["a"]) for found in (all_of, kept)] == [20, 14]
     assert [len(found.val) for found in (all_of, kept)] == [4, 2]
+
+
+def test_batches_of_less_than_the_sources_or_more_than_there_is_are_noted():
+    argv = [*FLAGS, "--batch-size", "2", "--val-batch-size", "41"]
+    assert prepare(parse(argv), 1).notes[-2:] == [
+        "--batch-size 2 is less than the 3 sources, which take turns",
+        "--val-batch-size 41 is more than there are validation records, 40: a step has some more "
+        "than once",
+    ]  # fmt: skip
 
 
 def test_the_test_loss_between_both_ends_changes_nothing_else():
