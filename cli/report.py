@@ -78,7 +78,8 @@ class Log:
         self.bar = tqdm(total=total, initial=start, disable=not main, unit="step", **look)
 
     def write(self, row: dict) -> None:
-        """Add a row to metrics.jsonl, every tenth to weights.json; if there is no room, later."""
+        """Add a row to metrics.jsonl; if there is no room, later. Every tenth step, in long runs as
+        often as it takes them to grow by a hundredth, weights.json, which sums up all rows."""
         if not self.main:
             return
         self.rows.append(row)
@@ -87,7 +88,7 @@ class Log:
             if not self.late:
                 with open(self.out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(row) + "\n")
-            if row["step"] % 10 == 0:
+            if row["step"] % max(10, len(self.rows) // 100) == 0:
                 self.write_weights()
         except OSError as error:
             if not shard.no_room(error):
