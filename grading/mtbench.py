@@ -18,6 +18,7 @@ import os
 import re
 import socket
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -170,14 +171,19 @@ def limited(do_open: Callable, kind: type, request: Request, **rest) -> HTTPResp
     """urllib's `do_open` by a connection that is cut after PATIENCE timeouts, whatever still comes:
     headers, or answers before the answer, may be endless."""
 
+    cuts = []
+
     class Connection(kind):
         def connect(self):
             super().connect()
-            cut = threading.Timer(PATIENCE * self.timeout, shut, [self.sock])
+            cuts.append(cut := threading.Timer(PATIENCE * self.timeout, shut, [self.sock]))
             cut.daemon = True
             cut.start()
 
-    return do_open(Connection, request, **rest)
+    reply = do_open(Connection, request, **rest)
+    for cut in cuts:
+        weakref.finalize(reply, cut.cancel)
+    return reply
 
 
 def shut(connection: socket.socket) -> None:

@@ -5,6 +5,7 @@ fails in every way there is.
 """
 
 import contextlib
+import gc
 import json
 import re
 import statistics
@@ -159,8 +160,12 @@ def test_no_failure_loses_a_score_or_doubles_it(server, ask):
     assert why is None and scored(rows).keys() == EVERY - {(151, 1)} and len(rows) == len(EVERY)
     assert [row["reply"] for row in rows if row["score"] is None] == ["?"]
     assert {row["asked"] for row in rows} == {1, 2, 3}
+    before = {*threading.enumerate()}
     why, rows = ask()
     assert why is None and scored(rows) == {key: right_score(key) for key in EVERY}
+    gc.collect()
+    new = {*threading.enumerate()} - before  # no timer goes on that would cut a connection
+    assert all(t.finished.wait(5) for t in new if isinstance(t, threading.Timer))
     assert server.asked == {key: 1 + len(server.faults.get(key, [])) for key in EVERY}
     # After a 429 it is not asked again before the time that it names.
     first, second, third = (at for key, at, *_ in server.log if key == (82, 1))
