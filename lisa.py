@@ -100,9 +100,11 @@ class Lisa:
         for p in self.index:
             p.requires_grad_(False)
         self.make = functools.partial(optimizer, lr=lr, weight_decay=weight_decay)
-        (trial := torch.zeros(1, requires_grad=True)).grad = torch.zeros(1)
-        (opt := self.make([trial])).step()
-        self.state_names = tuple(opt.state[trial])
+        trial = torch.zeros(1, requires_grad=True)
+        trial.grad = torch.zeros(1)
+        opt = self.make([trial])
+        opt.step()
+        self.state_names = tuple(opt.state[trial])  # of what it keeps of a parameter
         self.opt = None  # made by the first switch
         self.switch(0)
 
@@ -165,10 +167,8 @@ class Lisa:
         self.active, self.period = set(), -1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The active set's masters and optimiser state, to be saved, or to be loaded into in place.
-
-        Zero where the optimiser has not stepped yet, as it starts itself.
-        """
+        """The active set's masters and optimiser state, to be saved, or to be loaded into in place:
+        zero where the optimiser has not stepped yet, as it starts itself."""
         tensors = {}
         for p, master in self.masters.items():
             state, i = self.opt.state[master], self.index[p]

@@ -146,7 +146,7 @@ class Flags:
                            tiny=64, permitted=COUNT, only=TRAINS)
     eval_every: int = DATA(0, "steps between two losses on the test records; 0 = before and after "
                            "the run alone", permitted=STEPS, same_run=False, only=TRAINS)
-    per_source: int | None = DATA(None, "samples to draw of each source, before its mixture",
+    per_source: int | None = DATA(None, "samples to draw of each source, after --drop-overlap",
                                   permitted=COUNT)
     drop_overlap: bool = DATA(False, "remove training records whose prompt is one of validation or "
                               "test, case and spaces aside, and validation records likewise")

@@ -239,7 +239,7 @@ def nonfinite_message(row: dict, counts: Tensor, out: Path) -> str:
         if n and loss is None
     ]
     bad += ["the validation loss"] * ("weights" in row and row["val_loss"] is None)
-    goes_on = f", and --resume {out} to go on from there" if row["step"] else ""
+    goes_on = f", and --resume {out}, or an earlier checkpoint of it, to go on" * bool(row["step"])
     return (
         f"step {row['step']}: not finite: {', '.join(bad) or 'a gradient'}. This step changed "
         "nothing. The same command with --skip-nonfinite passes over such steps; lower learning "

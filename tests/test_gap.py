@@ -185,6 +185,13 @@ def test_gaps_without_spread_are_sure_and_the_same_ones_say_nothing():
     assert (same.probs() == 0.5).all() and (same.snr < 1).all()
 
 
+def test_a_source_keeps_its_own_standard_errors_where_the_weights_have_collapsed():
+    sources = SourceWeights(3)  # one weight is 1, and no logit moves it any more
+    sources.lam.data.copy_(torch.tensor([10.0, -8.0, -9.0]))
+    sources.snr.copy_(torch.tensor([90.0, 2.0, 1.0]))
+    assert sources.row()["snr"].tolist() == [90, 2, 1]
+
+
 def follow(persistence, steps=300, seed=0):
     """A weight and its stated error after steps on gaps that two sources differ by in their errors
     alone, of which a share lasts from step to step."""

@@ -173,7 +173,7 @@ def test_nonfinite_loss_stops_or_is_passed_over(sound, more):
     why = ": not finite: the loss of source b under w, the loss of source b under u."
     step = int(said.partition(why)[0].rpartition("step ")[2])
     assert 0 < step < 6 and len(rows("out")) == step and saved("out") == [f"step-{step}"]
-    assert "--resume out to go on from there" in said
+    assert "--resume out, or an earlier checkpoint of it, to go on." in said
     assert done("--skip-nonfinite", "--out", "straight", flags=argv)
 
     said = done("--skip-nonfinite", flags=argv)
