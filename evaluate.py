@@ -7,9 +7,9 @@
     python evaluate.py generate --model runs/x/model --prompt "Once upon a time"
     python evaluate.py plot runs/x runs/y
 
-Runs on one process, or under torchrun with the model sharded by FSDP2 over the ranks. Whatever is
-generated is appended to a file as it comes: the same command goes on from there, and a file can be
-scored again without a model. Before loading a model a command checks all its input.
+Runs on one process, or under torchrun with the model sharded by FSDP2 over the ranks. Replies to
+questions are appended to a file as they come: the same command goes on from there, and a file can
+be scored again without a model. Before loading a model a command checks all its input.
 
 n samples, b of one micro-batch.
 """

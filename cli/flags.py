@@ -127,8 +127,9 @@ class Flags:
     test: str | None = MOST(None, "held-out records, for the report", same_run=False)
     weights: str | None = MOST(None, "what finetune and draw draw samples by: " + WEIGHTS,
                                only=DRAWS, same_run=False)  # the numbers are compared
-    out: Path = MOST(None, "directory of the run [runs/<model>-<sources>-seed<seed>; with another "
-                     "--mode runs/<model>-<sources>-<mode>-seed<seed>]", same_run=False)
+    out: Path = MOST(None, "directory of the run [runs/<model>-<sources>-seed<seed>, of built-in "
+                     "data runs/<task>-seed<seed>; with another --mode …-<mode>-seed<seed>]",
+                     same_run=False)
     steps: int | None = MOST(None, "steps of an outer round, instead of --epochs", tiny=200,
                              permitted=COUNT, only=TRAINS)
     batch_size: int = MOST(64, "training samples of a step, over all ranks", permitted=LOT,
@@ -166,9 +167,9 @@ class Flags:
     lr_lambda: float | None = STEP(None, "learning rate of the source weights' logits; auto: such "
                                    "that each can move by 8 in a whole run [auto]",
                                    permitted=RATE, only=LEARNS, metavar="auto|RATE")
-    gap: str = STEP("auto", "how the gap of a sample between w and u is had: from gradients, which "
-                    "bf16 does not drown, or as the difference of two losses; auto is gradient "
-                    "where parameters are bf16",
+    gap: str = STEP("auto", "how the gap of a sample between w and u is computed: from gradients, "
+                    "which bf16 does not drown, or as the difference of two losses; auto is "
+                    "gradient where parameters are bf16",
                     choices=("auto", "gradient", "difference"), only=LEARNS)
     lambda_z: float = STEP(3.0, "standard errors that a source's gradient must be from 0 for its "
                            "weight to move; 0: Adam steps whatever the error, as in the paper",
@@ -205,19 +206,21 @@ class Flags:
                                           "compute the rest again", same_run=False)
     cpu_offload: bool = LISA(False, "the copy that is not at work, u while w is and w while u is, "
                              "waits in host memory", only=LEARNS, same_run=False)
-    shard_size: int = LISA(0, "ranks that a model is cut over, such as the GPUs of a machine; each "
-                           "so many have a replica; 0 = all", permitted=CUT, same_run=False)
+    shard_size: int = LISA(0, "ranks that a copy of the model is cut over, such as the GPUs of a "
+                           "machine; every so many hold a replica; 0 = all",
+                           permitted=CUT, same_run=False)
     compile: bool = LISA(False, "fuse what each block does, with torch.compile; needs a C++ "
                          "compiler")
 
-    save_every: int = KEEP(0, "steps between two checkpoints; 0 = only where a signal, or a step "
-                           "that is not finite, stops the run", permitted=STEPS)
+    save_every: int = KEEP(0, "steps between two checkpoints; 0 = only at the end, and where a "
+                           "signal, or a step that is not finite, stops the run", permitted=STEPS)
     keep: int = KEEP(2, "checkpoints to keep, the newest; a finished run keeps its last state, or "
                         "with 0 none", permitted=STEPS)
     resume: str = KEEP("auto", "'auto' goes on from the newest checkpoint in --out; 'never' starts "
                        "anew, in another directory if --out exists; a run's directory, or one of "
                        "its checkpoints, starts from there where --out has no checkpoint yet, "
-                       "and may change every flag but those of model and data",
+                       "and may change every flag but --mode, --dtype, and those of "
+                       "model, data and mixture",
                        metavar="auto|never|DIR")
     report_to: str | None = KEEP(None, "show the metrics there, too", only=TRAINS,
                                  choices=("wandb", "tensorboard", "trackio"))
@@ -226,11 +229,11 @@ class Flags:
                           permitted=SCALE)
 
     gpus: int = PLAN(8, "GPUs of the plan", permitted=COUNT)
-    gpu_memory: float | None = PLAN(None, "of each, in 10^9 bytes; 2 are kept back",
+    gpu_memory: float | None = PLAN(None, "of each, in GB (10^9 bytes), of which 2 are kept back",
                                     permitted=MEMORY)
     card: str | None = PLAN(None, "a GPU of these, for the time of a step; gives --gpu-memory",
                             choices=tuple(CARDS))
-    price: float | None = PLAN(None, "of one GPU and hour in dollars, for that of the run",
+    price: float | None = PLAN(None, "dollars of one GPU and hour; adds what the run costs",
                                permitted=SCALE)
     json: bool = PLAN(False, "the plan as JSON")
 

@@ -298,6 +298,8 @@ def describe(flags: Flags, inputs: Inputs) -> None:
                          "throughout")  # fmt: skip
     for pair in ("train", "val"), ("train", "test"), ("val", "test"):
         compare(flags, inputs, *pair)
+    if flags.drop_overlap and not (inputs.val or inputs.test):
+        notes.append("--drop-overlap drops nothing: there is neither --val nor --test")
     if flags.mode == "bilevel" and flags.batch_size < len(inputs.sources):
         notes.append(f"--batch-size {flags.batch_size} is less than the {len(inputs.sources)} "
                      "sources, which take turns")  # fmt: skip
@@ -464,7 +466,9 @@ def changes(flags: Flags, record: dict) -> list[str]:
     """A line for each thing that differs from a run that this one would go on with, and may not,
     or not where it branches off. Only what both records speak of is compared."""
     record, problems = json.loads(json.dumps(record)), []
-    hint = f"; with another --out and --resume {flags.out} it may"
+    saved = shard.whole_checkpoints(flags.out / "checkpoints")
+    hint = (f"; with another --out and --resume {flags.out} it may" if saved else
+            "; nothing is saved there: take another --out, or --resume never")  # fmt: skip
     runs = {f"--out {flags.out}": held_run(flags.out)}
     if flags.resume not in ("auto", "never"):
         runs[f"--resume {flags.resume}"] = held_run(Path(flags.resume))

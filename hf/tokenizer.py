@@ -6,7 +6,7 @@
 Two codecs give the ids of the `tokenizers` library:
 
     byte-level BPE (GPT-2, GPT-NeoX, Llama-3, Qwen)        tiktoken
-    the rest, SentencePiece above all (Llama-2, Yi, Gemma)  `tokenizers`, imported only if needed
+    the rest, SentencePiece above all (Llama-2, Gemma)      `tokenizers`, imported only if needed
 
 Text is encoded as text: a record that spells "<|eot_id|>" gets the ids of those characters. Control
 tokens enter through templates only (templates.py), by id. Nothing is ever downloaded.

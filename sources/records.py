@@ -82,7 +82,7 @@ def turns_of(form: Format | None, record: object) -> tuple[Turns, list[str]]:
     _refuse(record, REFUSED | beside)
     if not form:
         found = ", ".join(map(repr, record))[:100] or "none"
-        raise ValueError(f"unknown record, of keys {found}: none of README.md's formats; "
+        raise ValueError(f"unknown record, of keys {found}: none of docs/data.md's formats; "
                          "PATH:prompt=KEY,answer=KEY may name two")  # fmt: skip
     turns = _take_turns(form, record)
     return turns, [key for key, value in record.items() if not _nothing(value)]
@@ -91,7 +91,10 @@ def turns_of(form: Format | None, record: object) -> tuple[Turns, list[str]]:
 def _take_turns(form: Format, record: dict) -> Turns:
     """The turns, which are taken out of the record."""
     systems = [key for key in ("system", "system_prompt") if not _nothing(record.get(key))]
-    turns = [("system", _take(record, key)) for key in systems[: "text" not in form]]
+    texts = [_take(record, key) for key in systems if "text" not in form]
+    if len(set(texts)) > 1:
+        raise ValueError("'system' and 'system_prompt' are two system texts")
+    turns = [("system", text) for text in texts[:1]]
     if isinstance(form, str):
         for n, message in enumerate(_take_list(record, form)):
             turn, rest = _turn(message, f"{form}[{n}]", n)

@@ -194,6 +194,9 @@ def test_overlap_is_dropped_before_validation_records_are_appended(files):
     drawn = inputs.prepare(parse(argv), 1).mixture
     assert {name: len(part) for name, part in drawn.items()} == {"a": 39, "b": 30, "val": 5}
     assert 1 not in drawn["a"].numbers
+    alone = [*DRAW, "--weights", "uniform", "--samples", "9", "--drop-overlap"]
+    assert "drops nothing: there is neither --val nor --test" in inputs.prepare(
+        parse(alone), 1).notes[-1]  # fmt: skip
 
 
 def test_what_is_drawn_but_not_all_there_in_messages_is_told(files, capsys):

@@ -142,6 +142,7 @@ LOST = " would be lost"
     ({"messages": [CHAT[0], {**CHAT[1], "weight": 0.5}]}, "'messages[1].weight' is 0.5: permitted"),
     ({"messages": [{"role": "system", "content": "Other"}, *CHAT], "system": BIRDS[1]},
      "two system texts"),
+    ({**ALPACA, "system": "Other", "system_prompt": BIRDS[1]}, "two system texts"),
     ({**ALPACA, "history": ["Do storks sing?"]}, "'history[0]' is not a question and its answer"),
     ({"messages": "Where?"}, "unknown record, of keys 'messages'"),
 ])  # fmt: skip

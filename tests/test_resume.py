@@ -146,7 +146,7 @@ def test_a_finished_run_says_so_and_resume_never_leaves_it_alone(whole):
     assert {p: p.stat().st_mtime_ns for p in Path(whole).rglob("*")} == before
 
 
-def test_a_run_that_is_extended_is_the_longer_run():
+def test_a_run_that_is_extended_is_the_longer_run(refusal):
     flags = "--schedule constant --warmup 0 --lr-lambda 0.1 --dtype bf16".split()
     done("--out", "short", *flags, "--steps", "7")
     done("--out", "long", *flags)
@@ -155,6 +155,9 @@ def test_a_run_that_is_extended_is_the_longer_run():
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     done("--out", "bare", "--keep", "0", "--steps", "2")
     assert not Path("bare/checkpoints").exists()
+    other = [*forked.FLAGS, "--steps", "2", "--alpha", "3", "--out"]
+    for out, way in ("bare", "nothing is saved there"), ("short", "with another --out and"):
+        assert any(f"now 3.0; {way}" in line for line in refusal([*other, out]))
 
 
 def test_all_ranks_take_the_fresh_out_that_rank_0_chose():
