@@ -26,6 +26,7 @@ if __name__ == "__main__":
     parse_evaluation(None)  # --help, or a flag that cannot be read, does not wait for torch
 
 import argparse
+import gc
 import math
 from functools import partial
 from importlib.metadata import version
@@ -166,7 +167,8 @@ def loss_command(args: argparse.Namespace, device: torch.device) -> int:
                 mine = torch.from_numpy((names == source) | (source == ""))
                 title = f"  {source}" if source else label
                 rows.append((n, source, loss_row(title, c.name, summarise(x[mine], tokens[mine]))))
-        del model  # before the next one is loaded
+        del model  # before the next one is loaded; FSDP's modules refer to one another
+        gc.collect()
     rows.sort(key=lambda row: row[:2])  # the models of a file stand below each other
     header = ["data", "model", "samples", "mean sample loss", "perplexity"]
     say(*aligned([header, *(cells for *_, cells in rows)]))
@@ -207,7 +209,8 @@ def generate_command(args: argparse.Namespace, device: torch.device) -> int:
     ).raise_if_any()  # fmt: skip
     seeds = [replies.seed_of(args.seed, prompt) for prompt in args.prompt]
     sampling = args.max_new_tokens, args.temperature, args.top_p, stops, seeds
-    new = generate(replies.load(c, args.dtype, device), prompts, *sampling)
+    model = replies.load(c, args.dtype, device)
+    new = generate(model, prompts, *sampling, stop_when=replies.all_finished)
     for prompt, asked, ids in zip(args.prompt, prompts, new, strict=True):
         if args.template:
             new_text = f"\n-> {tok.decode(ids)}"

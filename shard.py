@@ -20,7 +20,9 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
@@ -106,21 +108,27 @@ def own_device() -> torch.device:
 
 def command(work: Callable[[torch.device | None], int], group: bool = True) -> int:
     """The exit code of `work`, which runs in a process group; 2 for bad input, a ValueError or
-    OSError, which the first rank of each node prints; 1 on a rank that lost another."""
+    OSError, which the first rank of each node prints; 1 on a rank that lost another. Of several
+    ranks one that fails ends here, as NCCL would have it wait for the others."""
+    code = 1
     try:
-        return work(start(FILES_TIMEOUT) if group else None)
+        code = work(start(FILES_TIMEOUT) if group else None)
     except (ValueError, OSError) as error:
-        return refuse(*Problems.of(error))
+        code = refuse(*Problems.of(error))
     except MemoryError:
         say_why("out of memory")
-        return 1
-    except RuntimeError as error:
-        if not lost_peer(error):
+    except Exception as error:
+        if lost_peer(error):
+            end_alone(error)
+        if not (dist.is_initialized() and dist.get_world_size() > 1):
             raise
-        end_alone()
+        traceback.print_exc()
     finally:
         if dist.is_initialized():
+            if code and dist.get_world_size() > 1:
+                exit_now(code)
             dist.destroy_process_group()
+    return code
 
 
 def set_timeout(seconds: float) -> None:
@@ -176,10 +184,18 @@ def lost_peer(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
-def end_alone() -> None:
+def end_alone(error: Exception | str = "") -> None:
     """End a rank without taking the process group down, which would wait for the others."""
-    say_why(f"rank {os.environ['RANK']} ends: another rank is gone, or did not come in time")
+    say_why(f"rank {os.environ['RANK']} ends: another rank is gone, or did not come in "
+            f"time{what_it_said(error)}")  # fmt: skip
     exit_now(1)
+
+
+def what_it_said(error: Exception | str) -> str:
+    """In brackets, the last line of a collective's error: NCCL's own reason is there."""
+    lines = str(error).split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f" ({last[:300]})" if last else ""
 
 
 def exit_now(code: int) -> None:
@@ -241,7 +257,8 @@ def differences(w: nn.Module, u: nn.Module, opt_w, opt_u) -> Callable[[Tensor, T
         b = current_values(u, opt_u.masters.get(p_u, p_u))
         here = p_w.device  # a copy that waits is on the host
         d = torch.empty_like(local(p_w))
-        torch.sub(local(a).to(here), local(b).to(here), out=d).div_(opt_w.chance(p_w))
+        a, b = (local(t).to(here, non_blocking=True) for t in (a, b))
+        torch.sub(a, b, out=d).div_(opt_w.chance(p_w))
         if not isinstance(p_w, DTensor):
             return d
         like = {"shape": p_w.shape, "stride": p_w.stride()}
@@ -342,9 +359,9 @@ def release(model: nn.Module) -> None:
 
 
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, full tensor on the CPU), one at a time; on one CPU rank they are the parameters' own.
-    Collective: every rank takes all of it."""
-    return ((name, full(p).cpu()) for name, p in model.named_parameters())
+    """(name, full tensor), one at a time; on one rank they are the parameters' own. Collective:
+    every rank takes all of it."""
+    return ((name, full(p)) for name, p in model.named_parameters())
 
 
 def full(t: Tensor) -> Tensor:
@@ -376,6 +393,8 @@ class Offload:
         self.state: dict[nn.Module, Callable[[], Iterable[Tensor]]] = {}
         self.here: nn.Module | None = None
         self.waiting: dict[nn.Module, dict[int, tuple[Tensor, Tensor]]] = {}
+        self.spare: dict[tuple, list[Tensor]] = defaultdict(list)  # host memory, by dtype and size
+        self.settled = True  # what was last moved to the host is there
 
     def follow(self, model: nn.Module, state: Callable[[], Iterable[Tensor]] = tuple) -> None:
         """Take `model` in, or from now on move what `state` lists along with its parameters."""
@@ -386,32 +405,44 @@ class Offload:
         """Make `model` the one on the device, in the order of the current stream."""
         if self.here is model:
             return
-        arriving, leaving = self.waiting.pop(model, {}), []
-        if self.here is not None:
-            leaving = [*self.here.parameters(), *self.state[self.here]()]
-            gone = self.waiting[self.here] = {}
-        # In pairs, so that neither memory holds both copies in between.
-        for old, back in itertools.zip_longest(leaving, arriving.values()):
-            if old is not None:
-                part = local(old)
-                # All elements of the storage that the part lies in, FSDP's padding included.
-                whole = part.new_empty(0).set_(part.untyped_storage())
-                host = torch.empty_like(whole, device="cpu", pin_memory=self.pinned)
-                gone[storage_key(old)] = whole, host.copy_(whole, non_blocking=True)
-                whole.untyped_storage().resize_(0)
-            if back is not None:
-                whole, host = back
-                whole.untyped_storage().resize_(host.nbytes)
-                whole.copy_(host, non_blocking=True)
-        self.here = model
+        coming, gone = defaultdict(list), {}
+        for whole, host in self.waiting.pop(model, {}).values():
+            coming[host.dtype, len(host)].append((whole, host))
+
+        def arrive(size: tuple) -> None:
+            whole, host = coming[size].pop()
+            whole.untyped_storage().resize_(host.nbytes)
+            whole.copy_(host, non_blocking=True)
+            self.spare[size].append(host)  # the stream reads it before anything is written there
+
+        # One by one, so that neither memory holds both copies in between.
+        here = self.here
+        for old in () if here is None else (*here.parameters(), *self.state[here]()):
+            part = local(old)
+            # All elements of the storage that the part lies in, FSDP's padding included.
+            whole = part.new_empty(0).set_(part.untyped_storage())
+            size = whole.dtype, len(whole)
+            if coming[size]:
+                arrive(size)
+            host = (self.spare[size].pop() if self.spare[size] else
+                    torch.empty_like(whole, device="cpu", pin_memory=self.pinned))  # fmt: skip
+            gone[storage_key(old)] = whole, host.copy_(whole, non_blocking=True)
+            whole.untyped_storage().resize_(0)
+        for size, tensors in coming.items():
+            for _ in range(len(tensors)):
+                arrive(size)
+        if here is not None:
+            self.waiting[here] = gone
+        self.here, self.settled = model, False
 
     def current_values(self, model: nn.Module, t: Tensor) -> Tensor:
         """`t`, or while it waits its values on the host, likewise sharded."""
         if storage_key(t) not in self.waiting.get(model, {}):
             return t
         part, (_, host) = local(t), self.waiting[model][storage_key(t)]
-        if self.pinned:
+        if self.pinned and not self.settled:
             torch.cuda.synchronize()
+        self.settled = True
         host = host.as_strided(part.shape, part.stride(), part.storage_offset())
         if not isinstance(t, DTensor):
             return host
@@ -443,6 +474,7 @@ def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None
     move_to_device(model)
     release(model)
     tensors = full_tensors(model)
+    on_host = ((name, tensor.cpu()) for name, tensor in tensors)
     like = ((name, torch.empty(p.shape, dtype=p.dtype, device="meta"))
             for name, p in model.named_parameters())  # fmt: skip
 
@@ -450,7 +482,7 @@ def save(model: nn.Module, target: Path, finish: Callable[[Path], None]) -> None
         try:
             if dist.get_rank() == 0:
                 with pretrained.written_whole(target) as directory:
-                    pretrained.write_tensors(directory, model.config, tensors, like)
+                    pretrained.write_tensors(directory, model.config, on_host, like)
                     finish(directory)
                     sync(*directory.iterdir())
                 sync(target.parent)

@@ -301,7 +301,7 @@ def plan(
             host = sum(one.values()) - one["gradients"] if cpu_offload else 0
             here = {name: (copies - bool(cpu_offload)) * n_bytes for name, n_bytes in one.items()}
             of = config, dtype, shards, B, max_length, *draw, slopes, activation_checkpointing
-            for moment in Pass(*of, keep_gathered, directions):
+            for moment in Pass(*of, keep_gathered, directions, shards < ranks):
                 gradients = waiting + moment.get("gradients", one["gradients"])
                 plans.append(Plan(here | moment | {"gradients": gradients}, host))
         return max(plans, key=lambda p: p.peak)
@@ -348,12 +348,14 @@ class Pass:
 
     whole       all groups stay gathered from a pass's first micro-batch to its last
     directions  of slopes, w − u of all that trains, are held then: in validation, too
+    replicas    of the shards: FSDP2 keeps a group's fp32 gradients, of earlier micro-batches until
+                these are added, and once they are added up over the replicas to the end of backward
     """
 
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype, ranks: int, B: int, T: int, n_active: int,
         ends: bool, slopes: bool, checkpointing: bool, whole: bool = False,
-        directions: bool = False,
+        directions: bool = False, replicas: bool = False,
     ):  # fmt: skip
         of, shapes = (config, dtype, B, T), sizes(config)
         self.config, self.ranks, self.n_active, self.ends = config, ranks, n_active, ends
@@ -364,6 +366,8 @@ class Pass:
         self.alone, self.checkpointing, self.slopes = ranks == 1, checkpointing, slopes
         self.once = (config.n_layers * block + both) * self.size <= shard.GATHER_ONCE_BYTES
         self.whole = whole = not self.alone and (self.once or whole)
+        # Where all stays gathered, the peak is in a micro-batch before the last.
+        self.replicas = replicas and self.size < self.full and (self.once or not whole)
         self.directions = whole and directions and n_active * block + ends * both  # elements
         largest = max(map(math.prod, shapes[1]))  # one rank adds one to the sum at a time
         self.embed_grads = self.size * (largest if self.alone else self.embed)
@@ -407,6 +411,7 @@ class Pass:
     def __iter__(self) -> Iterator[dict[str, int]]:
         self.resharded = self.reduced = 0  # elements of groups that backward is through with
         self.input = 0  # bytes of the last reduction's input, kept until the next one's
+        self.added_up = 0  # bytes of gradients that were, over replicas
         tied, buffered = self.config.tied, not self.whole
         # A tied group stays gathered, and the head's gradient waits for the embedding's.
         head, first = (self.both, self.both) if tied else (self.head, self.embed)
@@ -455,8 +460,9 @@ class Pass:
         yield self.at(gathered, activations, 0, grads + before, self.input)
         self.reduced += n
         cast = self.size if self.size < self.full else 0
-        output = n * (self.full + cast) // self.ranks
+        output = n * ((1 + self.replicas) * self.full + cast) // self.ranks
         yield self.at(gathered, activations, 0, after, self.input + output)
+        self.added_up += self.replicas * n * self.full // self.ranks
 
     def at(
         self, gathered: int, activations: int, logits: int = 0, grads: int = 0, buffers: int = 0
@@ -476,7 +482,7 @@ class Pass:
         return moment | {
             "gathered parameters": (gathered + self.directions) * self.size,
             "unsharded gradients": grads,
-            "reduction buffers": buffers,
+            "reduction buffers": buffers + self.added_up,
             "activations": activations + self.context,
             "logits": logits,
         }

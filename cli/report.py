@@ -211,7 +211,7 @@ def why(error: Exception, out: Path, timeout: float, memory: plan.Memory | None,
     said = str(error)
     # PyTorch's allocators, NCCL and cuBLAS each say it in their own way.
     if memory and (isinstance(error, MemoryError) or "out of memory" in said.lower()
-            or "can't allocate memory" in said):  # fmt: skip
+            or "can't allocate memory" in said or "ALLOC_FAILED" in said):  # fmt: skip
         log = out / f"error-rank{rank}.log"
         log.write_text("".join(traceback.format_exception(error)))
         helpful = plan.most_helpful(memory.config, memory.device_type, **memory.settings)
@@ -224,8 +224,8 @@ def why(error: Exception, out: Path, timeout: float, memory: plan.Memory | None,
     if shard.lost_peer(error):
         saved = shard.whole_checkpoints(out / "checkpoints")
         goes_on = "goes on from the last checkpoint" if saved else "starts anew: nothing was saved"
-        return (f"another rank is gone, or did not come within the --timeout of {timeout:g} s. "
-                f"The same command {goes_on}.")  # fmt: skip
+        return (f"another rank is gone, or did not come within the --timeout of {timeout:g} s"
+                f"{shard.what_it_said(error)}. The same command {goes_on}.")  # fmt: skip
     say(*"".join(traceback.format_exception(error)).splitlines(), file=sys.stderr)
     return next(iter(said.splitlines()), type(error).__name__)
 

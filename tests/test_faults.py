@@ -11,13 +11,16 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import shard
+import train
 from model import from_pretrained
 from tests import forked
 from tests.forked import FLAGS, at, done, rows, run, saved, send
@@ -79,6 +82,23 @@ def run_out_of_memory() -> None:
 def test_when_a_rank_dies_the_others_end(act, last_words):
     said = fails(ranks=2, fault=partial(at, "backward", 20, act, entry=5))
     assert "rank 0 ends: another rank is gone" in said and last_words in said
+
+
+def fail_alone() -> None:
+    raise RuntimeError("of this rank")
+
+
+def as_with_nccl(act: Callable[[], object]) -> None:
+    """What takes the process group down waits for the other ranks."""
+    dist.destroy_process_group = partial(time.sleep, 1000)
+    train.run = lambda *_: act()
+
+
+def test_an_error_that_one_rank_does_not_expect_ends_it_and_the_others():
+    acts = [partial(as_with_nccl, act) for act in (dist.barrier, fail_alone)]
+    code, said = forked.finish(forked.start([], 2, dict(enumerate(acts))))
+    assert code == 1 and "RuntimeError: of this rank\n" in said
+    assert "rank 0 ends: another rank is gone, or did not come in time (" in said
 
 
 def limit_file_size() -> None:

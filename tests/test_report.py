@@ -262,6 +262,9 @@ def test_what_cannot_be_drawn_is_one_line_each(tmp_path, capsys, monkeypatch):
     (OSError(28, "No space left on device", "out/x"), "out/x: No space left on device"),
     (Problems(["[Errno 5] x", "rank 1 on n: y"]), "[Errno 5] x; rank 1 on n: y"),
     (torch.distributed.DistNetworkError("closed"), "goes on from the last checkpoint"),
+    (torch.distributed.DistBackendError("NCCL error in: x.cpp:1\nLast error:\nDuplicate GPU\n"),
+     "30 s (Duplicate GPU). The same"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x"), "out of memory: plan"),
     (RuntimeError("a bug\nof two lines"), "a bug"),
 ])  # fmt: skip
 def test_why_a_rank_ends_is_one_line(tmp_path, monkeypatch, capsys, error, said):
