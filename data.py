@@ -34,7 +34,7 @@ from hf.templates import encode_conversations, fingerprint
 from hf.tokenizer import Tokenizer, Turns, byte_tokenizer, load_tokenizer  # noqa: F401 (public)
 from sources.records import ANSWERS, Source, iter_records, locate
 
-FORMAT_VERSION = 6  # of a cache entry; raise it when the arrays or the tokenisation change
+FORMAT_VERSION = 7  # of a cache entry; raise it when the arrays or the tokenisation change
 IGNORE = -100  # label of a position without loss
 
 

@@ -229,7 +229,7 @@ def problems_command(args: argparse.Namespace, device: torch.device) -> int:
     except ImportError as error:
         raise ValueError(f"{args.command}: {error}: pip install math-verify") from None
     rows = replies.read(args.rescore) if args.rescore else answer_problems(args, device)
-    if args.rescore and any({"answer", "output", "settings"} - row.keys() for row in rows or [{}]):
+    if args.rescore and not all(map(replies.is_graded, rows or [{}])):
         raise ValueError(f"--rescore {args.rescore}: not a file of generations")
     if dist.get_rank() != 0:
         return 0
@@ -277,7 +277,7 @@ def mtbench_command(args: argparse.Namespace, device: torch.device) -> int:
     """Answers to both turns of every question, and what a judge thinks of them."""
     if not args.questions or not (args.model or args.answers):
         raise ValueError("needs --questions, and --model or --answers")
-    out, problems, every, judge = out_directory(args), Problems(), [], None
+    out, problems, every, judge, prompts = out_directory(args), Problems(), [], None, None
     file = Path(args.answers or out / "mt-bench-answers.jsonl")
     with problems.collecting():
         prompts = args.judge_prompts and mtbench.read_prompts(args.judge_prompts)
@@ -354,13 +354,12 @@ def local_file(name: str) -> Path:
     owner, *rest = name.split("/", 2)
     if len(rest) < 2 or Path(owner).is_dir() or Path(name).exists():
         return Path(name)
-    from huggingface_hub import hf_hub_download
+    from hf.pretrained import snapshot
 
-    try:
-        return Path(hf_hub_download(f"{owner}/{rest[0]}", rest[1], repo_type="dataset"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: there is no such file, nor one of a dataset in the hub's cache "
-                         f"or on huggingface.co ({type(error).__name__})") from None  # fmt: skip
+    file = snapshot(f"{owner}/{rest[0]}", "dataset", [rest[1]]) / rest[1]
+    if not file.exists():
+        raise ValueError(f"{name}: there is no such file, nor one of that data set of the hub")
+    return file
 
 
 def say(*lines: str) -> None:

@@ -62,11 +62,14 @@ def read_questions(path: str | os.PathLike, references: dict | None = None) -> l
     def question(row: dict) -> Question:
         first, second = row["turns"] if "turns" in row else row["prompt"]
         own = (references or {}).get(row["question_id"], row.get("reference")) or ()
+        if isinstance(own, str) or isinstance(row.get("turns", row.get("prompt")), str):
+            raise ValueError("a text where there should be one for each turn")
         wanted = row["category"] in WITH_REFERENCE
-        return Question(row["question_id"], row["category"], (first + "", second + ""),
-                        tuple(own) if wanted else ())  # fmt: skip
+        return Question(row["question_id"], row["category"] + "", (first + "", second + ""),
+                        tuple(text + "" for text in own) if wanted else ())  # fmt: skip
 
-    found = convert_rows(path, question, "question_id, category and two turns")
+    found = convert_rows(path, question, "question_id, category and two turns, or has a reference "
+                         "that is no list of texts")  # fmt: skip
     if len({q.id for q in found}) < len(found):
         raise ValueError(f"{path}: a question_id is used twice")
     return found
@@ -116,6 +119,7 @@ def judge_messages(
     """What the judge is asked about the answer to turn 0 or 1, by prompts of `read_prompts`, ours
     unless given. KeyError for a prompt that is missing, or a field of it that is unknown."""
     prompts = prompts or own_prompts()
+    answers = [a.rpartition("</think>")[2].strip() for a in answers]  # not what a model thinks
     system, user = prompts[f"single{'-math' * bool(q.reference)}-v1{'-multi-turn' * turn}"]
     told = {"question": q.turns, "answer": answers, "ref_answer": (*q.reference, "", "")}
     told = {f"{name}_{n + 1}": texts[n] for name, texts in told.items() for n in (0, 1)}
@@ -160,6 +164,10 @@ class Unreachable(Exception):
     """The endpoint does not answer, or refuses: no use in going on."""
 
 
+class Refused(Unreachable):
+    """It does not answer this question, but may answer others."""
+
+
 class NoRedirects(HTTPRedirectHandler):
     """The key goes to the address that the user named, and to no other."""
 
@@ -191,6 +199,7 @@ def shut(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_RDWR)
 
 
+OF_QUESTION = {400, 413, 422}  # statuses of one that is too long, or against a filter
 PASSING = {408, 409, 425, 429}  # statuses after which it is asked again; and 500 and above
 READINGS = 3  # replies without a grade, after which a question is left for another time
 BYTES = 16_000_000  # of a reply
@@ -227,19 +236,25 @@ class Judge:
             raise ValueError(f"--judge-url {self.url}: expected the like of http://host:8000/v1")
         path = parts.path.rstrip("/")
         if not path.endswith("/chat/completions"):
-            path += ("" if path.endswith("/v1") else "/v1") + "/chat/completions"
+            path = (path or "/v1") + "/chat/completions"
         self.address = parts._replace(path=path).geturl()
-        self.key = os.environ.get(KEY) or "no-key"
+        self.key = os.environ.get(KEY, "").strip() or "no-key"
+        for what, text in ("--judge-url", self.address), (KEY, self.key):
+            if not (text.isascii() and text.isprintable()):
+                raise ValueError(f"{what}: has characters that are not printable ASCII")
         self.opener = build_opener(NoRedirects)
         for handler in self.opener.handlers:
             if isinstance(handler, AbstractHTTPHandler):
                 handler.do_open = partial(limited, handler.do_open)
 
-    def post(self, messages: list[dict], temperature: float) -> tuple[str, str]:
+    def post(
+        self, messages: list[dict], temperature: float, without: frozenset[str] = frozenset()
+    ) -> tuple[str, str]:
         """(reply, why it ended). Asks again without a parameter that is refused by its name."""
-        limit = "max_completion_tokens" if "max_tokens" in self.refused else "max_tokens"
+        without |= self.refused
+        limit = "max_completion_tokens" if "max_tokens" in without else "max_tokens"
         body = {"model": self.model, "messages": messages, limit: self.max_tokens}
-        if "temperature" not in self.refused:
+        if "temperature" not in without:
             body["temperature"] = temperature
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json",
                    "User-Agent": "ScaleBiO"}  # fmt: skip
@@ -254,17 +269,18 @@ class Judge:
                    if re.search(rf"\b{name}\b", error.said)}  # fmt: skip
             if error.code not in (400, 422) or not new:
                 raise
+            answer = self.post(messages, temperature, without | new)  # it was this, if that is
             self.refused |= new
             self.notes |= {f"the judge refuses {n}: it was asked {INSTEAD[n]}" for n in new}
-            return self.post(messages, temperature)
+            return answer
         said = choice["message"].get("content") or ""  # null where nothing came of it
         if isinstance(said, list):
             said = "".join(part.get("text", "") for part in said)
         return said + "", choice.get("finish_reason")
 
     def ask(self, messages: list[dict], temperature: float) -> tuple[str, str]:
-        """The judge's reply, "" for none, and why it ended. Raises Unreachable."""
-        reason, wait = "not asked any more", 0.0
+        """The judge's reply, "" for none, and why it ended. Raises Unreachable, or Refused."""
+        reason, wait, kind = "not asked any more", 0.0, Unreachable
         for attempt in range(self.tries):
             if self.stop.wait(wait):
                 break
@@ -274,6 +290,7 @@ class Judge:
             except HTTPError as error:
                 reason = f"{error.code} {error.reason} {error.headers.get('location', error.said)}"
                 if error.code not in PASSING and error.code < 500:
+                    kind = Refused if error.code in OF_QUESTION else Unreachable
                     break
                 asked = error.headers.get("retry-after", "")
                 if re.fullmatch(r"\d+(\.\d+)?", asked):  # seconds
@@ -283,7 +300,7 @@ class Judge:
             except (KeyError, TypeError, AttributeError, IndexError, ValueError):
                 reason = "its reply is not a chat completion, or does not end"
         told = f"judge {self.url}: {reason[:300]} (try {attempt + 1} of {self.tries})"
-        raise Unreachable(" ".join(told.replace(self.key, "***").split()))
+        raise kind(" ".join(told.replace(self.key, "***").split()))
 
     def score(self, messages: list[dict], judged: str) -> dict:
         """{score, reply, end, asked}; the score is None if no reply has a grade."""
@@ -325,7 +342,8 @@ def grade(
             journal.append({**row, **judge.score(asked[key], judged), "messages": asked[key]})
         except Unreachable as error:
             failures.append(str(error))
-            judge.stop.set()
+            if not isinstance(error, Refused):
+                judge.stop.set()
 
     with Journal(file) as journal, ThreadPoolExecutor(judge.concurrency) as pool:
         done = scores()

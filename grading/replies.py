@@ -198,6 +198,13 @@ def convert_rows(path: str | os.PathLike, convert: Callable[[dict], object], lac
     return found
 
 
+def is_graded(row: dict) -> bool:
+    """Whether a row is one of `answer` to a problem, which can be scored."""
+    settings = row.get("settings") if isinstance(row.get("settings"), dict) else {}
+    texts = row.get("answer"), row.get("output"), settings.get("model")
+    return all(isinstance(text, str) for text in texts)
+
+
 def read(path: Path) -> list[dict]:
     """The rows of a journal, [] if there is none; a last line without its end is left out.
     ValueError with path:line for any other line that is not a JSON object."""

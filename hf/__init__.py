@@ -83,7 +83,7 @@ def parse_json(text: str | bytes) -> object:
     one line."""
     text = text if isinstance(text, str) else text.decode()
     try:
-        content = json.loads(text, object_pairs_hook=_distinct, parse_int=_whole,
+        content = json.loads(text, object_pairs_hook=distinct, parse_int=_whole,
                              parse_float=_finite, parse_constant=_finite)  # fmt: skip
         level = [content]
         for _ in range(DEPTH + 1):
@@ -97,7 +97,8 @@ def parse_json(text: str | bytes) -> object:
     return content
 
 
-def _distinct(pairs: list[tuple[str, object]]) -> dict:
+def distinct(pairs: list[tuple[str, object]]) -> dict:
+    """An object of JSON. ValueError if a key comes twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key comes twice in an object")
@@ -117,13 +118,14 @@ def _finite(number: str) -> float:
 
 
 @functools.cache
-def compiled(source: str) -> Callable[..., str]:
+def compiled(source: str, trusted: bool = False) -> Callable[..., str]:
     """What renders a chat template, which knows what transformers lets it know. It runs in a
     sandbox, and raises what it likes."""
     import jinja2.ext  # comes with torch
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    if [int(n) for n in re.findall(r"\d+", jinja2.__version__)[:3]] < [3, 1, 6]:
+    version = [int(n) for n in re.findall(r"\d+", jinja2.__version__)[:3]]
+    if version < [3, 1, 6] and not trusted:
         raise ValueError("the sandbox of jinja2 before 3.1.6 leaks: pip install -U jinja2")
     source.encode()  # bytes that are not UTF-8 would be rendered as anything
     def refuse(why: str) -> None:

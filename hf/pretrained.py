@@ -128,10 +128,10 @@ def find_checkpoint(id_or_dir: str | Path, weights: bool = True) -> Path:
         raise ValueError(f"{path}: a file: expected the directory of a model")
     if path.is_dir():
         return path
-    return _snapshot(str(id_or_dir), "model", WANTED if weights else [CONFIG])
+    return snapshot(str(id_or_dir), "model", WANTED if weights else [CONFIG])
 
 
-def _snapshot(name: str, kind: str, patterns: list[str], revision: str | None = None) -> Path:
+def snapshot(name: str, kind: str, patterns: list[str], revision: str | None = None) -> Path:
     """The folder with those files of a hub repository that match."""
     from huggingface_hub import errors, snapshot_download
 
@@ -139,35 +139,59 @@ def _snapshot(name: str, kind: str, patterns: list[str], revision: str | None = 
         return Path(snapshot_download(
             name, repo_type=kind, revision=revision, allow_patterns=patterns
         ))  # fmt: skip
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+    except (
+        errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError,
+    ) as error:  # fmt: skip
         local = "directory" if kind == "model" else "file"
         raise ValueError(
             f"{name}: neither a {local} nor a {kind} that the hub gives out "
             f"({type(error).__name__}): check the spelling; of a gated one accept its terms on the "
             f"hub and set HF_TOKEN; without a network, 'hf download --repo-type {kind} {name}' "
             "where there is one"
-        ) from None
+        ) from error
+    except Exception as error:  # a full disk; a connection that is cut, of whichever library
+        raise ValueError(f"{name}: cannot be downloaded: {type(error).__name__}: {error}") from None
 
 
 def find_dataset(name: str, split: str | None, config: str | None, ends: tuple) -> list[Path]:
     """The files of a split [train] of a hub data set, in a configuration [default]: of the hub's
     own conversion to Parquet, or else those with one of the `ends` and a name with both. Raises
-    ValueError."""
+    ValueError, also where these are of several splits or configurations."""
     config, split, converted = config or "default", split or "train", "refs/convert/parquet"
     named, problems = f"*{config.replace('default', '*')}*{split}*", Problems()
     places = [(converted, f"{config}/{part}{split}/*") for part in ("", "partial-")]
     places += [(None, named + end) for end in ends]
+    word = re.compile(rf"(^|[/_.-]){re.escape(split)}($|[/.]|[-_]\d)")
     for revision, pattern in places:
-        with problems.collecting():
-            folder = _snapshot(name, "dataset", [pattern], revision)
-            # The cache may hold other files, which were asked for earlier.
-            files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*.*"))]
-            if wanted := fnmatch.filter(files, pattern):
-                return [folder / file for file in wanted]
+        try:
+            folder = snapshot(name, "dataset", [pattern], revision)
+        except ValueError as error:
+            if not _is_absent(error.__cause__):
+                raise
+            problems.add(str(error))
+            continue
+        # The cache may hold other files, which were asked for earlier.
+        files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*.*"))]
+        wanted = [file for file in fnmatch.filter(files, pattern) if word.search(file)]
+        kinds = {re.sub(r"[-_.]?\d+(-of-\d+(-\w+)?)?(?=\.)", "", file) for file in wanted}
+        if len(kinds) > 1:
+            raise ValueError(f"{name}: {', '.join(sorted(kinds))} fit split {split}: "
+                             f"{name}:SPLIT[CONFIG] says which")  # fmt: skip
+        if wanted:
+            return [folder / file for file in wanted]
     raise ValueError(problems.lines[-1] if problems.count == len(places) else (
         f"{name}: no file is named after split {split} in configuration {config}: "
         f"{name}:SPLIT[CONFIG] asks for another"
     ))  # fmt: skip
+
+
+def _is_absent(error: Exception | None) -> bool:
+    """Whether a snapshot was refused as there is no such branch, or no network to tell."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return not isinstance(error.__cause__, errors.HfHubHTTPError)
+    return isinstance(error, errors.RevisionNotFoundError)
 
 
 def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, tuple], list[str]]:

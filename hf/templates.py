@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from hf import TODAY, compiled, read_json, tried
+from hf import TODAY, Problems, compiled, read_json, tried
 from hf.tokenizer import EOS, Encoded, Segment, Tokenizer, Turns, byte_spec, read_settings
 
 CONTROL = re.compile(r"<\|?\w+\|?>")  # a control token within the source of TEMPLATES
@@ -126,7 +126,8 @@ def _segments(tokenizer: Tokenizer, template: str, turns: tuple, prompt: bool) -
     def rendered(n: int, prompt: bool) -> str:
         """The first n messages."""
         named = tokenizer.named | {"tools": None, "documents": None}
-        text = compiled(source)(messages=messages[:n], add_generation_prompt=prompt, **named)
+        named |= {"messages": messages[:n], "add_generation_prompt": prompt}
+        text = compiled(source, trusted=template != OWN)(**named)
         return control.sub(lambda found: found[0].strip(), text)
 
     def answer(n: int) -> tuple[int, int] | None:
@@ -154,6 +155,8 @@ def _segments(tokenizer: Tokenizer, template: str, turns: tuple, prompt: bool) -
                 raise ValueError(f"turn {n + 1}, {said!r}, is not rendered alike with and without "
                                  "turns after it, or has no control token at its end")  # fmt: skip
     except Exception as error:  # a template may run into any
+        if template != OWN:
+            raise ValueError(f"template {template}: {error}") from None
         near = (name for name in ("chatml", "llama3", "gemma")
                 if CONTROL.search(TEMPLATES[name])[0] in source)  # fmt: skip
         raise ValueError(f"the model's own chat template: {error}: take --template "
@@ -174,23 +177,24 @@ def encode_conversations(
     """(ids, has_loss) of each, cut to `max_length`, so that a truncated answer has no end token.
 
     The first id has no loss: nothing precedes it to predict it from. `prompt`: see `render`, whose
-    ValueError tells which of the `numbers`, if there are any.
+    ValueError has a line for each of the `numbers` that fails, if there are any.
     """
-    joint, rendered = tokenizer.codec.joint, []
+    joint, rendered, problems = tokenizer.codec.joint, [], Problems()
 
     def kind(segment: Segment) -> tuple[bool, bool]:
         """Neighbours of one kind are encoded as one text, or taken over as ids."""
         return isinstance(segment[0], str), joint or segment[1]
 
     for n, turns in enumerate(conversations):
-        try:
+        with problems.collecting(f"record {numbers[n]}: " if numbers else ""):
             rendered.append(render(tokenizer, template, turns, prompt))
-        except ValueError as error:
-            raise ValueError(f"record {numbers[n]}: {error}" if numbers else error) from None
+    problems.raise_if_any()
     samples = [[(is_text, list(run)) for (is_text, _), run in groupby(segments, kind)]
                for segments in rendered]  # fmt: skip
-    runs = [([(text, bool(loss)) for text, loss in run], n == 0)
-            for s in samples for n, (is_text, run) in enumerate(s) if is_text]  # fmt: skip
+    # A document opens the input even after BOS, as `tokenizers` takes it.
+    runs = [([(text, bool(loss)) for text, loss in run], n == 0 or turns[0][0] == "text")
+            for s, turns in zip(samples, conversations, strict=True)
+            for n, (is_text, run) in enumerate(s) if is_text]  # fmt: skip
     encoded = iter(tokenizer.encode_runs(runs))
     out = []
     for sample in samples:

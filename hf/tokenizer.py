@@ -45,6 +45,7 @@ EOS = "eos_token"  # a template's word for the vocabulary's own end of text, wha
 TRIAL = ["Hello, world! It's 12:30.\n\n  def f(x):\treturn x", "é 中文 😀 e\u0301 \u200d \x00 <s>",
          *(character * 3000 + "!" for character in "a1 .\n")]  # fmt: skip
 LONGEST = 10_000  # characters of a token
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 # (role, text); roles: system, user, input, assistant, given (an answer without loss), or one "text"
 Turns = list[tuple[str, str]]
 Segment = tuple[str | int, bool]  # (text or id, has_loss)
@@ -282,6 +283,7 @@ def read_settings(path: Path, *files: str) -> dict:
 def _from_spec(spec: dict, settings: dict, path: Path | None, fingerprint: str) -> Tokenizer:
     """The tokenizer of a tokenizer.json's content and of what the configuration files say."""
     vocab, added = _vocabulary(spec, settings)
+    spec = spec | {"added_tokens": [*added.values()]}
     named = {key: settings.get(f"{key}_token") for key in ("bos", "eos", "unk", "pad")}
     # What ends a text stays that where a template has another end for answers: see save_tokenizer.
     named["eos"] = settings.get("scalebio_eos_token", named["eos"])
@@ -319,6 +321,8 @@ def _from_spec(spec: dict, settings: dict, path: Path | None, fingerprint: str) 
     chat = settings.get("chat_template")
     if isinstance(chat, list):  # of several, each with a name
         chat = {each["name"]: each["template"] for each in chat}.get("default")
+    if not isinstance(chat, str | None):
+        raise ValueError(f"chat_template is {type(chat).__name__}, not a text")
     of_id, ends = {i: name for name, i in vocab.items()}, {"bos": bos_id, "eos": eos_id}
     named |= {key: of_id[i] for key, i in ends.items() if i is not None}
     pattern = _control_pattern({*special, named["bos"], named["eos"]} - {None}, added)
@@ -338,8 +342,12 @@ def _control_pattern(names: set[str], added: dict[str, dict]) -> re.Pattern:
 
 def _vocabulary(spec: dict, settings: dict) -> tuple[dict[str, int], dict[str, dict]]:
     """All tokens by name with their ids, and what is said of those added to the model's own."""
-    added = [{**t, "id": int(i)} for i, t in settings.get("added_tokens_decoder", {}).items()]
-    added = {t["content"]: t for t in [*added, *(spec.get("added_tokens") or [])]}
+    added = {t["content"]: t for t in spec.get("added_tokens") or []}
+    for i, token in settings.get("added_tokens_decoder", {}).items():  # as in transformers
+        name = token["content"]
+        plain = {"id": int(i), "content": name, **dict.fromkeys(FLAGS, False)}
+        said = {key: value for key, value in token.items() if key in FLAGS}
+        added[name] = plain | added.get(name, {}) | said
     vocab = spec["model"]["vocab"]
     if isinstance(vocab, list):  # Unigram: [piece, score]
         vocab = {piece: i for i, (piece, _) in enumerate(vocab)}

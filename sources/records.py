@@ -22,15 +22,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from hf import Problems, open_regular
+from hf import Problems, distinct, open_regular
 from hf.tokenizer import Turns
 
 # A row for each format: {role: key} of the turns in their order, of which an input may be absent;
-# or the key of a list of messages. The first that fits a source's first record is that of all.
+# or the key of a list of messages. The first that fits a source's first record is that of all, one
+# whose input is there before others.
 Format = dict[str, str] | str
 FORMATS: tuple[Format, ...] = (
     {"user": "instruction", "input": "input", "assistant": "output"},  # Alpaca
     {"user": "instruction", "input": "context", "assistant": "response"},  # Dolly
+    {"user": "instruction", "input": "input", "assistant": "response"},
     "conversations",  # ShareGPT
     "conversation",
     "items",
@@ -70,6 +72,10 @@ def fits(form: Format, record: object) -> bool:
     if isinstance(value, list) and value:
         return isinstance(value[0], dict) or form == "data"
     return _nothing(value) and form != "data"
+
+
+def takes_input(form: Format, record: dict) -> bool:
+    return isinstance(form, dict) and form.get("input") in record
 
 
 def turns_of(form: Format | None, record: object) -> tuple[Turns, list[str]]:
@@ -166,8 +172,12 @@ def _text(value: object, name: str) -> str:
     """A text, or a list of parts of it as one; nothing is the empty text."""
     text = ""
     for part in value if isinstance(value, list) else [value]:
-        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        part = part.get("text") if kind == "text" else part
+        kind, held = type(part).__name__, {}
+        if isinstance(part, dict):
+            kind, held = part.get("type", "text"), part
+            part = part.get("text") if kind == "text" else part
+        if _nothing(part) and not all(_nothing(held[key]) for key in held.keys() - {"type"}):
+            raise ValueError(f"'{name}' is an object of {', '.join(map(repr, held))}, not a text")
         if not isinstance(part, str) and not _nothing(part):
             raise ValueError(f"'{name}' is {str(kind)[:40]}, not a string")
         text += part if isinstance(part, str) else ""
@@ -242,7 +252,8 @@ def iter_records(
         for number, where, record in located_values(file, problems):
             last = before + number
             try:
-                form = form or next((form for form in FORMATS if fits(form, record)), None)
+                form = form or min((form for form in FORMATS if fits(form, record)), default=None,
+                                   key=lambda form: not takes_input(form, record))
                 turns, unread = turns_of(form, record)
             except ValueError as error:
                 faults[str(error)] += 1
@@ -333,7 +344,7 @@ def _parquet(path: str | os.PathLike) -> Iterator[dict]:
 def _parsed(text: str, path: str | os.PathLike, line: int, problems: Problems) -> list:
     """[value] of JSON that starts at a line of the file; [], and a problem, if it is broken."""
     try:
-        return [json.loads(text.rstrip())]
+        return [json.loads(text.rstrip(), object_pairs_hook=distinct)]
     except RecursionError:
         what = "nested too deep"
     except ValueError as error:  # of a number with too many digits no line is known: the first

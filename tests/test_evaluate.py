@@ -411,15 +411,25 @@ def test_a_journal_drops_a_torn_line_and_has_one_writer(tmp_path):
 
 
 def test_questions_from_a_hub_dataset(sums, monkeypatch):
-    def download(repo, file, repo_type):
-        if (repo, file, repo_type) == ("some/sums", "data/test.jsonl", "dataset"):
-            return sums
-        raise errors.LocalEntryNotFoundError("offline")
+    def download(repo, repo_type, revision, allow_patterns):
+        if (repo, repo_type) == ("full/disk", "dataset"):
+            raise OSError(28, "No space left on device")
+        if (repo, repo_type, revision) != ("some/sums", "dataset", None):
+            raise errors.LocalEntryNotFoundError("offline")
+        Path("cache/data").mkdir(parents=True, exist_ok=True)
+        if allow_patterns == ["data/test.jsonl"]:
+            shutil.copy(sums, "cache/data/test.jsonl")
+        return "cache"
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert len(answers.read_problems(evaluate.local_file("some/sums/data/test.jsonl"))) == 11
-    with pytest.raises(ValueError, match="^no/sums/x.jsonl: .*LocalEntryNotFound"):
-        evaluate.local_file("no/sums/x.jsonl")
+    for file, why in (
+        ("some/sums/data/dev.jsonl", "some/sums/data/dev.jsonl: there is no such file"),
+        ("no/sums/x.jsonl", "no/sums: neither a file nor .*LocalEntryNotFound"),
+        ("full/disk/x.jsonl", "full/disk: cannot be downloaded: OSError: .*No space left"),
+    ):
+        with pytest.raises(ValueError, match=f"^{why}"):
+            evaluate.local_file(file)
     Path("data").mkdir()  # a misspelt path of one's own is not looked for on the hub
     assert evaluate.local_file("data/math/tset.jsonl") == Path("data/math/tset.jsonl")
 
@@ -430,6 +440,12 @@ def test_bad_input_is_a_line_for_each_problem_and_writes_nothing(checkpoint, rec
     Path("folder").mkdir()
     packed = gzip.compress(b'{"question": "1 + 1?", "answer": "2"}\n' * 1000)
     Path("broken.gz").write_bytes(packed[:30] + bytes(30) + packed[60:])
+    row = {"answer": "2", "output": "2", "settings": {"model": "m"}}
+    for n, other in enumerate(({"output": None}, {"settings": {}}, {"settings": []})):
+        Path(f"scored{n}.jsonl").write_text(json.dumps(row | other) + "\n")
+    question = {"question_id": 1, "category": "math", "turns": ["a", "b"]}
+    Path("q.jsonl").write_text(json.dumps(question))
+    judge = "--judge-url", "http://localhost:9/v1", "--judge-model", "m"
     loss, no_model, mt = ("loss", "--model", checkpoint, "--data"), ("--model", "no/x"), "mt-bench"
     say = "generate", "--model", checkpoint, "--prompt", "Hi"
     for n, args in (
@@ -445,6 +461,9 @@ def test_bad_input_is_a_line_for_each_problem_and_writes_nothing(checkpoint, rec
         (1, ("gsm8k", "--model", checkpoint, "--data", "broken.gz")),
         (1, ("math", "--rescore", "bad.jsonl")),
         (1, ("math", "--rescore", "folder")),
+        *[(1, ("math", "--rescore", f"scored{n}.jsonl")) for n in range(3)],
+        (1, (mt, "--model", checkpoint, "--questions", "q.jsonl", "--judge-prompts", "bad.jsonl",
+             *judge)),
         (1, (mt, "--model", checkpoint)),
         (3, (mt, *no_model, "--questions", "bad.jsonl", "--judge-url", "x")),
         (3, (mt, "--answers", "no", "--questions", "no", "--judge-url", "x", "--judge-model", "y")),

@@ -75,7 +75,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, {}, {"Content-Length": "1000"})
             self.close_connection = True
         elif isinstance(fault, int):
-            error = {"error": {"message": f"no: {self.headers.get('Authorization', '')}"}}
+            said = f"no, for max_tokens: {self.headers.get('Authorization', '')}"
+            error = {"error": {"message": said}}
             self.reply(fault, error, {"Retry-After": "0.4"} if fault == 429 else {})  # seconds
         elif isinstance(fault, dict):
             self.reply(200, fault)
@@ -186,6 +187,16 @@ def test_a_judge_that_is_out_of_reach_ends_the_run_and_the_next_goes_on(server, 
     assert server.asked - before == Counter(EVERY - graded)
 
 
+def test_a_question_that_the_judge_refuses_is_left_for_the_next_time_and_no_other(server, ask):
+    """Whatever name is in the refusal: it goes without, too."""
+    server.faults = {(81, 1): [413], (101, 2): [400, 400], (121, 1): [422, 422]}
+    why, rows = ask(concurrency=1)
+    assert "413" in why and scored(rows).keys() == EVERY - server.faults.keys()
+    assert not ask.judge.notes and not ask.judge.refused
+    why, rows = ask()
+    assert why is None and scored(rows) == {key: right_score(key) for key in EVERY}
+
+
 def test_a_judge_that_reasons_and_is_cut_scores_nothing_by_half(server, ask):
     server.faults = {
         (81, 1): [completion("<think>A rough start would be [[3]], but let me", "length")],
@@ -240,9 +251,22 @@ def test_a_judge_without_end_or_that_sends_elsewhere_is_left(server, ask, monkey
     assert {path for _, _, path, *_ in server.log} == {"/v1/chat/completions"}
 
 
-@pytest.mark.parametrize("url", ["x", "http://", "http://host:99999", "ftp://host"])
+@pytest.mark.parametrize("url", ["x", "http://", "http://host:99999", "ftp://host", "http://host/ü"])
 def test_an_address_that_is_none(url):
     with pytest.raises(ValueError, match="--judge-url"):
+        Judge(url, "m")
+
+
+@pytest.mark.parametrize("url, path", [
+    ("http://h:1", "/v1"), ("http://h:1/", "/v1"), ("http://h:1/v1/", "/v1"),
+    ("http://h:1/v1/chat/completions", "/v1"), ("http://h:1/v1beta/openai/", "/v1beta/openai"),
+])  # fmt: skip
+def test_an_address_is_what_other_clients_take(url, path, monkeypatch):
+    monkeypatch.setenv(mtbench.KEY, "sk-x\n")
+    judge = Judge(url, "m")
+    assert (judge.address, judge.key) == (f"http://h:1{path}/chat/completions", "sk-x")
+    monkeypatch.setenv(mtbench.KEY, "sk-ü")
+    with pytest.raises(ValueError, match=mtbench.KEY):
         Judge(url, "m")
 
 
@@ -281,6 +305,10 @@ def test_what_the_judge_is_asked():
     assert "second" not in first.split("Grade: [[5]]")[1] and "my two" not in first
     assert "R one" in second and "my one" in second
     assert "reference" not in mtbench.judge_messages(QUESTIONS[0], answers, 1)[1]["content"].lower()
+    thought = ("<think>so</think>\n\nmy one", "<think>\n</think>\n\nmy two")
+    for turn in (0, 1):
+        same = [mtbench.judge_messages(q, said, turn) for said in (answers, thought)]
+        assert same[0] == same[1]
 
 
 @pytest.mark.parametrize(
@@ -370,6 +398,11 @@ def test_bad_questions_are_named_by_line(tmp_path):
     with pytest.raises(ValueError, match="two turns") as error:
         mtbench.read_questions(file)
     assert [line.split(":")[1] for line in str(error.value).splitlines()] == ["1", "2", "3"]
+    fine = {"question_id": 1, "category": "math", "turns": ["one", "two"], "reference": ["a"]}
+    for wrong in {"turns": "ab"}, {"reference": "4"}, {"reference": [None]}, {"category": None}:
+        file.write_text(json.dumps(fine) + "\n" + json.dumps(fine | {"question_id": 2} | wrong))
+        with pytest.raises(ValueError, match="^[^\n]*q.jsonl:2: lacks [^\n]*$"):
+            mtbench.read_questions(file)
 
 
 def test_answers_and_grades_from_two_ranks(server, tmp_path, monkeypatch, capsys):

@@ -89,6 +89,9 @@ def test_each_format_gives_the_same_turns(record, write):
     ({"instruction": ASK[1], "context": "They fly far.", "response": REPLY[1]},
      [ASK, ("input", "They fly far."), REPLY]),
     ({**ALPACA, "input": "They fly far."}, [ASK, ("input", "They fly far."), REPLY]),
+    ({"instruction": ASK[1], "input": "They fly far.", "response": REPLY[1]},
+     [ASK, ("input", "They fly far."), REPLY]),
+    ({"prompt": [{"type": "text", "text": ASK[1], "id": 1}], "completion": REPLY[1]}, TURNS),
     ({**ALPACA, "system": BIRDS[1]}, [BIRDS, *TURNS]),
     ({**ALPACA, "system": "", "history": None}, TURNS),
     ({**ALPACA, "system": BIRDS[1], "history": [["Do storks sing?", "No."]]},
@@ -124,6 +127,13 @@ def test_a_turn_of_weight_0_has_no_loss(weights, role, write):
 LOST = " would be lost"
 
 
+def test_a_key_that_comes_twice_would_lose_one(tmp_path):
+    path = tmp_path / "twice.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two", "text": "three"}\n')
+    with pytest.raises(ValueError, match="twice.jsonl:2: broken JSON: a key comes twice"):
+        read(path)
+
+
 @pytest.mark.parametrize("record, problem", [
     ({"messages": CHAT, "tools": [{"name": "map"}]}, f"'tools'{LOST}"),
     ({"messages": [CHAT[0], {**CHAT[1], "tool_calls": [{"id": 1}]}]},
@@ -145,6 +155,9 @@ LOST = " would be lost"
     ({**ALPACA, "system": "Other", "system_prompt": BIRDS[1]}, "two system texts"),
     ({**ALPACA, "history": ["Do storks sing?"]}, "'history[0]' is not a question and its answer"),
     ({"messages": "Where?"}, "unknown record, of keys 'messages'"),
+    *[({"prompt": prompt, "response": REPLY[1]}, f"'prompt' is an object of {keys}, not a text")
+      for prompt, keys in (([CHAT[0]], "'role', 'content'"), (CHAT[0], "'role', 'content'"),
+                           ([{"type": "text", "value": "?"}], "'type', 'value'"))],
 ])  # fmt: skip
 def test_what_cannot_be_trained_on_is_refused_by_name_and_line(record, problem, write):
     path = write(record)
@@ -307,7 +320,7 @@ def test_without_pyarrow_a_line_says_what_to_install(write, monkeypatch):
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """Answers as huggingface.co does to what huggingface_hub asks for data sets: files of
-    {"owner/name": {revision: {file: content}}}."""
+    {"owner/name": {revision: {file: content}, or a status}}."""
 
     repos = {}
 
@@ -323,6 +336,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             code = "RevisionNotFound" if name in self.repos else "RepoNotFound"
             return self.answer(404, b"", {"X-Error-Code": code})
         files = repo[revision]
+        if isinstance(files, int):  # the hub is out of order
+            return self.answer(files, b"", {})
         commit = hashlib.sha1(revision.encode()).hexdigest()
         if api and parts[4] == "revision":
             siblings = [{"rfilename": file} for file in files]
@@ -392,6 +407,9 @@ def test_hub_data_sets_are_fetched_by_split_and_configuration(hub, parquet, monk
             },
         },
         "birds/raw": {"main": {"train.jsonl": jsonl, "old/train.jsonl.zip": b"PK", "x.py": b""}},
+        "birds/sums": {"main": {"a/train-0-of-2-1f.json": jsonl, "a/train-1-of-2-2e.json": jsonl,
+                                "b/train.json": jsonl, "b/train_more.json": jsonl}},
+        "birds/busy": {"main": {"train.json": jsonl}, "refs/convert/parquet": 403},
     })  # fmt: skip
     found, notes = hub("birds/storks")
     assert [(n, turns[0][1]) for n, turns in found] == list(enumerate("aaabb", start=1))
@@ -403,6 +421,9 @@ def test_hub_data_sets_are_fetched_by_split_and_configuration(hub, parquet, monk
     assert notes == {"read from": {"french/partial-train/0000.parquet": 1}}
     found, notes = hub("birds/raw:train:prompt=instruction,answer=output")
     assert found == [(1, TURNS)] and "train.jsonl" in str(notes)
+    assert "birds/sums: a/train.json, b/train.json fit split train: " in hub("birds/sums")
+    assert len(hub("birds/sums:train[a]")[0]) == 2 and len(hub("birds/sums:train[b]")[0]) == 1
+    assert "birds/busy: neither a file nor a dataset" in hub("birds/busy")
     assert "no file is named after split dev in configuration default" in hub("birds/storks:dev")
     assert "birds/gulls: neither a file nor a dataset that the hub gives out (Repo" in (
         hub("birds/gulls"))  # fmt: skip

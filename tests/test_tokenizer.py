@@ -10,6 +10,7 @@ import unicodedata
 
 import pytest
 
+from hf import compiled
 from hf.templates import (
     NAMES,
     TEMPLATES,
@@ -231,6 +232,9 @@ def test_unusable_tokenizers_are_refused_in_one_line(tmp_path, vocabulary, monke
     for broken in ("{", "[]", "{}", '{"model": {"vocab": {}}}', model):
         (tmp_path / "tokenizer.json").write_text(broken)
         assert "tokenizer.json" in refusal(tmp_path)
+    train_bpe(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": 5}')
+    assert "chat_template is int, not a text" in refusal(tmp_path)
     directory = vocabulary("stories").path
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert "pip install tokenizers" in refusal(directory)
@@ -280,6 +284,15 @@ def test_templates_match_transformers_chat_template(template, name, vocabulary, 
             messages[:-1], add_generation_prompt=True, return_dict=False
         )
         assert ids[: len(prompt)] == prompt  # generation continues what training showed
+
+
+@pytest.mark.parametrize("name", ["always", "first", "never", "llama2"])
+def test_a_document_has_the_ids_of_transformers(name, vocabulary, tmp_path):
+    tokenizer = vocabulary(name)
+    reference = transformers_tokenizer(tokenizer, tmp_path, "plain")
+    for text in ("Once upon a time", " twice", "\nthrice  x"):
+        ids, _ = encode_conversation(tokenizer, "plain", [("text", text)])
+        assert ids == [*reference(text)["input_ids"], tokenizer.eos_id]
 
 
 # Chat templates as checkpoints have them, with marks around what is learned: a system turn that is
@@ -382,10 +395,33 @@ def test_an_own_template_that_cannot_be_used_is_refused_with_what_to_take_instea
 ):
     ours, _ = with_template("chat", source)
     with pytest.raises(ValueError, match=words) as error:
-        encode_conversations(ours, "own", [TURNS[1:]], numbers=[7])
-    where, said = str(error.value).split(": ", 1)
-    assert where == "record 7" and said.endswith(
-        "take --template chatml" if "im_start" in source else "take --template alpaca")
+        encode_conversations(ours, "own", [TURNS[1:], TURNS[1:3]], numbers=[7, 9])
+    for line, n in zip(str(error.value).splitlines(), (7, 9), strict=True):
+        assert line.startswith(f"record {n}: ") and line.endswith(
+            "take --template chatml" if "im_start" in source else "take --template alpaca")
+
+
+def test_what_tokenizer_config_says_of_a_token_goes_before_tokenizer_json(with_template):
+    source = OWN["swallowing"].replace("<|gpt|>", "<start_of_turn>model")
+    kinds = {}
+    for rstrip in (False, True):
+        (base, _), decoder = with_template("chat", source), {}
+        for name in ("<|im_end|>", "<end_of_turn>"):
+            decoder[base.special[name]] = {"content": name, "rstrip": rstrip, "special": True}
+        ours, theirs = with_template("chat", source, added_tokens_decoder=decoder)
+        kinds[rstrip] = encode_conversations(ours, "own", [TURNS[1:]])[0][0]
+        wanted = theirs.apply_chat_template(as_messages(TURNS[1:]), return_dict=False)
+        assert kinds[rstrip] == wanted
+    assert len(kinds[True]) < len(kinds[False])
+
+
+def test_an_old_sandbox_renders_our_own_templates_alone(with_template, monkeypatch):
+    ours, _ = with_template("chat", OWN["system"])
+    compiled.cache_clear()
+    monkeypatch.setattr("jinja2.__version__", "3.1.4")
+    assert encode_conversation(ours, "chatml", TURNS)[0]
+    with pytest.raises(ValueError, match="own chat template: the sandbox of jinja2 before"):
+        encode_conversation(ours, "own", TURNS)
 
 
 def test_the_own_template_decides_about_ids_and_a_date_is_always_the_same(with_template):
