@@ -356,7 +356,10 @@ def local_file(name: str) -> Path:
         return Path(name)
     from hf.pretrained import snapshot
 
-    file = snapshot(f"{owner}/{rest[0]}", "dataset", [rest[1]]) / rest[1]
+    problems, file = Problems(), Path()
+    with problems.collecting(f"{name}: there is no such file; "):
+        file = snapshot(f"{owner}/{rest[0]}", "dataset", [rest[1]]) / rest[1]
+    problems.raise_if_any()
     if not file.exists():
         raise ValueError(f"{name}: there is no such file, nor one of that data set of the hub")
     return file

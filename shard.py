@@ -74,8 +74,10 @@ def start(timeout: float) -> torch.device:
         except OSError as error:  # which TCPStore would try again and again
             raise dist.DistNetworkError(f"torchrun is gone: {error}") from None
     if "RANK" in os.environ:
-        guard = threading.Timer(2 * START_TIMEOUT, end_alone)  # TCPStore may wait for ever, where
-        guard.daemon = True  # something else listens that says nothing
+        # TCPStore may wait for ever, where something else listens that says nothing.
+        why = f"timed out after {2 * START_TIMEOUT:g} s"
+        guard = threading.Timer(2 * START_TIMEOUT, end_alone, [why])
+        guard.daemon = True
         guard.start()
         try:
             store, rank, world = next(dist.rendezvous("env://", timeout=limit))
@@ -122,7 +124,8 @@ def command(work: Callable[[torch.device | None], int], group: bool = True) -> i
             end_alone(error)
         if not (dist.is_initialized() and dist.get_world_size() > 1):
             raise
-        traceback.print_exc()
+        say(*traceback.format_exc().splitlines(), file=sys.stderr)
+        say_why(f"rank {dist.get_rank()} ends{what_it_said(error)}")
     finally:
         if dist.is_initialized():
             if code and dist.get_world_size() > 1:

@@ -127,9 +127,9 @@ class Flags:
     test: str | None = MOST(None, "held-out records, for the report", same_run=False)
     weights: str | None = MOST(None, "what finetune and draw draw samples by: " + WEIGHTS,
                                only=DRAWS, same_run=False)  # the numbers are compared
-    out: Path = MOST(None, "directory of the run [runs/<model>-<sources>-seed<seed>, of built-in "
-                     "data runs/<task>-seed<seed>; with another --mode …-<mode>-seed<seed>]",
-                     same_run=False)
+    out: Path = MOST(None, "directory of the run [runs/<model>-<sources>-seed<seed>, of the "
+                     "built-in model and data runs/<task>-seed<seed>; with another --mode "
+                     "…-<mode>-seed<seed>]", same_run=False)
     steps: int | None = MOST(None, "steps of an outer round, instead of --epochs", tiny=200,
                              permitted=COUNT, only=TRAINS)
     batch_size: int = MOST(64, "training samples of a step, over all ranks", permitted=LOT,
@@ -525,7 +525,8 @@ EVALUATION = [  # commands, flag, default, help, and what argparse takes beside
     ("mt-bench", "--questions", None, "FastChat's question.jsonl; may be owner/dataset/file", {}),
     ("mt-bench", "--reference", None, "FastChat's gpt-4.jsonl or its like [from --questions]", {}),
     ("mt-bench", "--answers", None, "grade these, in FastChat's format, not a --model's", {}),
-    ("mt-bench", "--judge-url", None, "OpenAI-compatible; its key, if any, in $JUDGE_API_KEY", {}),
+    ("mt-bench", "--judge-url", None, "OpenAI-compatible, as http://host:8000/v1 (/v1 is added where "
+     "there is no path); its key, if any, in $JUDGE_API_KEY", {}),
     ("mt-bench", "--judge-model", None, "the endpoint's name of the judge", {}),
     ("mt-bench", "--judge-prompts", None, "FastChat's judge_prompts.jsonl [our own]", FILE),
     ("mt-bench", "--judge-max-tokens", 2048, "of a judgement", AT_LEAST_1),

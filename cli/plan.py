@@ -348,8 +348,9 @@ class Pass:
 
     whole       all groups stay gathered from a pass's first micro-batch to its last
     directions  of slopes, w − u of all that trains, are held then: in validation, too
-    replicas    of the shards: FSDP2 keeps a group's fp32 gradients, of earlier micro-batches until
-                these are added, and once they are added up over the replicas to the end of backward
+    replicas    the shards have some: FSDP2 then keeps two more sets of a group's fp32 gradients,
+                those of earlier micro-batches until the last one's are added, and what was added up
+                over the replicas until backward ends
     """
 
     def __init__(

@@ -200,6 +200,7 @@ def shut(connection: socket.socket) -> None:
 
 
 OF_QUESTION = {400, 413, 422}  # statuses of one that is too long, or against a filter
+HOPELESS = 5  # refusals of the first questions, after which no other is asked
 PASSING = {408, 409, 425, 429}  # statuses after which it is asked again; and 500 and above
 READINGS = 3  # replies without a grade, after which a question is left for another time
 BYTES = 16_000_000  # of a reply
@@ -341,16 +342,20 @@ def grade(
             judged = " ".join(answers[key[0]][: key[1] + 1])
             journal.append({**row, **judge.score(asked[key], judged), "messages": asked[key]})
         except Unreachable as error:
-            failures.append(str(error))
-            if not isinstance(error, Refused):
+            if judge.stop.is_set():
+                return
+            refused = isinstance(error, Refused)
+            failures.append((refused, str(error)))
+            if not refused or len(failures) == HOPELESS and len(journal.rows) == before:
                 judge.stop.set()
 
     with Journal(file) as journal, ThreadPoolExecutor(judge.concurrency) as pool:
-        done = scores()
+        done, before = scores(), len(journal.rows)
         try:
             waiting = [pool.submit(one, key) for key in asked if key not in done]
             for future in tqdm(waiting, disable=not waiting, mininterval=5):
                 future.result()
         finally:  # after Ctrl-C what is being asked is still kept, what waits is not asked
             judge.stop.set()
-        return scores(), (failures or [None])[0]
+        _, why = min(failures, key=lambda failure: failure[0], default=(False, None))
+        return scores(), why

@@ -101,7 +101,9 @@ def distinct(pairs: list[tuple[str, object]]) -> dict:
     """An object of JSON. ValueError if a key comes twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key comes twice in an object")
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:40]!r} comes twice in an object")
     return found
 
 

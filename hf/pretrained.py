@@ -8,13 +8,13 @@ side, the family's in the files: see MODULES and KEYS, which name Llama's for an
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,13 +158,18 @@ def find_dataset(name: str, split: str | None, config: str | None, ends: tuple) 
     own conversion to Parquet, or else those with one of the `ends` and a name with both. Raises
     ValueError, also where these are of several splits or configurations."""
     config, split, converted = config or "default", split or "train", "refs/convert/parquet"
-    named, problems = f"*{config.replace('default', '*')}*{split}*", Problems()
-    places = [(converted, f"{config}/{part}{split}/*") for part in ("", "partial-")]
-    places += [(None, named + end) for end in ends]
-    word = re.compile(rf"(^|[/_.-]){re.escape(split)}($|[/.]|[-_]\d)")
-    for revision, pattern in places:
+    places = [(converted, [f"{config}/{part}{split}/*"]) for part in ("", "partial-")]
+    said = [split, config][: 1 + (config != "default")]
+    places += [(None, [f"*{'*'.join(order)}*{end}" for order in (said, said[::-1])])
+               for end in ends]  # fmt: skip
+    # Each as a word, which a number may follow. All that is in a folder of the split is one set.
+    words = [re.compile(rf"(?<![^\W_]){re.escape(word)}(?![^\W\d_])") for word in said]
+    inside = re.compile(rf"(.*(?<![^\W_]){re.escape(split)}/).*")
+    number = re.compile(r"[-_.]?\d+(-of-\d+(-\w+)?)?(?=\.[^/]*$)")
+    problems, near = Problems(), []
+    for revision, patterns in places:
         try:
-            folder = snapshot(name, "dataset", [pattern], revision)
+            folder = snapshot(name, "dataset", patterns, revision)
         except ValueError as error:
             if not _is_absent(error.__cause__):
                 raise
@@ -172,16 +177,17 @@ def find_dataset(name: str, split: str | None, config: str | None, ends: tuple) 
             continue
         # The cache may hold other files, which were asked for earlier.
         files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*.*"))]
-        wanted = [file for file in fnmatch.filter(files, pattern) if word.search(file)]
-        kinds = {re.sub(r"[-_.]?\d+(-of-\d+(-\w+)?)?(?=\.)", "", file) for file in wanted}
+        near += (found := [f for f in files if any(fnmatch(f, pattern) for pattern in patterns)])
+        wanted = [file for file in found if all(word.search(file) for word in words)]
+        kinds = {inside.sub(r"\1", number.sub("", file)) for file in wanted}
         if len(kinds) > 1:
             raise ValueError(f"{name}: {', '.join(sorted(kinds))} fit split {split}: "
                              f"{name}:SPLIT[CONFIG] says which")  # fmt: skip
         if wanted:
             return [folder / file for file in wanted]
     raise ValueError(problems.lines[-1] if problems.count == len(places) else (
-        f"{name}: no file is named after split {split} in configuration {config}: "
-        f"{name}:SPLIT[CONFIG] asks for another"
+        f"{name}: no file is named after split {split} in configuration {config}"
+        f"{': not ' * bool(near)}{', '.join(near[:5])}: {name}:SPLIT[CONFIG] asks for another"
     ))  # fmt: skip
 
 
@@ -189,9 +195,13 @@ def _is_absent(error: Exception | None) -> bool:
     """Whether a snapshot was refused as there is no such branch, or no network to tell."""
     from huggingface_hub import errors
 
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return not isinstance(error.__cause__, errors.HfHubHTTPError)
-    return isinstance(error, errors.RevisionNotFoundError)
+    # IncompleteSnapshotError, which older versions lack, is of a branch that is known.
+    local = isinstance(error, errors.LocalEntryNotFoundError) and "Incomplete" not in repr(error)
+    cause = error.__cause__ if local else error
+    if isinstance(cause, errors.HfHubHTTPError):
+        no_repository = isinstance(cause, errors.RepositoryNotFoundError)
+        return getattr(cause.response, "status_code", 0) == 404 and not no_repository
+    return local
 
 
 def scan(directory: Path, config: ModelConfig) -> tuple[dict[str, tuple], list[str]]:

@@ -177,7 +177,7 @@ def encode_conversations(
     """(ids, has_loss) of each, cut to `max_length`, so that a truncated answer has no end token.
 
     The first id has no loss: nothing precedes it to predict it from. `prompt`: see `render`, whose
-    ValueError has a line for each of the `numbers` that fails, if there are any.
+    ValueError has a line for each of the `numbers` that fails, up to five.
     """
     joint, rendered, problems = tokenizer.codec.joint, [], Problems()
 
@@ -188,6 +188,8 @@ def encode_conversations(
     for n, turns in enumerate(conversations):
         with problems.collecting(f"record {numbers[n]}: " if numbers else ""):
             rendered.append(render(tokenizer, template, turns, prompt))
+        if problems.count == 5:  # the rest are likely of the same kind
+            break
     problems.raise_if_any()
     samples = [[(is_text, list(run)) for (is_text, _), run in groupby(segments, kind)]
                for segments in rendered]  # fmt: skip

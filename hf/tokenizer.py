@@ -283,6 +283,7 @@ def read_settings(path: Path, *files: str) -> dict:
 def _from_spec(spec: dict, settings: dict, path: Path | None, fingerprint: str) -> Tokenizer:
     """The tokenizer of a tokenizer.json's content and of what the configuration files say."""
     vocab, added = _vocabulary(spec, settings)
+    beside = [token for token in added.values() if token not in (spec.get("added_tokens") or [])]
     spec = spec | {"added_tokens": [*added.values()]}
     named = {key: settings.get(f"{key}_token") for key in ("bos", "eos", "unk", "pad")}
     # What ends a text stays that where a template has another end for answers: see save_tokenizer.
@@ -316,7 +317,7 @@ def _from_spec(spec: dict, settings: dict, path: Path | None, fingerprint: str) 
     stops = [eos_id] * (eos_id in special.values()) + configured("eos")
     n_vocab, rows = max(vocab.values()) + 1, settings.get("vocab_size")
     identity = [fingerprint, bos_id, eos_id, add_bos, special]
-    identity += [rows] * (rows is not None and rows < n_vocab)
+    identity += [rows] * (rows is not None and rows < n_vocab) + [beside] * bool(beside)
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     chat = settings.get("chat_template")
     if isinstance(chat, list):  # of several, each with a name

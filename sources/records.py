@@ -26,13 +26,11 @@ from hf import Problems, distinct, open_regular
 from hf.tokenizer import Turns
 
 # A row for each format: {role: key} of the turns in their order, of which an input may be absent;
-# or the key of a list of messages. The first that fits a source's first record is that of all, one
-# whose input is there before others.
+# or the key of a list of messages. The first that fits a source's first record is that of all.
 Format = dict[str, str] | str
 FORMATS: tuple[Format, ...] = (
     {"user": "instruction", "input": "input", "assistant": "output"},  # Alpaca
     {"user": "instruction", "input": "context", "assistant": "response"},  # Dolly
-    {"user": "instruction", "input": "input", "assistant": "response"},
     "conversations",  # ShareGPT
     "conversation",
     "items",
@@ -74,10 +72,6 @@ def fits(form: Format, record: object) -> bool:
     return _nothing(value) and form != "data"
 
 
-def takes_input(form: Format, record: dict) -> bool:
-    return isinstance(form, dict) and form.get("input") in record
-
-
 def turns_of(form: Format | None, record: object) -> tuple[Turns, list[str]]:
     """The turns of a record, and the keys that hold something but were not read. ValueError if it
     has something else, or in another shape, than `form` says."""
@@ -115,8 +109,11 @@ def _take_turns(form: Format, record: dict) -> Turns:
         texts = (_text(text, f"history[{n}]") for text in pair)
         turns += zip(("user", "assistant"), texts, strict=True)
     for role, key in form.items():
-        if role != "input" or not _nothing(record.get(key)):
-            turns.append((role, _take(record, key)))
+        if role == "input" and _nothing(record.get(key)):
+            key = role  # whatever a format calls it, it may be called so
+            if _nothing(record.get(key)):
+                continue
+        turns.append((role, _take(record, key)))
     return turns
 
 
@@ -176,7 +173,8 @@ def _text(value: object, name: str) -> str:
         if isinstance(part, dict):
             kind, held = part.get("type", "text"), part
             part = part.get("text") if kind == "text" else part
-        if _nothing(part) and not all(_nothing(held[key]) for key in held.keys() - {"type"}):
+        lost = kind == "text" and "text" not in held and held.keys() - {"type"}
+        if lost and not all(_nothing(held[key]) for key in lost):
             raise ValueError(f"'{name}' is an object of {', '.join(map(repr, held))}, not a text")
         if not isinstance(part, str) and not _nothing(part):
             raise ValueError(f"'{name}' is {str(kind)[:40]}, not a string")
@@ -252,8 +250,7 @@ def iter_records(
         for number, where, record in located_values(file, problems):
             last = before + number
             try:
-                form = form or min((form for form in FORMATS if fits(form, record)), default=None,
-                                   key=lambda form: not takes_input(form, record))
+                form = form or next((form for form in FORMATS if fits(form, record)), None)
                 turns, unread = turns_of(form, record)
             except ValueError as error:
                 faults[str(error)] += 1

@@ -190,11 +190,20 @@ def test_a_judge_that_is_out_of_reach_ends_the_run_and_the_next_goes_on(server, 
 def test_a_question_that_the_judge_refuses_is_left_for_the_next_time_and_no_other(server, ask):
     """Whatever name is in the refusal: it goes without, too."""
     server.faults = {(81, 1): [413], (101, 2): [400, 400], (121, 1): [422, 422]}
+    server.faults |= {(81, 2): [401]}
+    why, rows = ask(concurrency=1)
+    assert "401" in why and rows == []  # what ended it, not what it left
+    del server.faults[81, 2]
+    server.asked.clear()
     why, rows = ask(concurrency=1)
     assert "413" in why and scored(rows).keys() == EVERY - server.faults.keys()
     assert not ask.judge.notes and not ask.judge.refused
     why, rows = ask()
     assert why is None and scored(rows) == {key: right_score(key) for key in EVERY}
+    server.fault = 400  # to all that it is asked
+    before = sum(server.asked.values())
+    assert "400" in ask(model="no such model", concurrency=1)[0]
+    assert sum(server.asked.values()) - before == 2 * mtbench.HOPELESS
 
 
 def test_a_judge_that_reasons_and_is_cut_scores_nothing_by_half(server, ask):

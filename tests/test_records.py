@@ -91,7 +91,8 @@ def test_each_format_gives_the_same_turns(record, write):
     ({**ALPACA, "input": "They fly far."}, [ASK, ("input", "They fly far."), REPLY]),
     ({"instruction": ASK[1], "input": "They fly far.", "response": REPLY[1]},
      [ASK, ("input", "They fly far."), REPLY]),
-    ({"prompt": [{"type": "text", "text": ASK[1], "id": 1}], "completion": REPLY[1]}, TURNS),
+    ({"prompt": [{"type": "text", "text": ASK[1], "id": 1}, {"text": "", "id": 2}],
+      "completion": REPLY[1]}, TURNS),
     ({**ALPACA, "system": BIRDS[1]}, [BIRDS, *TURNS]),
     ({**ALPACA, "system": "", "history": None}, TURNS),
     ({**ALPACA, "system": BIRDS[1], "history": [["Do storks sing?", "No."]]},
@@ -130,7 +131,7 @@ LOST = " would be lost"
 def test_a_key_that_comes_twice_would_lose_one(tmp_path):
     path = tmp_path / "twice.jsonl"
     path.write_text('{"text": "one"}\n{"text": "two", "text": "three"}\n')
-    with pytest.raises(ValueError, match="twice.jsonl:2: broken JSON: a key comes twice"):
+    with pytest.raises(ValueError, match="twice.jsonl:2: broken JSON: the key 'text' comes twice"):
         read(path)
 
 
@@ -408,7 +409,11 @@ def test_hub_data_sets_are_fetched_by_split_and_configuration(hub, parquet, monk
         },
         "birds/raw": {"main": {"train.jsonl": jsonl, "old/train.jsonl.zip": b"PK", "x.py": b""}},
         "birds/sums": {"main": {"a/train-0-of-2-1f.json": jsonl, "a/train-1-of-2-2e.json": jsonl,
-                                "b/train.json": jsonl, "b/train_more.json": jsonl}},
+                                "b/train.json": jsonl, "bc/my_train_data.json": jsonl}},
+        "birds/folders": {"main": {"train/en.json": jsonl, "train/fr-0_1.json": jsonl,
+                                   "train/part-0-1c-ab.json": jsonl, "training.json": jsonl}},
+        "birds/half": {"main": {"v1.0/train.json": jsonl, "v2.0/train.json": jsonl},
+                       "refs/convert/parquet": 404},
         "birds/busy": {"main": {"train.json": jsonl}, "refs/convert/parquet": 403},
     })  # fmt: skip
     found, notes = hub("birds/storks")
@@ -421,8 +426,15 @@ def test_hub_data_sets_are_fetched_by_split_and_configuration(hub, parquet, monk
     assert notes == {"read from": {"french/partial-train/0000.parquet": 1}}
     found, notes = hub("birds/raw:train:prompt=instruction,answer=output")
     assert found == [(1, TURNS)] and "train.jsonl" in str(notes)
-    assert "birds/sums: a/train.json, b/train.json fit split train: " in hub("birds/sums")
-    assert len(hub("birds/sums:train[a]")[0]) == 2 and len(hub("birds/sums:train[b]")[0]) == 1
+    sets = "a/train.json, b/train.json, bc/my_train_data.json fit split train: "
+    assert f"birds/sums: {sets}" in hub("birds/sums") and "v1.0/train.json, v2" in hub("birds/half")
+    for path, n in (
+        ("sums:train[a]", 2), ("sums:train[b]", 1), ("sums:train[bc]", 1), ("half:train[v1.0]", 1),
+        ("folders", 3), ("folders:train[fr]", 1),
+    ):  # fmt: skip
+        assert len(hub(f"birds/{path}")[0]) == n, path
+    assert "birds/folders: no file is named after split rain" in (refused := hub("birds/folders:rain"))
+    assert "not train/en.json, " in refused
     assert "birds/busy: neither a file nor a dataset" in hub("birds/busy")
     assert "no file is named after split dev in configuration default" in hub("birds/storks:dev")
     assert "birds/gulls: neither a file nor a dataset that the hub gives out (Repo" in (

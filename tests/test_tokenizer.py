@@ -403,7 +403,7 @@ def test_an_own_template_that_cannot_be_used_is_refused_with_what_to_take_instea
 
 def test_what_tokenizer_config_says_of_a_token_goes_before_tokenizer_json(with_template):
     source = OWN["swallowing"].replace("<|gpt|>", "<start_of_turn>model")
-    kinds = {}
+    kinds, prints = {}, set()
     for rstrip in (False, True):
         (base, _), decoder = with_template("chat", source), {}
         for name in ("<|im_end|>", "<end_of_turn>"):
@@ -412,7 +412,8 @@ def test_what_tokenizer_config_says_of_a_token_goes_before_tokenizer_json(with_t
         kinds[rstrip] = encode_conversations(ours, "own", [TURNS[1:]])[0][0]
         wanted = theirs.apply_chat_template(as_messages(TURNS[1:]), return_dict=False)
         assert kinds[rstrip] == wanted
-    assert len(kinds[True]) < len(kinds[False])
+        prints |= {base.fingerprint, ours.fingerprint}
+    assert len(kinds[True]) < len(kinds[False]) and len(prints) == 2
 
 
 def test_an_old_sandbox_renders_our_own_templates_alone(with_template, monkeypatch):
