@@ -525,8 +525,8 @@ EVALUATION = [  # commands, flag, default, help, and what argparse takes beside
     ("mt-bench", "--questions", None, "FastChat's question.jsonl; may be owner/dataset/file", {}),
     ("mt-bench", "--reference", None, "FastChat's gpt-4.jsonl or its like [from --questions]", {}),
     ("mt-bench", "--answers", None, "grade these, in FastChat's format, not a --model's", {}),
-    ("mt-bench", "--judge-url", None, "OpenAI-compatible, as http://host:8000/v1 (/v1 is added where "
-     "there is no path); its key, if any, in $JUDGE_API_KEY", {}),
+    ("mt-bench", "--judge-url", None, "OpenAI-compatible, as http://host:8000/v1 (/v1 is added "
+     "where there is no path); its key, if any, in $JUDGE_API_KEY", {}),
     ("mt-bench", "--judge-model", None, "the endpoint's name of the judge", {}),
     ("mt-bench", "--judge-prompts", None, "FastChat's judge_prompts.jsonl [our own]", FILE),
     ("mt-bench", "--judge-max-tokens", 2048, "of a judgement", AT_LEAST_1),

@@ -25,7 +25,7 @@ from tests.worker import FAMILIES
 HOSTILE_JSON = {
     "deep": ("[" * 100_000, "nested deeper than 100"),
     "deep object": ('{"a":' * 101 + "1" + "}" * 101, "nested deeper than 100"),
-    "twice": ('{"a": {"b": 1, "b": 2}}', "a key comes twice"),
+    "twice": ('{"a": {"b": 1, "b": 2}}', "the key 'b' comes twice"),
     "nan": ('{"a": NaN}', "NaN is not a finite number"),
     "infinity": ('{"a": -Infinity}', "-Infinity is not a finite number"),
     "overflow": ('{"a": 1e999}', "1e999 is not a finite number"),
