@@ -66,9 +66,9 @@ class SourceWeights(nn.Module):
     the variance that it would have were errors of one step gone in the next (the method of batch
     means). The weights' errors are √κ times what they would be then.
 
-    To weight something else (single samples, groups of sources), replace `probs` in a subclass: it
-    may be any differentiable function of the parameter `lam`, also of `n_logits` where these are
-    not as many as the sources.
+    To weight something else (groups of sources, single samples, up to some thousand), replace
+    `probs` in a subclass: it may be any differentiable function of the parameter `lam`, also of
+    `n_logits` where these are not as many as the sources.
 
     n_sources           S
     n_logits, dtype     of λ, which stays on the CPU; S logits unless stated
@@ -78,7 +78,7 @@ class SourceWeights(nn.Module):
 
     memory = 0.99  # β
     block = 50  # steps; see κ
-    warmup = 10  # steps after which the errors are known well enough for `snr`
+    warmup = 30  # steps after which the errors are known well enough for `snr`
 
     def __init__(
         self, n_sources: int, dtype: torch.dtype = torch.float32, lr: float = 1e-2, z: float = 0.0,
@@ -480,7 +480,9 @@ class Slopes:
     A layer y = f(x; θ) that is linear in its parameters would change by f(x; d) if they moved by d.
     So the derivative of sample j is the sum over the layers that train of ⟨∂ℓ_j/∂y, f(x; d)⟩ over
     those rows of y that are j's. It costs what the forward of these layers costs, and one layer's d
-    of memory; a layer that trains must not be compiled. What frozen layers differ by is left out.
+    of memory; a layer that trains must not be compiled, have running statistics (BatchNorm) or a
+    part without its parameters (PReLU), nor come before an operation in place. What frozen layers
+    differ by is left out.
     Where the layers that train are drawn, as under LISA, let `direction` divide d by the chance of
     its layer to be drawn: the mean over the draws is then the slope of all layers.
 

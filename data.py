@@ -56,7 +56,7 @@ class Dataset:
     dropped: dict[str, int] = field(default_factory=dict)  # records left out, by reason
     notes: dict[str, dict[str, int]] = field(default_factory=dict)  # {what: {thing: records}}
     duplicates: int = 0  # records that repeat an earlier one; they are kept
-    of: int = 0  # samples that these were drawn from, if they were
+    of: int = 0  # records that these were drawn from, if they were
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -20,6 +20,7 @@ if __name__ == "__main__":
     parse(None)  # --help, or a flag that cannot be read, does not wait for torch
 
 import contextlib
+import gc
 import math
 import secrets
 import signal
@@ -218,7 +219,9 @@ def ahead(flags: Flags, inputs: Inputs, steps: int) -> str:
     """What a run is about to do, in words."""
     lengths, what = [d.lengths for d in inputs.used.values()], f"{flags.batch_size} training"
     if flags.mode == "finetune":
-        tokens = flags.batch_size * np.concatenate(lengths).mean()
+        n = sum(map(len, lengths))  # once an epoch, whose last batch may be a smaller one
+        tokens = n / math.ceil(n / flags.batch_size) * np.concatenate(lengths).mean()
+        what = f"up to {what}" if n % flags.batch_size else what
     else:  # as many of every source
         what += f" and {flags.val_batch_size} validation"
         tokens = flags.batch_size * np.mean([each.mean() for each in lengths])
@@ -320,7 +323,7 @@ def held_out_losses(
     due = {name: dataset for name, (dataset, now) in due.items() if now and dataset}
     if due:
         shard.move_to_device(w)
-    return {name: evaluate.loss(w, dataset, flags.micro_batch_size).mean
+    return {name: report.finite(evaluate.loss(w, dataset, flags.micro_batch_size).mean)
             for name, dataset in due.items()}  # fmt: skip
 
 
@@ -338,11 +341,18 @@ def main(argv: list[str] | None = None) -> int:
     finally:  # this may be a notebook
         for number, handler in handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: not set by Python
+        gc.collect()  # the copies, which the hooks of slopes refer to and are held by
 
 
 def run(flags: Flags, device: torch.device) -> int:
     """Train, and say how it ended. Returns the exit code. Collective: every rank calls it."""
     flags, inputs = open_run(flags)
+    with contextlib.closing(inputs.lock) if inputs and inputs.lock else contextlib.nullcontext():
+        return go(flags, inputs, device)
+
+
+def go(flags: Flags, inputs: Inputs | None, device: torch.device) -> int:
+    """See `run`: what it does in a directory that is locked."""
     if inputs is None:
         if dist.get_rank() == 0:
             say(*report.retold(flags.out), "", f"{flags.out} is a finished run.")
@@ -412,13 +422,14 @@ def plan_settings(flags: Flags, inputs: Inputs, device: torch.device) -> dict:
 
 
 def catch_signals(received: list[int]) -> None:
-    """From here on, signals to stop are put into a list. A second Ctrl-C has its usual effect; the
-    others may come twice, from a cluster's manager and from torchrun."""
+    """From here on, signals to stop are put into a list. A second Ctrl-C has the effect that it had
+    before; the others may come twice, from a cluster's manager and from torchrun."""
+    usual = signal.getsignal(signal.SIGINT)
 
     def note(number: int, _) -> None:
         received.append(number)
         if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, usual or signal.SIG_DFL)
 
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
@@ -429,12 +440,13 @@ def outlive(stream: TextIO) -> None:
     """Let the run outlive the terminal, pipe or disk that it prints to: what cannot be written
     there is lost. A character that the terminal lacks is replaced."""
 
+    if not hasattr(stream, "reconfigure") or isinstance(stream.write, partial):
+        return  # a notebook's; or it was told before
+
     def attempt(method, *args, **kwargs):
         with contextlib.suppress(OSError):
             return method(*args, **kwargs)
 
-    if not hasattr(stream, "reconfigure"):
-        return  # a notebook's
     attempt(stream.reconfigure, errors="replace")
     stream.write = partial(attempt, stream.write)
     stream.flush = partial(attempt, stream.flush)
@@ -470,6 +482,8 @@ def write_config(flags: Flags, inputs: Inputs, **more) -> None:
     """config.json, with `more` and what it has of this run beside the record."""
     held = held_run(flags.out) or {}
     kept = {key: held[key] for key in ("branch", "tracked") if key in held}
+    if not shard.whole_checkpoints(flags.out / "checkpoints"):  # this is where it starts
+        kept.pop("branch", None)
     report.write_json(flags.out / "config.json", record(flags, inputs) | kept | more)
 
 

@@ -190,7 +190,8 @@ class Flags:
     repeat: bool = TUNE(False, "repeat the records of a source that is short, instead of taking "
                         "more of the others")
     also: list | None = TUNE(None, "sources of which all records join the mixture, beside --samples"
-                             " (validation records too)", metavar="NAME=PATH", same_run=False)
+                             " (validation records too; finetune then without --val)",
+                             metavar="NAME=PATH", same_run=False)
 
     lisa_layers: int = LISA(2, "blocks that train at a time; 0 = train everything",
                             permitted=BLOCKS)
@@ -365,7 +366,9 @@ def parse(argv: list[str] | None) -> Flags:
         if stub.modes & {*f.metadata["only"]} else None
         for f in fields
     } | given  # fmt: skip
-    if "epochs" in given and "steps" not in given:
+    if {"epochs", "steps"} <= given.keys():
+        parser.error("--epochs and --steps both say how long it takes: give one")
+    if "epochs" in given:
         values["steps"] = None
     if "lr_w" in given and "lr_u" not in given and values["lr_u"] is not None:
         values["lr_u"] = values["lr_w"]

@@ -259,12 +259,13 @@ def open_data(flags: Flags, tok: tokenizer.Tokenizer | None) -> dict[str, data.D
             name: data.Dataset.from_records(records, tok, flags.template, flags.max_length)
             for name, records in (groups | {"val": val, "test": test}).items()
         }
-    problems, paths, datasets = Problems(), {}, {}
+    problems, paths, datasets, appended = Problems(), {}, {}, {}
     with problems.collecting():
         paths = {f"train {name}": path for name, path in source_paths(flags.train).items()}
         # Where nothing is trained, nothing is lost if these are validation records.
         kind = "also" if flags.mode == "draw" else "train"
-        for name, path in source_paths(flags.also or [], "--also").items():
+        appended = source_paths(flags.also or [], "--also")
+        for name, path in appended.items():
             if f"train {name}" in paths:
                 problems.add(f"--also {name}={path}: --train has a source of this name")
             paths[f"{kind} {name}"] = path
@@ -276,7 +277,8 @@ def open_data(flags: Flags, tok: tokenizer.Tokenizer | None) -> dict[str, data.D
     for (name, one), (held, other) in itertools.combinations(datasets.items(), 2):
         pair = held in ("val", "test") and not name.startswith("also ")
         if pair and np.array_equal(np.sort(one.hashes), np.sort(other.hashes)):
-            problems.add(f"--{held} {other.path} has the same records as --{name}")
+            flag = name.replace("train", "also") if name[6:] in appended else name
+            problems.add(f"--{held} {other.path} has the same records as --{flag}")
     problems.raise_if_any()
     return datasets
 
@@ -343,7 +345,7 @@ def draw_per_source(flags: Flags, inputs: Inputs) -> None:
         source = inputs.sources[name]
         if len(source) > flags.per_source:
             drawn = data.draw(source, name, flags.per_source, flags.seed)
-            inputs.sources[name] = dataclasses.replace(drawn, of=len(source))
+            inputs.sources[name] = dataclasses.replace(drawn, of=records(source))
             inputs.notes.append(f"{name}: {len(drawn)} of {len(source)} samples are drawn")
         elif len(source) < flags.per_source:
             inputs.notes.append(f"{name}: has {len(source)} samples of --per-source "
@@ -424,10 +426,15 @@ def record(flags: Flags, inputs: Inputs) -> dict:
     }
 
 
+def records(dataset: data.Dataset) -> int:
+    """How many have a sample there: a text may be cut to several."""
+    return len(np.unique(dataset.numbers))
+
+
 def about(datasets: dict[str, data.Dataset]) -> dict[str, dict]:
     """What the files of a run say of data."""
     return {
-        name: {"path": str(d.path), "samples": len(d), "of": d.of or len(d), "sha256": d.sha256,
+        name: {"path": str(d.path), "samples": len(d), "of": d.of or records(d), "sha256": d.sha256,
                "dropped": d.dropped}
         for name, d in datasets.items()
     }

@@ -503,6 +503,7 @@ def times(config: ModelConfig, card: Card, **settings) -> tuple[dict[str, float]
             of = shards, B, s.max_length, *draw, slopes, s.activation_checkpointing
             one = Pass(config, s.dtype, *of, s.keep_gathered, s.slopes)
             took = one.seconds(card, n, first=copies == s.copies)  # validation ends w's
+            took[:2] *= mine / (n * B)  # the last may have fewer samples
             parts += share * copies * np.array([*took, 0, max(took[0] + took[1], took[2])])
     exchanged = 2 * (1 - shards / s.ranks) * trained
     # AdamW reads four numbers and writes three; a copy that waits on the host goes and comes.

@@ -19,7 +19,7 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import data
 import shard
-from bilevel import StepStats
+from bilevel import SourceWeights, StepStats
 from cli import plan
 from cli.flags import HARMLESS, as_json, parse, spelt
 from hf import JSON_BYTES, Problems, open_regular, parse_json, read_json, say
@@ -253,13 +253,15 @@ def summarise(rows: list[dict], finished: bool = True) -> dict:
     """What weights.json says of the results.
 
     A source `differs` from the others if its gradient was so many standard errors from 0 that
-    chance gets there in one run of a hundred; none does in a run that is too short.
+    chance gets there in one run of a hundred (with two samples of a source in a batch in up to
+    three, simulated: their errors are little known); none does in a run that is too short.
     `gap` is the mean over the last fifth of the steps, `gap_se` its standard error.
     """
     last, names = rows[-1], list(rows[-1]["weights"])
     threshold = differs_above(last["step"] + 1, len(names))
     gaps = {name: [(row["gap"][name], row["gap_se"][name]) for row in last_fifth(rows)
-                   if row["gap"][name] is not None] for name in names}  # fmt: skip
+                   if None not in (row["gap"][name], row["gap_se"][name])]
+            for name in names}  # fmt: skip
     return {key: last[key] for key in ("weights", "weights_se", "snr")} | {
         "differs": {name: last["step"] + 1 >= SHORT and last["snr"][name] > threshold
                     for name in names},
@@ -268,10 +270,18 @@ def summarise(rows: list[dict], finished: bool = True) -> dict:
             k: math.hypot(*(se for _, se in v)) / len(v) if v else None for k, v in gaps.items()
         },
         "step": last["step"] + 1,
+        "lasting_errors": errors_last_known(rows),
         "skipped": sum(not row["finite"] for row in rows),
         "alpha": last["alpha"],
         "test_loss": before_and_after(rows, "test_loss", finished),
     }
+
+
+def errors_last_known(rows: list[dict]) -> bool:
+    """Whether the weights' errors count those that last from step to step: alpha was the same for
+    long enough to compare blocks, see SourceWeights."""
+    steps = Counter(row["alpha"] for row in rows if row["finite"])
+    return max(steps.values(), default=0) >= 2 * SourceWeights.block
 
 
 def before_and_after(rows: list[dict], key: str, finished: bool = True) -> list[float | None]:
@@ -334,9 +344,10 @@ def render(out: Path) -> list[str]:
         lines = [*weight_lines(result), ""]
     for what, key in ("validation loss:", "val_loss"), ("held-out test loss:", "test_loss"):
         before, after = before_and_after(rows, key)
-        if (shares or key == "test_loss") and after is not None:
+        if (shares or key == "test_loss") and rows and key in rows[-1]:
             first = "" if before is None else f"{before:.4f} before, "
-            lines.append(f"{what:19} {first}{after:.4f} after")
+            last = "not finite" if after is None else f"{after:.4f}"
+            lines.append(f"{what:19} {first}{last} after")
     if skipped := sum(not row["finite"] for row in rows):
         lines.append(f"steps passed over because something was not finite: {skipped}")
     if not shares and record["flags"]["train"]:
@@ -364,7 +375,8 @@ def what_next(record: dict, out: Path) -> list[str]:
     data = flags["test"] or flags["val"]
     if flags["mode"] == "bilevel":
         words = spelled_out(flags, "model", "train", "val", "test", "drop_overlap", "task",
-                            "template", "max_length", "seed")  # fmt: skip
+                            "template", "max_length", "seed",
+                            *["batch_size"] * (parse([]).batch_size % ranks > 0))  # fmt: skip
         command = ["--mode", "finetune", *words, "--weights", f"{out}/weights.json"]
         program = program_here("train.py")
     elif flags["mode"] == "finetune" and (data or not flags["train"]):
@@ -422,7 +434,8 @@ def weight_lines(result: dict) -> list[str]:
     return [
         *table(rows, "  ± weight  gap of w and u      differs"), "",
         "± weight: standard error, by how the gaps swung in this run" + (
-            "." if result["step"] >= 100 else ": from 100 steps on; here from their samples alone."
+            "." if result["lasting_errors"] else
+            f": from {2 * SourceWeights.block} steps on; here from their samples alone."
         ),
         "gap: the loss under w less that under u, at the end: low is good.",
         f"differs: from the others, above {threshold:.1f} standard errors.", "",
@@ -586,10 +599,11 @@ def draw_curves(axes, runs: list[Run], what: str, curves: list[tuple]) -> None:
         x = np.flatnonzero(np.isfinite(y))
         if not len(x):
             continue
+        steps = np.array([row["step"] for row in run.rows])[x]
         window = 1 if key == "weights" else max(1, len(x) // 20)
         mean, y = partial(np.convolve, v=np.ones(window) / window, mode="valid"), y[x]
         squares = mean(run.series("gap_se", name)[x] ** 2) / window if key == "gap" else None
-        x, y = mean(x), mean(y)
+        x, y = mean(steps), mean(y)
         marker = "." if len(x) < 20 else ""  # a line of one point is none
         axes.plot(x, y, color=colour, marker=marker, linewidth=1, label=label)
         if key == "gap":
@@ -619,7 +633,7 @@ def spread(ys: list[float], least: float, top: float) -> list[float]:
 
 def draw_bars(axes, runs: list[Run], bars: dict[str, tuple], colours: dict) -> None:
     """The sources with their values, pale where the data do not tell one from the others."""
-    steps = len(runs[0].rows)
+    steps = runs[0].rows[-1]["step"] + 1
     threshold = differs_above(steps, len(bars)) if steps >= SHORT else math.inf
     for y, (name, (value, se, final)) in enumerate(bars.items()):
         apart = len(runs) > 1 or runs[0].shares or runs[0].rows[-1]["snr"][name] > threshold

@@ -228,6 +228,10 @@ def test_per_source_draws_as_many_of_each(files):
     assert [(about[name]["samples"], about[name]["of"]) for name in ("a", "few")] == [
         (10, 40), (3, 3)
     ]  # fmt: skip
+    Path("long.json").write_text(json.dumps([{"text": "word " * 100}] * 3))
+    texts = data.load_dataset("long.json", data.byte_tokenizer(), "plain", 64, "cache")
+    about = inputs.about({"a": texts})["a"]  # each cut to pieces
+    assert about["of"] == 3 < 20 < about["samples"]
 
 
 def test_what_draw_cannot_do_is_refused(files, refusal):

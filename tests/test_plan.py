@@ -461,6 +461,15 @@ def test_replicas_hold_what_fewer_ranks_hold_and_exchange_gradients_once_a_pass(
     assert b - a / 2 == pytest.approx(eight.components["gradients"] / 1e9)
 
 
+def test_a_last_micro_batch_takes_as_long_as_its_samples():
+    """Eight samples a rank, in micro-batches of 4 or of 7 and 1."""
+    flags = FLAGS | {"batch_size": 64, "val_batch_size": 64}
+    of = CONFIGS["LLaMA-3-8B"], CARDS["A100-80"]
+    fours, sevens = (planning.times(*of, **flags | {"micro_batch_size": B})[0] for B in (4, 7))
+    for part in planning.COMPUTING:
+        assert sevens[part] == pytest.approx(fours[part], rel=0.05)
+
+
 def test_copies_are_gathered_once_a_pass_where_there_is_room():
     for card, ranks, whole in (80, 8, True), (32, 8, False), (None, 8, False), (141, 1, False):
         memory, flags = card and card * 1e9, FLAGS | {"ranks": ranks}

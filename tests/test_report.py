@@ -119,6 +119,26 @@ def test_a_gap_is_drawn_with_the_error_of_its_mean(tmp_path):
     assert highest - a.get_ydata().max() == pytest.approx(half)
 
 
+def test_steps_that_are_missing_leave_the_others_in_their_places(tmp_path):
+    run = report.read_run(write_run(tmp_path / "x", ["a", "b"], steps=80))
+    run.rows[:40] = []
+    for row in run.rows:
+        row["snr"] = {"a": 99.0, "b": 0.0}
+    (part,) = report.figure_of([run]).subfigs
+    weights, *_, bars = part.axes
+    assert {line.get_xdata()[-1] for line in weights.get_lines()[1:]} == {79}
+    assert [bar.get_alpha() for bar in bars.patches] in ([1, 0.35], [0.35, 1])
+
+
+@pytest.mark.parametrize("alphas, known", [
+    ([10] * 99, False), ([10] * 100, True), ([10] * 60 + [20] * 60, False),
+    ([10] * 100 + [20] * 50, True),
+])  # fmt: skip
+def test_errors_that_last_are_known_once_blocks_of_one_alpha_were_compared(alphas, known):
+    rows = [{"alpha": alpha, "finite": True} for alpha in alphas]
+    assert report.errors_last_known(rows) == known
+
+
 def test_a_table_is_sorted_and_scaled_to_the_largest_weight():
     rows = {"a": (0.1, 5, ""), "none": (0.0, 5, ""), "b": (0.2, 5, ""), "all": (None, 5, "")}
     _, *lines = report.table(rows, "")
@@ -132,6 +152,8 @@ def test_a_table_is_sorted_and_scaled_to_the_largest_weight():
       "world_size": 8},
      "torchrun --nproc_per_node=8 train.py --mode finetune --model o/M --train 'a=a b.json' c.json "
      "--template own --weights x/weights.json"),
+    ({"world_size": 3, "batch_size": 48}, "torchrun --nproc_per_node=3 train.py --mode finetune "
+                                          "--batch-size 48 --weights x/weights.json"),
     ({"mode": "finetune", "seed": 3}, "python evaluate.py loss --model x/model --data "
                                       "denoising-seed3"),
     ({"mode": "finetune", "train": ["a.json"], "val": "v.json", "max_length": 512},
@@ -156,7 +178,10 @@ def test_no_source_differs_in_a_run_that_is_too_short(tmp_path):
         rows = report.read_rows(write_run(tmp_path / str(steps), ["a", "b"], steps))
         for row in rows:
             row |= {"snr": {"a": 99.0, "b": 0.0}, "gap_se": {"a": 1.0, "b": 1.0}, "alpha": 10.0}
-        assert report.summarise(rows)["differs"] == {"a": steps == report.SHORT, "b": False}
+        rows[-1]["gap_se"]["b"] = None  # something in that step was not finite
+        told, last = report.summarise(rows), [row["gap"]["b"] for row in report.last_fifth(rows)]
+        assert told["differs"] == {"a": steps == report.SHORT, "b": False}
+        assert told["gap"]["b"] == pytest.approx(np.mean(last[:-1]))
 
 
 def test_a_run_of_one_step_has_no_loss_of_before():

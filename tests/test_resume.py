@@ -160,6 +160,15 @@ def test_a_run_that_is_extended_is_the_longer_run(refusal):
         assert any(f"now 3.0; {way}" in line for line in refusal([*other, out]))
 
 
+def test_a_run_that_lost_what_it_branched_off_from_says_nothing_of_it():
+    done("--out", "short", "--steps", "2")
+    kill = partial(at, "forward", 1, partial(send, signal.SIGKILL), entry=2)
+    run("--out", "long", "--steps", "3", "--resume", "short", fault=kill)
+    assert "branch" in json.loads(Path("long/config.json").read_text())
+    assert "branched off" not in done("--out", "long", "--steps", "3")
+    assert rows("long")[0]["step"] == 0
+
+
 def test_all_ranks_take_the_fresh_out_that_rank_0_chose():
     Path("out").mkdir()
     done("--out", "out", "--resume", "never", "--steps", "2", "--save-every", "1", ranks=2)
