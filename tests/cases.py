@@ -27,10 +27,6 @@ CASES = {
         "num_key_value_heads": 2, "head_dim": 12, "rope_parameters": LLAMA3,
         "tie_word_embeddings": True,
     }),
-    "llama-linear": ("Llama", SIZES | {
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0},
-    }),
-    "llama-yarn": ("Llama", SIZES | {"rope_parameters": YARN}),
     "llama-yarn-scaled": ("Llama", SIZES | {"head_dim": 12, "rope_parameters": YARN | {
         "beta_fast": 6.0, "beta_slow": 0.5, "truncate": False, "attention_factor": 0.7,
     }}),
@@ -61,6 +57,7 @@ CASES = {
     }),
     "qwen3": ("Qwen3", SIZES | {
         "num_key_value_heads": 2, "head_dim": 16, "attention_bias": True,
+        "rope_parameters": YARN | {"original_max_position_embeddings": 4096},
     }),
     "gemma2": ("Gemma2", SIZES | {
         "num_key_value_heads": 2, "head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 7,

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import json
 import os
 import subprocess
 import sys
@@ -42,6 +43,31 @@ def asset():
         return ASSETS / path
 
     return find
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(content) is the path of a file with it: bytes, text, or records as JSON Lines."""
+
+    def make(*content, name="birds.jsonl"):
+        text, *_ = content
+        if not isinstance(text, (str, bytes)):
+            text = "".join(json.dumps(record) + "\n" for record in content)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load(path) is the dataset there, tokenised by bytes or from the test's own cache."""
+    import data
+
+    def make(path, template="plain", max_length=64, cache=tmp_path / "cache"):
+        return data.load_dataset(path, data.byte_tokenizer(), template, max_length, cache)
+
+    return make
 
 
 @pytest.fixture

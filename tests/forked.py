@@ -20,10 +20,12 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch._dynamo  # else each run would load it in its first step
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import data
@@ -31,8 +33,8 @@ import shard
 import train
 from bilevel import Step
 from hf import templates
-from model import ModelConfig, Transformer, build, random_weights, save_pretrained
-from tests.worker import FAMILIES
+from model import Transformer, save_pretrained
+from tests.worker import small
 
 # The server does not take over sys.path, and without its modules each child would load torch anew.
 paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -68,11 +70,10 @@ def enter(folder: Path, patch) -> None:
         Path(f"{name}.jsonl").write_text("\n".join(lines))
 
 
-def write_model(folder: Path, family: str = "llama", **changes) -> Path:
-    """A small random checkpoint with the byte tokenizer."""
-    config = ModelConfig.from_hf(FAMILIES[family] | changes)
-    save_pretrained(build(config, random_weights(config, 0)), folder)
-    templates.save_tokenizer(data.byte_tokenizer(), folder, "alpaca")
+def write_model(folder: Path, family: str = "llama", template: str = "alpaca", **about) -> Path:
+    """A small random checkpoint with the byte tokenizer; `about` it as worker.small takes."""
+    save_pretrained(small(family, **about), folder)
+    templates.save_tokenizer(data.byte_tokenizer(), folder, template)
     return folder
 
 
@@ -114,6 +115,23 @@ def _run(argv: list[str], env: dict, log: Path, fault: Fault | None) -> None:
     if fault:
         fault()
     shard.exit_now(train.main(argv))
+
+
+def call(ranks: int, *work: Callable[[], object]) -> list[dict]:
+    """On each of so many ranks of a process group: {name of a function: what it gives}."""
+    out = tempfile.mktemp(dir=os.getcwd())
+    runs = start([], ranks, dict.fromkeys(range(ranks), partial(_answer, out, work)), flags=[])
+    code, printed = finish(runs)
+    assert code == 0, printed
+    return [torch.load(f"{out}.{rank}") for rank in range(ranks)]
+
+
+def _answer(out: str, work: tuple) -> None:
+    shard.start(timeout=120)
+    found = {getattr(f, "func", f).__name__: f() for f in work}
+    torch.save(found, f"{out}.{dist.get_rank()}")
+    dist.destroy_process_group()
+    shard.exit_now(0)
 
 
 def launch(argv: list[str], ranks: int, *options: str) -> subprocess.Popen:
@@ -159,7 +177,7 @@ def wait_for_end(processes: list[int]) -> None:
 def finish(processes: Runs, frozen: int | None = None) -> tuple[int, str]:
     """(exit code of rank 0, what all ranks printed). All must end by themselves, but one that a
     fault froze."""
-    end = time.time() + 240
+    end = time.time() + 600
     for n, process in enumerate(processes):
         if n != frozen:
             process.join(end - time.time())

@@ -223,10 +223,9 @@ def test_real_references_are_told_from_others_and_known_in_every_spelling(asset,
         ("", ": no rows"),
     ],
 )
-def test_a_bad_file_is_named_with_its_line(tmp_path, text, problem):
-    (tmp_path / "x.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=f"x.jsonl{problem}[^\n]*$"):
-        read_problems(tmp_path / "x.jsonl")
+def test_a_bad_file_is_named_with_its_line(write, text, problem):
+    with pytest.raises(ValueError, match=f"birds.jsonl{problem}[^\n]*$"):
+        read_problems(write(text))
 
 
 def main(paths):

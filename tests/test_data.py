@@ -1,217 +1,32 @@
-"""Record formats and their refusals, the cache, the sampler, the built-in tasks."""
+"""Datasets and their cache, the sampler, the built-in tasks."""
 
-import gzip
 import json
 import multiprocessing
 import shutil
-from collections import Counter, defaultdict
-from pathlib import Path
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import data
-from data import Batches, Dataset, eval_batches, load_dataset, overlap
-from hf import Problems
+from data import Batches, Dataset, eval_batches
 from hf.templates import encode_conversations
 from hf.tokenizer import byte_tokenizer
-from sources.records import FORMATS, ROLE_OF, iter_records, locate
 from sources.tasks import NOISE, TASKS, task
 from tests.cases import example
 
 TOKENIZER = byte_tokenizer()
 
 ALPACA = {"instruction": "Say hi", "input": "", "output": "hi"}
-TURNS = [("user", "Say hi"), ("assistant", "hi")]
-GOOD = json.dumps(ALPACA)
-DEEP = "[" * 100_000
-
-
-@pytest.fixture
-def write(tmp_path):
-    """write(content) is the path of a file with it: bytes, text, or records as JSON Lines."""
-
-    def make(content, name="data.json"):
-        if isinstance(content, list):
-            content = "".join(json.dumps(record) + "\n" for record in content)
-        if isinstance(content, str):
-            content = content.encode()
-        (tmp_path / name).write_bytes(content)
-        return tmp_path / name
-
-    return make
-
-
-def load(path, cache_dir, template="plain", max_length=64):
-    return load_dataset(path, TOKENIZER, template, max_length, cache_dir)
-
-
-def read_records(path):
-    """(number or line, turns) of each record."""
-    problems = Problems()
-    records = iter_records(locate(path), problems, defaultdict(Counter))
-    records = [(number, turns) for number, turns, _ in records]
-    problems.raise_if_any()
-    return records
-
-
-# Reading
-
-SHAREGPT = [{"from": "human", "value": "Say hi"}, {"from": "gpt", "value": "hi"}]
-CHAT = {"messages": [{"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "hi"}]}
-
-
-@pytest.mark.parametrize("record, turns", [
-    (ALPACA, TURNS),
-    ({"instruction": "Say hi", "output": "hi", "text": "ignored"}, TURNS),
-    ({**ALPACA, "input": None}, TURNS),
-    ({**ALPACA, "input": "now"}, [TURNS[0], ("input", "now"), TURNS[1]]),
-    ({"conversations": SHAREGPT, "id": 7}, TURNS),
-    ({"items": SHAREGPT}, TURNS),
-    (CHAT, TURNS),
-    ({"text": "Say hi"}, [("text", "Say hi")]),
-])
-def test_formats_are_recognised_by_their_keys(record, turns, write):
-    assert read_records(write([record, record])) == [(1, turns), (2, turns)]
-
-
-def test_a_new_format_is_a_row(write, monkeypatch):
-    rows = "talk", {"user": "asked", "assistant": "said"}
-    monkeypatch.setattr("sources.records.FORMATS", FORMATS + rows)
-    for record in ({"talk": CHAT["messages"]}, {"asked": "Say hi", "said": "hi"}):
-        assert read_records(write([record])) == [(1, TURNS)]
-
-
-def test_arrays_and_lines_are_recognised_by_content(write):
-    """A record goes by its line in JSON Lines, by its number in an array."""
-    for content, second in (
-        (f"{GOOD}\n\n{GOOD}", 3),
-        (f"\ufeff{GOOD}\r\n\r\n{GOOD}\r\n", 3),
-        (f"[{GOOD},\n\n{GOOD}]", 2),
-        (f"\ufeff \n[{GOOD}\r\n,\r\n {GOOD}]\r\n\r\n", 2),
-    ):
-        expected = [(1, TURNS), (second, TURNS)]
-        assert read_records(write(content)) == expected
-        assert read_records(write(gzip.compress(content.encode()))) == expected
-
-
-@pytest.mark.parametrize("content, place, problem", [
-    (f'{GOOD}\n{{"instruction": \n{GOOD}', ":2", "broken JSON"),
-    (f'[{GOOD},\n{{"output": "cut', ":2", "broken JSON: Unterminated string"),
-    (f'[{GOOD},\n{{"instruction": 1,,}}]', ":2", "broken JSON"),
-    (f"[{GOOD},\n{GOOD}", ":2", "broken JSON: Expecting ',' delimiter"),
-    (f"[{GOOD}\n{GOOD}]", ":2", "broken JSON: Expecting ',' delimiter"),
-    (f"[{GOOD},]", ":1", "broken JSON"),
-    (f"[{GOOD}]\n{GOOD}", ":2", "broken JSON: Extra data"),
-    (f'{GOOD}\n{{"question": "x", "answer": "y"}}', ":2", "lacks 'instruction'"),
-    ('\n{"asked": "x", "said": "y"}', ":2", "unknown record, of keys 'asked', 'said'"),
-    (f'[{GOOD}, {GOOD}, {{"instruction": "a"}}]', ": record 3", "lacks 'output'"),
-    (f"{GOOD}\n17", ":2", "the record is int, not an object"),
-    ("17\n", ":1", "the record is int, not an object"),
-    ("{}", ":1", "unknown record, of keys none"),
-    (f'{GOOD[:-1]},\n"id": 1}}\n{GOOD}', ":3", "broken JSON: Extra data"),
-    (f'{GOOD}\n{{"instruction": 3, "output": "x"}}', ":2", "'instruction' is int, not a string"),
-    (f'{GOOD}\n{{"instruction": "a", "output": true}}', ":2", "'output' is bool"),
-    (f'{GOOD}\n{{"instruction": "a", "input": [7], "output": "b"}}', ":2", "'input' is int"),
-    ('{"text": "\\ud800"}', ":1", "lone surrogate"),
-    (b'{"text": "a"}\n{"text": "\xff"}', ":2", "broken UTF-8"),
-    ('{"messages": {"role": 1}}', ":1", "unknown record, of keys 'messages'"),
-    ('{"messages": [7]}', ":1", "unknown record, of keys 'messages'"),
-    ('{"messages": [{"role": "user"}]}', ":1", "lacks 'messages[0].content'"),
-    (f'{json.dumps(CHAT)}\n{{"messages": "x"}}', ":2", "'messages' is str, not a list"),
-    (f'{json.dumps(CHAT)}\n{{"messages": [7]}}', ":2", "'messages[0]' is int, not a message"),
-    ('{"messages": [{"role": "user", "content": 5}]}', ":1", "'messages[0].content' is int, not a"),
-    ('{"items": [{"from": "bird", "value": "x"}]}', ":1", "'items[0].from' is 'bird', not one of"),
-    (f'{GOOD}\n{{"text": {DEEP}}}', ":2", "nested too deep"),
-    (f"[{GOOD},\n{DEEP}", ":1", "nested too deep"),
-    (f'{GOOD}\n{{"text": {"1" * 5000}}}', ":2", "broken JSON: Exceeds the limit"),
-    (f'[{GOOD},\n{{"text": {"1" * 5000}}}]', ":1", "broken JSON: Exceeds the limit"),
-    (b'{"text": "a"}\n\0\0', ":2", "broken JSON"),
-    ("", "", "no records"),
-    (" \n \n", "", "no records"),
-    ("[ ]", "", "no records"),
-    (b"\x1f\x8bnot gzip", "", "Unknown compression"),
-    (Path(), "", "not a regular file"),
-    (gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-20], "", "end-of-stream"),
-    (Path("none"), "", "No such file"),
-])
-def test_malformed_records_and_files_are_named(content, place, problem, write, tmp_path):
-    path = tmp_path / content if isinstance(content, Path) else write(content)
-    for call in (lambda: read_records(path), lambda: load(path, tmp_path / "cache")):
-        with pytest.raises(ValueError) as error:
-            call()
-        message, = str(error.value).splitlines()
-        assert message.startswith(f"{path}{place}: ") and problem in message
-        assert len(message) < 500
-    assert not list((tmp_path / "cache").glob("*/"))  # nothing is cached
-
-
-HOSTILE = ["<|endoftext|> </s> <bos> [INST] <0x0A>", "nul \0 bell \a", "x" * 1_000_000, DEEP,
-           "\ufeff bom \r\n crlf \u2028 line separator", '"}\n{"text": "injected"}']
-
-
-@pytest.mark.parametrize("as_array", [True, False])
-def test_hostile_texts_stay_text(as_array, write, tmp_path):
-    """Megabytes in a line, control characters, what looks like control tokens or like JSON."""
-    records = [json.dumps({"text": text}, ensure_ascii=as_array) for text in HOSTILE]
-    content = f"[{','.join(records)}]" if as_array else "\r\n".join(records)
-    dataset = load(write(gzip.compress(content.encode())), tmp_path / "cache", max_length=2**21)
-    for i, text in enumerate(HOSTILE):
-        assert example(dataset, i)[0].tolist() == [256, *text.encode(), 257]
-
-
-def test_sixty_problems_are_listed_then_counted(write):
-    with pytest.raises(ValueError) as error:
-        read_records(write("{x\n" * 100))
-    lines = str(error.value).splitlines()
-    assert len(lines) == 61 and lines[-1] == "… and 40 more"
-    assert lines[59].split(": ")[0].endswith(":60")
-
-
-text = st.text(st.characters(codec=None), max_size=12) | st.sampled_from(["", " ", "<bos>", "\0"])
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | text,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
-    max_leaves=6,
-)
-role = st.sampled_from([*ROLE_OF, "tool"]) | anything
-message = st.fixed_dictionaries(
-    {}, optional={"role": role, "from": role, "content": text | anything, "value": text | anything}
-)
-keys = ("instruction", "input", "output", "text", "conversations", "items", "messages", "history",
-        "system", "tools", "question", "answer")  # fmt: skip
-record = st.fixed_dictionaries(
-    {}, optional={key: text | st.lists(message, max_size=3) | anything for key in keys}
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(record | anything, max_size=6), st.booleans(), st.sampled_from(["alpaca", "plain"]))
-def test_any_record_is_kept_counted_or_named(tmp_path_factory, records, as_array, template):
-    directory = tmp_path_factory.mktemp("fuzz")
-    path = directory / "x.json"
-    as_array = as_array or isinstance((records or [0])[0], list)  # "[" opens an array
-    path.write_text(json.dumps(records) if as_array else "\n".join(map(json.dumps, records)))
-    problems, again, dataset = Problems(), Problems(), None
-    with problems.collecting():
-        dataset = load(path, directory / "cache", template, max_length=40)
-    assert all(line.startswith(str(path)) for line in problems.lines)
-    read = len(list(iter_records(locate(path), again, defaultdict(Counter))))
-    assert read + again.count == max(1, len(records))  # "no records" is a problem
-    if dataset is not None:
-        kept = len(set(dataset.numbers.tolist()))
-        assert kept + sum(dataset.dropped.values()) == read == len(records)
 
 
 # Datasets and the cache
 
-def test_examples_are_the_encoded_conversations(write, tmp_path):
-    path = write([{**ALPACA, "instruction": f"Say {i}", "output": "é" * i} for i in range(1, 50)])
-    conversations = [turns for _, turns in read_records(path)]
-    dataset = load(path, tmp_path / "cache", "alpaca", max_length=200)
+def test_examples_are_the_encoded_conversations(write, load):
+    conversations = [[("user", f"Say {i}"), ("assistant", "é" * i)] for i in range(1, 50)]
+    path = write(*({"instruction": q, "output": a} for (_, q), (_, a) in conversations))
+    dataset = load(path, "alpaca", max_length=200)
     for i, (ids, has_loss) in enumerate(
         encode_conversations(TOKENIZER, "alpaca", conversations[: len(dataset)], 200)
     ):
@@ -223,60 +38,38 @@ def test_examples_are_the_encoded_conversations(write, tmp_path):
         assert np.array_equal(getattr(dataset, name), getattr(in_memory, name))
 
 
-def test_unusable_records_are_counted_by_reason(write, tmp_path):
-    dataset = load(write([
+def test_unusable_records_are_counted_by_reason(write, load):
+    dataset = load(write(
         ALPACA, ALPACA, {**ALPACA, "output": " \n"}, {**ALPACA, "instruction": "x" * 64},
         {**ALPACA, "instruction": "x" * 60},
-    ]), tmp_path / "cache")  # fmt: skip
+    ))  # fmt: skip
     assert dataset.dropped == {"empty answer": 1, "no response token left after truncation": 1}
     assert dataset.numbers.tolist() == [1, 2, 5] and dataset.duplicates == 1
     assert example(dataset, 2)[1][-2:].tolist() == list(b"hi")  # cut before its end token
-    chats = [{"messages": CHAT["messages"] + [{"role": "user", "content": "bye"}]},
-             {"messages": [{"role": "user", "content": "nobody answers"}]}]
-    dataset = load(write(chats), tmp_path / "cache")
-    assert len(dataset) == 1 and dataset.dropped["empty answer"] == 1
+    ask, reply, bye = ({"role": role, "content": text} for role, text in (
+        ("user", "Say hi"), ("assistant", "hi"), ("user", "bye")))  # fmt: skip
+    empty = [], [bye], [ask, reply | {"content": None}], [ask, reply | {"weight": 0}]
+    dataset = load(write(*({"messages": chat} for chat in ([ask, reply, bye], *empty))))
+    assert len(dataset) == 1 and dataset.dropped["empty answer"] == 4
     assert bytes(example(dataset, 0)[0][1:-1].tolist()) == b"Say hi\nhi"
     with pytest.raises(ValueError, match="no records left: 1 dropped: empty answer"):
-        load(write([{"text": ""}]), tmp_path / "cache")
+        load(write({"text": ""}))
 
 
-def test_overlap_is_of_whole_records_and_of_prompts_but_for_case_and_spaces(write, tmp_path):
-    answers = [{**ALPACA, "output": "ho"}, {**ALPACA, "instruction": " say\n HI "}]
-    first = load(write([ALPACA, *answers, {**ALPACA, "input": "y"}], "a"), tmp_path / "cache")
-    other = load(write([ALPACA, {**ALPACA, "input": "x"}], "b"), tmp_path / "cache")
-    records, prompts = (part.tolist() for part in overlap(first, other))
-    assert records == [True, False, False, False] and prompts == [True, True, True, False]
-    rest = first.select(~overlap(first, other)[1])
-    assert rest.numbers.tolist() == [4] and not any(part.any() for part in overlap(rest, other))
-    assert bytes(example(rest, 0)[0][1:-1].tolist()) == b"Say hi\ny\nhi"
-
-
-def test_overlap_of_the_authors_files(asset, tmp_path):
-    train, val, test = (
-        load(asset(f"scalebio/data_tiny/{name}.json"), tmp_path, max_length=4096)
-        for name in ("train_alpaca", "val", "test")
-    )
-    shared = [[part.sum() for part in overlap(*pair)] for pair in ((val, train), (test, train))]
-    assert shared == [[5, 164], [8, 160]]
-    assert len(train) == 8993 and train.dropped["empty answer"] == 7
-
-
-def test_cache_is_built_once_and_mapped_again(write, tmp_path, monkeypatch):
-    path, cache = write([ALPACA] * 3), tmp_path / "cache"
-    built = load(path, cache)
+def test_cache_is_built_once_and_mapped_again(write, load, monkeypatch):
+    path = write(*[ALPACA] * 3)
+    built = load(path)
     monkeypatch.setattr(data, "_build_entry", None)  # another build would fail
-    again = load(path, cache)
+    again = load(path)
     assert isinstance(again.tokens, np.memmap)
     for name, value in vars(built).items():
         assert np.array_equal(getattr(again, name), value), name
-    moved = write([ALPACA] * 3, "other name")
-    assert load(moved, cache).path == str(moved)
-    for change in ({"max_length": 65}, {"template": "alpaca"}):
+    moved = write(*[ALPACA] * 3, name="other name")
+    assert load(moved).path == str(moved)
+    changed = write(*[ALPACA] * 4, name="changed")
+    for change in ({"max_length": 65}, {"template": "alpaca"}, {"path": changed}):
         with pytest.raises(TypeError):
-            load(path, cache, **change)
-    write([ALPACA] * 4)
-    with pytest.raises(TypeError):
-        load(path, cache)
+            load(**{"path": path} | change)
 
 
 @pytest.mark.parametrize("pattern, damage", [
@@ -288,10 +81,10 @@ def test_cache_is_built_once_and_mapped_again(write, tmp_path, monkeypatch):
     ("meta.json", lambda content: content.replace(b'answer": 1', b'answer": 2')),
 ])
 def test_damaged_cache_is_rebuilt_and_what_a_killed_build_left_is_cleared(
-    pattern, damage, write, tmp_path
+    pattern, damage, write, load, tmp_path
 ):
-    path, cache = write([ALPACA] * 3 + [{**ALPACA, "output": ""}]), tmp_path / "cache"
-    whole = vars(load(path, cache))
+    path, cache = write(*[ALPACA] * 3, {**ALPACA, "output": ""}), tmp_path / "cache"
+    whole = vars(load(path))
     entry, = cache.glob("*/")
     for file in sorted(entry.glob(pattern)):
         content = file.read_bytes()
@@ -300,7 +93,7 @@ def test_damaged_cache_is_rebuilt_and_what_a_killed_build_left_is_cleared(
             assert damage(content) != content
             file.write_bytes(damage(content))
         shutil.copytree(entry, entry.with_suffix(".tmp"))
-        for name, value in vars(load(path, cache)).items():
+        for name, value in vars(load(path)).items():
             assert np.array_equal(value, whole[name]), name
         assert file.read_bytes() == content
         assert list(cache.glob("*/")) == [entry]
@@ -309,11 +102,11 @@ def test_damaged_cache_is_rebuilt_and_what_a_killed_build_left_is_cleared(
 @pytest.mark.parametrize("name, value", [
     ("tokens", 10**6), ("lengths", -5), ("lengths", 2**62), ("numbers", None),
 ])  # fmt: skip
-def test_an_entry_that_training_would_trip_over_is_rebuilt(name, value, write, tmp_path):
+def test_an_entry_that_training_would_trip_over_is_rebuilt(name, value, write, load, tmp_path):
     """Its checksums are right: the folder may be shared."""
-    path, cache = write([ALPACA] * 3), tmp_path / "cache"
-    whole = vars(load(path, cache))
-    entry, = cache.glob("*/")
+    path = write(*[ALPACA] * 3)
+    whole = vars(load(path))
+    entry, = tmp_path.glob("cache/*/")
     file, meta = entry / f"{name}.bin", json.loads((entry / "meta.json").read_text())
     array = np.fromfile(file, data.ARRAYS[name])
     array[0] = value or 0
@@ -321,19 +114,19 @@ def test_an_entry_that_training_would_trip_over_is_rebuilt(name, value, write, t
     (array if value else array[1:]).tofile(file)
     meta["checks"] = data._checks(data._map_arrays(entry), meta["counts"])
     (entry / "meta.json").write_text(json.dumps(meta))
-    for name, value in vars(load(path, cache)).items():
+    for name, value in vars(load(path)).items():
         assert np.array_equal(value, whole[name]), name
 
 
-def test_one_process_builds_and_the_others_wait(write, tmp_path, monkeypatch):
-    path = write([{"text": f"{i}"} for i in range(500)])
+def test_one_process_builds_and_the_others_wait(write, load, monkeypatch):
+    path = write(*({"text": f"{i}"} for i in range(500)))
     context = multiprocessing.get_context("fork")
     builds, start, build = context.Queue(), context.Barrier(4), data._build_entry
     monkeypatch.setattr(data, "_build_entry", lambda *args: builds.put(1) or build(*args))
 
     def load_once():
         start.wait()
-        assert len(load(path, tmp_path / "cache")) == 500
+        assert len(load(path)) == 500
 
     workers = [context.Process(target=load_once) for _ in range(4)]
     for worker in workers:
@@ -345,21 +138,21 @@ def test_one_process_builds_and_the_others_wait(write, tmp_path, monkeypatch):
 
 
 def test_a_file_written_to_while_it_is_read_and_an_unwritable_cache_are_named(
-    write, tmp_path, monkeypatch
+    write, load, tmp_path, monkeypatch
 ):
-    path, read = write([ALPACA]), iter_records
+    path, read = write(ALPACA), data.iter_records
 
     def and_write(*args):
         yield from read(*args)
         with open(path, "a") as file:
-            file.write(GOOD)
+            file.write("more")
 
     monkeypatch.setattr(data, "iter_records", and_write)
     with pytest.raises(ValueError, match="was written to while it was read"):
-        load(path, tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("*/"))
+        load(path)
+    assert not list(tmp_path.glob("cache/*/"))
     with pytest.raises(ValueError, match="cannot write the cache"):
-        load(path, path)  # a file where the directory should be
+        load(path, cache=path)  # a file where the directory should be
 
 
 # Batches

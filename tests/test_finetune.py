@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import data
+import evaluate
 import train
 from cli import report
 from cli.flags import parse
@@ -68,6 +69,9 @@ def test_the_pipeline_and_the_files_it_leaves(pipeline, capsys):
         assert "losses.png" in pipeline.said.split("Files in tuned: ")[1]
     assert train.main([*pipeline.usual, "--out", "tuned"]) == 0
     assert "tuned is a finished run" in capsys.readouterr().out
+    judged = "loss --model tuned/model --data test.jsonl --max-length 64".split()
+    assert evaluate.main(judged) == 0
+    assert f"{table[-1]['test_loss']:.4f}" in capsys.readouterr().out
 
 
 def test_without_validation_records_the_loss_that_is_shown_is_of_training(pipeline):
@@ -166,21 +170,3 @@ def test_all_problems_are_printed_together(pipeline, refusal):
     assert line.startswith("--weights is missing: ")
     lines = refusal(["--weights", "uniform", "--repeat", "--out", "new"])
     assert len(lines) == 2 and all("goes with --mode finetune or draw" in line for line in lines)
-
-
-def test_the_name_of_out_and_the_note_on_a_short_source(pipeline):
-    assert parse(["--mode", "finetune"]).out == Path("runs/denoising-finetune-seed0")
-    found = prepare(parse([*pipeline.tune, "--weights", "a=1,b=0", "--samples", "90000"]), 1)
-    assert {name: len(part) for name, part in found.mixture.items()} == {"a": 40}
-    assert [note.split(":")[0] for note in found.notes] == ["a is short"]
-
-
-def test_the_plan_counts_one_copy(capsys):
-    plans = []
-    for mode in ("finetune", "bilevel"):
-        assert train.main(["--plan", "--json", "--mode", mode]) == 0
-        plans.append(json.loads(capsys.readouterr().out)["components"])
-    one, two = plans
-    for name in ("parameters", "masters", "AdamW moments"):
-        assert 2 * one[name] == two[name]
-    assert one["activations"] == two["activations"] and one["gradients"] < two["gradients"]

@@ -181,10 +181,10 @@ def test_draw_writes_the_records_themselves_and_trains_nothing(files, capsys):
 
 
 def test_a_draw_is_that_of_a_fine_tuning_run(files):
-    common = [*DRAW[2:], "--weights", "a=0.5,b=0.5", "--samples", "20", "--per-source", "15"]
+    common = [*DRAW[2:], "--weights", "a=0.8,b=0.2", "--samples", "20", "--per-source", "15"]
     drawn = [inputs.prepare(parse(["--mode", mode, *common]), 1) for mode in ("draw", "finetune")]
     one, other = ([*report.mixture_jsonl(each.mixture)] for each in drawn)
-    assert one == other and len(one) == 20
+    assert one == other and len(one) == 20 and drawn[0].notes[-2].startswith("a is short: ")
     assert [len(source) for source in drawn[0].sources.values()] == [15, 15]
 
 

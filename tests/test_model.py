@@ -294,6 +294,8 @@ def test_padding_neither_matters_nor_costs(case, checkpoint):
     assert [seen[0][0], seen[L][0]] == [2 * 30, 2 * 29]
     for one, other in (results[:2], results[1:3], results[3:]):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    ours.recompute = True  # activation checkpointing: the same bits
+    assert all(map(torch.equal, losses_and_grads(full, full), results[3]))
 
 
 @pytest.mark.parametrize("recompute", [False, True])

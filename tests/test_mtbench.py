@@ -21,7 +21,8 @@ import evaluate
 from grading import mtbench
 from grading.mtbench import Judge, Question
 from grading.replies import read
-from tests.test_evaluate import make_checkpoint, on_two_ranks
+from tests.forked import write_model
+from tests.test_evaluate import on_two_ranks
 
 QUESTIONS = [
     Question(n, category, (f"Q{n} first?", f"Q{n} second?"), reference)
@@ -354,7 +355,7 @@ def test_a_grade_that_the_answer_spells_is_not_the_judges(reply, score):
     assert mtbench.parse_score(reply, "Well.\n\nGrade: [[10]]") == score
 
 
-def test_fastchats_prompts_are_filled_in(tmp_path):
+def test_fastchats_prompts_are_filled_in(write):
     q, answers = QUESTIONS[2], ("my {one}", "my two")
     names = {"single-v1": "{question}|{answer}",
              "single-math-v1": "{question}|{ref_answer_1}|{answer}",
@@ -362,13 +363,7 @@ def test_fastchats_prompts_are_filled_in(tmp_path):
              "single-math-v1-multi-turn": "{ref_answer_2}|{answer_2}"}  # fmt: skip
     rows = [{"name": name, "system_prompt": f"S {name}", "prompt_template": text}
             for name, text in names.items()]  # fmt: skip
-    file = tmp_path / "prompts.jsonl"
-
-    def write(rows):
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    write(rows)
-    prompts = mtbench.read_prompts(file)
+    prompts = mtbench.read_prompts(write(*rows, name="prompts.jsonl"))
     system, user = mtbench.judge_messages(q, answers, 0, prompts)
     assert system["content"] == "S single-math-v1"
     assert user["content"] == "Q101 first?|R one|my {one}"
@@ -376,9 +371,8 @@ def test_fastchats_prompts_are_filled_in(tmp_path):
     second = mtbench.judge_messages(QUESTIONS[0], answers, 1, prompts)[1]["content"]
     assert second == "Q81 first?|my {one}|Q81 second?|my two"
     for spoilt in (rows[1:], [{**rows[0], "prompt_template": "{answer_a}"}, *rows[1:]]):
-        write(spoilt)
         with pytest.raises(ValueError, match="prompts.jsonl: lacks.* '(single-v1|answer_a)'$"):
-            mtbench.read_prompts(file)
+            mtbench.read_prompts(write(*spoilt, name="prompts.jsonl"))
 
 
 def test_table_has_means_and_standard_errors_by_category_and_turn():
@@ -401,23 +395,22 @@ def test_fastchats_files(asset):
     assert graded[0].reference[0].startswith("If you have just overtaken the second person")
 
 
-def test_bad_questions_are_named_by_line(tmp_path):
-    file = tmp_path / "q.jsonl"
-    file.write_text('{"question_id": 1, "category": "math", "turns": ["one"]}\n[]\n{"a": 2}\n')
+def test_bad_questions_are_named_by_line(write):
+    file = write({"question_id": 1, "category": "math", "turns": ["one"]}, [], {"a": 2})
     with pytest.raises(ValueError, match="two turns") as error:
         mtbench.read_questions(file)
     assert [line.split(":")[1] for line in str(error.value).splitlines()] == ["1", "2", "3"]
     fine = {"question_id": 1, "category": "math", "turns": ["one", "two"], "reference": ["a"]}
     for wrong in {"turns": "ab"}, {"reference": "4"}, {"reference": [None]}, {"category": None}:
         file.write_text(json.dumps(fine) + "\n" + json.dumps(fine | {"question_id": 2} | wrong))
-        with pytest.raises(ValueError, match="^[^\n]*q.jsonl:2: lacks [^\n]*$"):
+        with pytest.raises(ValueError, match=r"^[^\n]*jsonl:2: lacks [^\n]*$"):
             mtbench.read_questions(file)
 
 
 def test_answers_and_grades_from_two_ranks(server, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(mtbench.KEY, "sk-secret")
-    model = make_checkpoint(tmp_path)
+    model = write_model(Path("model"), template="plain")
     names = "question_id", "category", "turns", "reference"
     rows = [dict(zip(names, q, strict=True)) for q in QUESTIONS]
     Path("q.json").write_text(json.dumps(rows))

@@ -3,12 +3,11 @@
     python tests/test_plan.py table      # the table of docs/memory.md
 """
 
+import ctypes
 import functools
 import itertools
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,10 +26,11 @@ import train
 from benchmarks import speed
 from bilevel import PenaltyStep
 from cli import plan as planning
-from cli.flags import CARDS, Card
+from cli.flags import CARDS, RESERVED, Card
 from hf.families import ModelConfig
 from lisa import ENDS, local
 from model import DTYPES, parameter_shapes
+from tests.forked import call
 from tests.worker import AnonymousMemory
 
 ROOT = Path(__file__).parents[1]
@@ -171,6 +171,17 @@ def peak() -> list:
     return results
 
 
+def peak_of_several() -> list:
+    """As one of two ranks, and of four that are two replicas, of which there is one: gloo allocates
+    buffers of its own."""
+    results = []
+    for ranks in 2, 4:
+        dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+        results += peak()
+    return results
+
+
 def measured_step(
     penalty: PenaltyStep, config: ModelConfig, B: int, T: int, t: int = 0
 ) -> int | None:
@@ -205,8 +216,11 @@ def flat() -> list:
 
 
 def rss() -> list:
-    """(measured, planned) for GPT-2 124M in fp32, micro-batch 1 x 64: the second step."""
+    """(measured, planned) for GPT-2 124M in fp32, micro-batch 1 x 64: the second step, with an
+    allocator that gives back what is freed."""
     config = CONFIGS["GPT-2"]
+    for number, value in (-8, 1), (-3, 65536), (-1, 0):  # of arenas, from where mmap, trimmed
+        ctypes.CDLL(None).mallopt(number, value)
     memory = AnonymousMemory()
     penalty, settings = make(config, "--dtype fp32 --micro-batch-size 1 --lisa-interval 9")
     memory.peak = 0  # of loading
@@ -257,63 +271,45 @@ def sent() -> dict:
     return results
 
 
-MEASURES = {f.__name__: f for f in (state, turns, peak, flat, rss, sent)}
-
-
-def run(out: Path, what: str, ranks: int = 1, pretended: str = "", **env: str) -> list[dict]:
-    """Results of this file run as a script, {what: result} of each rank."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *torchrun * (ranks > 1), __file__, what, str(out), pretended]
-    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads(Path(f"{out}.{rank}.json").read_text()) for rank in range(ranks)]
-
-
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """What one rank has to say, in one process."""
-    return run(tmp_path_factory.mktemp("alone") / "results", "state,turns,flat,peak")[0]
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What each of two ranks has to say."""
-    return run(tmp_path_factory.mktemp("two") / "results", "state,sent", ranks=2)
+def results(tmp_path_factory):
+    """What one rank has to say, and each of two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("results"))
+        return call(1, state, turns, flat, peak, peak_of_several) + call(2, state, sent)
 
 
 # Tests
 
 
-def test_state_of_live_tensors_equals_the_plan_to_the_byte(alone, two):
+def test_state_of_live_tensors_equals_the_plan_to_the_byte(results):
     """bf16 and fp32, tied and untied, all that LISA may do with the ends; uneven shards; one copy
     on the device and one on the host."""
-    results = [r["state"] for r in (alone, *two)]
-    assert [len(r) for r in results] == [2 * 2 * 3] * 3 and len(alone["turns"]) == 2 * 2
-    for what, live, planned in sum(results, alone["turns"]):
+    states, turns = [r["state"] for r in results], results[0]["turns"]
+    assert [len(state) for state in states] == [2 * 2 * 3] * 3 and len(turns) == 2 * 2
+    for what, live, planned in sum(states, turns):
         assert live == planned, what
 
 
-def test_peak_matches_what_the_allocator_counts(alone, tmp_path):
+def test_peak_matches_what_the_allocator_counts(results):
     """Within 0.1% where activations matter, as in real runs; within 3% for batches of 8 tokens. And
     over twenty periods of LISA it is flat."""
-    results = alone["peak"]
-    for ranks in "24":  # two replicas of the four
-        results += run(tmp_path / ranks, "peak", pretended=ranks)[0]["peak"]
-    if None in [*(allocated for _, allocated, _ in results), *sum(alone["flat"], [])]:
+    peaks, flat = results[0]["peak"] + results[0]["peak_of_several"], results[0]["flat"]
+    if None in [*(allocated for _, allocated, _ in peaks), *sum(flat, [])]:
         assert torch.__version__ < "2.12", "a step does not give back all that it takes"
         pytest.skip(f"the profiler of torch {torch.__version__} loses memory events")
-    for what, allocated, planned in results:
+    for what, allocated, planned in peaks:
         tolerance = 1e-3 if "--max-length 64" in what else 0.03
         assert abs(planned - allocated) < tolerance * allocated, what
-    assert len(alone["flat"]) > 1 and all(len(set(peaks)) == 1 for peaks in alone["flat"])
+    assert len(flat) > 1 and all(len(set(of_block)) == 1 for of_block in flat)
 
 
-def test_where_there_is_room_a_pass_gathers_each_parameter_once(two):
+def test_where_there_is_room_a_pass_gathers_each_parameter_once(results):
     """Whatever the number of micro-batches, with what slopes need of layers that train, and to the
     same bits. The plan says how many bytes are sent; where parameters are not kept, on the average
     of the draws, and but for a tied head's direction."""
-    for found in (r["sent"] for r in two):
-        results = {case: r for case, r in found.items() if isinstance(r, list)}
+    for found in (r["sent"] for r in results[1:]):
+        results = {case: r for case, r in found.items() if isinstance(r, tuple)}
         assert len(results) == 8 and list(found.values()).count(True) == 2
         for case, (gathered, n_bytes, planned) in results.items():
             once, frozen = " True " in case, "frozen" in case
@@ -322,11 +318,9 @@ def test_where_there_is_room_a_pass_gathers_each_parameter_once(two):
             assert not once or not frozen or 1 <= gathered <= 1.1, case
 
 
-def test_resident_memory_of_124m_parameters_is_near_the_plan(tmp_path):
-    """Within 10%, with an allocator that gives back what is freed. Planned 2.59 GB, seen 2.60."""
-    settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
-                "MALLOC_TRIM_THRESHOLD_": "0"}  # fmt: skip
-    used, planned = run(tmp_path / "results", "rss", **settings)[0]["rss"]
+def test_resident_memory_of_124m_parameters_is_near_the_plan(own_folder):
+    """Within 10%. Planned 2.59 GB, seen 2.60."""
+    used, planned = call(1, rss)[0]["rss"]
     assert abs(used - planned) < 0.1 * planned
 
 
@@ -477,32 +471,46 @@ def test_copies_are_gathered_once_a_pass_where_there_is_room():
         assert flags["keep_gathered"] == whole
 
 
-def test_34b_on_eight_a40_waits_for_what_it_gathers(own_folder, capsys, refusal):
-    config = CONFIGS["Yi-34B"]
+def test_34b_on_eight_a40_waits_for_what_it_gathers():
     flags = FLAGS | {"activation_checkpointing": True}
     for card, B, bound in (
         ("A40", 1, planning.GATHERING), ("A40", 2, "products"), ("A100-80", 1, "products"),
     ):  # fmt: skip
         settings = flags | {"micro_batch_size": B}
-        assert planning.times(config, CARDS[card], **settings)[1] == bound
+        assert planning.times(CONFIGS["Yi-34B"], CARDS[card], **settings)[1] == bound
+
+
+def test_the_command_answers_in_words_and_in_json(own_folder, capsys, refusal):
     Path("c.json").write_text(json.dumps(MODELS["Yi-34B"]))
     Path("a.jsonl").write_text('{"text": "a b"}\n' * 640)
-    Path("v.jsonl").write_text('{"text": "c"}\n')
-    line = "--plan --model c.json --max-length 1024 --micro-batch-size 1 --card".split()
-    data = "--train a=a.jsonl --val v.jsonl --price 2 --json".split()
-    data += ["--activation-checkpointing"]
-    assert train.main([*line, "A40", *data]) == 0
-    answer = json.loads(capsys.readouterr().out)
+    line = "--plan --model c.json --max-length 1024 --micro-batch-size 1".split()
+
+    def asked(more: str, code: int = 0) -> str:
+        assert train.main([*line, *more.split()]) == code
+        return capsys.readouterr().out
+
+    text = asked("--gpus 8 --gpu-memory 48")
+    assert "fits" in text and "AdamW moments" in text and "peak" in text
+    answer = json.loads(asked("--gpu-memory 24 --json", code=1))
+    assert answer["fits"] is False and answer["peak"] > answer["persistent"] > 25e9
+    text, short = asked("--gpu-memory 24", code=1), answer["peak"] + RESERVED - 24e9
+    assert f"does not fit, {short / 1e9:.2f} GB too much" in text
+    assert "would fit with: --gpus" in text
+    answer = json.loads(asked("--card A40 --train a=a.jsonl --val val.jsonl --price 2 --json "
+                              "--activation-checkpointing"))  # fmt: skip
     assert answer["room"] == 46e9 and answer["hidden_from"] == 2 and answer["hidden_fits"]
     assert answer["steps"] == 10
     assert answer["hours"] * 360 == pytest.approx(answer["seconds"]["step"])
     assert answer["dollars"] == answer["hours"] * 8 * 2
-    assert train.main([*line, "A40"]) == 0
-    text = capsys.readouterr().out
+    text = asked("--card A40")
     assert "longer than gathering from --micro-batch-size 3, which does not fit" in text
     assert "for how many hours: --steps, or --train" in text
-    assert len(refusal([*line, "A40", "--dtype", "fp32"])) == 1
-    assert len(refusal([*line[:-1], "--price", "1"])) == 1
+    one, two = (json.loads(asked(f"--json --dtype fp32 --mode {mode}"))["components"]
+                for mode in ("finetune", "bilevel"))  # fmt: skip
+    assert all(two[name] == 2 * one[name] > 0 for name in ("parameters", "AdamW moments"))
+    assert one["activations"] == two["activations"] and one["gradients"] < two["gradients"]
+    for wrong in "--card A40 --dtype fp32", "--price 1", "--model nowhere.json":
+        assert len(refusal([*line, *wrong.split()])) == 1
 
 
 def fits(p: planning.Plan, card: float) -> bool:
@@ -532,19 +540,5 @@ def test_the_documents_have_the_table_of_the_public_models():
     assert any(table() in text for text in texts)
 
 
-def main(what: str, out: str = "", ranks: str = "") -> None:
-    if what == "table":
-        print(table())
-        return
-    torch.set_num_threads(1)
-    if ranks:  # gloo allocates buffers of its own: stand in for one of so many ranks
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=int(ranks))
-    else:
-        shard.start(timeout=120)
-    results = {name: MEASURES[name]() for name in what.split(",")}
-    Path(f"{out}.{dist.get_rank()}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    print(table())

@@ -14,16 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from cli.inputs import read_config
 from hf import pretrained
-from model import (
-    ModelConfig,
-    build,
-    from_pretrained,
-    random_weights,
-    read_tensors,
-    save_pretrained,
-)
+from model import from_pretrained, read_tensors, save_pretrained
 from tests.cases import CASES, batch, distance
-from tests.worker import FAMILIES
+from tests.worker import small
 
 
 @pytest.fixture
@@ -96,10 +89,9 @@ def test_writing_holds_one_file_of_tensors_and_the_next_tensor(checkpoint, tmp_p
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
 def test_every_file_of_a_model_is_readable_by_whom_the_umask_permits(mask, tmp_path):
-    config = ModelConfig.from_hf(FAMILIES["llama"])
     before = os.umask(mask)
     try:
-        save_pretrained(build(config, random_weights(config, 0)), tmp_path / "out")
+        save_pretrained(small(), tmp_path / "out")
     finally:
         os.umask(before)
     modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}

@@ -1,5 +1,6 @@
 """What is read of records, and that nothing they hold is lost in silence; files of other kinds."""
 
+import gzip
 import hashlib
 import http.server
 import json
@@ -8,14 +9,17 @@ import sys
 import threading
 import urllib.parse
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import data
 from hf import Problems
-from hf.tokenizer import byte_tokenizer
-from sources.records import iter_records, locate
+from sources.records import FORMATS, ROLE_OF, iter_records, locate
+from tests.cases import example
 
 ASK, REPLY = ("user", "Where do storks spend the winter?"), ("assistant", "In Africa.")
 TURNS = [ASK, REPLY]
@@ -23,24 +27,13 @@ BIRDS = ("system", "You know birds.")
 CHAT = [{"role": "user", "content": ASK[1]}, {"role": "assistant", "content": REPLY[1]}]
 SHARED = [{"from": "human", "value": ASK[1]}, {"from": "gpt", "value": REPLY[1]}]
 ALPACA = {"instruction": ASK[1], "output": REPLY[1]}
+GOOD = json.dumps(ALPACA)
+DEEP = "[" * 100_000
 PARTS = [{"type": "text", "text": "In "}, {"type": "text", "text": "Africa."}]
 
 
 def lines(*records) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
-
-
-@pytest.fixture
-def write(tmp_path):
-    """write(record, …) is the path of JSON Lines with them; write(content) of a file with it."""
-
-    def make(*content, name="birds.jsonl"):
-        first = content[0]
-        text = first if isinstance(first, (str, bytes)) else lines(*content)
-        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        return tmp_path / name
-
-    return make
 
 
 def read(path):
@@ -110,6 +103,8 @@ def test_each_format_gives_the_same_turns(record, write):
     ({"messages": None}, []),
     ({**ALPACA, "output": None}, [ASK, ("assistant", "")]),
     ({"messages": [CHAT[0], {"role": "assistant", "content": None}]}, [ASK, ("assistant", "")]),
+    ({"tools": None, "images": [], "chosen": "", "messages": [
+        CHAT[0], {**CHAT[1], "tool_calls": None, "reasoning_content": ""}]}, TURNS),
 ])  # fmt: skip
 def test_what_stands_beside_a_turn_is_used(record, turns, write):
     assert read(write(record)) == ([turns], {})
@@ -125,47 +120,166 @@ def test_a_turn_of_weight_0_has_no_loss(weights, role, write):
     assert read(write({"messages": messages})) == ([[ASK, (role, REPLY[1])]], {})
 
 
+def test_a_new_format_is_a_row(write, monkeypatch):
+    rows = "talk", {"user": "asked", "assistant": "said"}
+    monkeypatch.setattr("sources.records.FORMATS", FORMATS + rows)
+    for record in ({"talk": CHAT}, {"asked": ASK[1], "said": REPLY[1]}):
+        assert read(write(record)) == ([TURNS], {})
+
+
+@pytest.mark.parametrize("content, second", [
+    (f"{GOOD}\n\n{GOOD}", 3),
+    (f"\ufeff{GOOD}\r\n\r\n{GOOD}\r\n", 3),
+    (f"[{GOOD},\n\n{GOOD}]", 2),
+    (f"\ufeff \n[{GOOD}\r\n,\r\n {GOOD}]\r\n\r\n", 2),
+])  # fmt: skip
+def test_arrays_and_lines_are_recognised_by_content(content, second, write, load):
+    """A record goes by its line in JSON Lines, by its number in an array."""
+    for path in (write(content), write(gzip.compress(content.encode()), name="packed")):
+        assert read(path) == ([TURNS, TURNS], {})
+        assert load(path).numbers.tolist() == [1, second]
+
+
 LOST = " would be lost"
 
 
-def test_a_key_that_comes_twice_would_lose_one(tmp_path):
-    path = tmp_path / "twice.jsonl"
-    path.write_text('{"text": "one"}\n{"text": "two", "text": "three"}\n')
-    with pytest.raises(ValueError, match="twice.jsonl:2: broken JSON: the key 'text' comes twice"):
-        read(path)
-
-
-@pytest.mark.parametrize("record, problem", [
-    ({"messages": CHAT, "tools": [{"name": "map"}]}, f"'tools'{LOST}"),
-    ({"messages": [CHAT[0], {**CHAT[1], "tool_calls": [{"id": 1}]}]},
-     f"'messages[1].tool_calls'{LOST}"),
-    ({"messages": [CHAT[0], {**CHAT[1], "reasoning_content": "Birds."}]},
-     f"'messages[1].reasoning_content'{LOST}"),
-    ({"conversations": [SHARED[0], {**SHARED[1], "thinking": "Birds."}]},
-     f"'conversations[1].thinking'{LOST}"),
-    ({**ALPACA, "images": ["stork.png"]}, f"'images'{LOST}"),
-    ({"prompt": ASK[1], "chosen": REPLY[1], "rejected": "No."}, LOST),
-    ({"messages": CHAT, "label": False}, f"'label'{LOST}"),
-    ({"prompt": ASK[1], "completion": REPLY[1], "label": False}, f"'label'{LOST}"),
-    ({"text": "Storks clatter.", "role": "assistant"}, f"'role'{LOST}"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+@pytest.mark.parametrize("content, place, problem", [
+    # what is no JSON
+    (f'{GOOD}\n{{"instruction": \n{GOOD}', ":2", "broken JSON"),
+    (f'[{GOOD},\n{{"output": "cut', ":2", "broken JSON: Unterminated string"),
+    (f'[{GOOD},\n{{"instruction": 1,,}}]', ":2", "broken JSON"),
+    (f"[{GOOD},\n{GOOD}", ":2", "broken JSON: Expecting ',' delimiter"),
+    (f"[{GOOD}\n{GOOD}]", ":2", "broken JSON: Expecting ',' delimiter"),
+    (f"[{GOOD},]", ":1", "broken JSON"),
+    (f"[{GOOD}]\n{GOOD}", ":2", "broken JSON: Extra data"),
+    (f'{GOOD[:-1]},\n"id": 1}}\n{GOOD}', ":3", "broken JSON: Extra data"),
+    (f'{GOOD}\n{{"text": {DEEP}}}', ":2", "nested too deep"),
+    (f"[{GOOD},\n{DEEP}", ":1", "nested too deep"),
+    (f'{GOOD}\n{{"text": {"1" * 5000}}}', ":2", "broken JSON: Exceeds the limit"),
+    (f'[{GOOD},\n{{"text": {"1" * 5000}}}]', ":1", "broken JSON: Exceeds the limit"),
+    ('{"text": "a"}\n{"text": "b", "text": "c"}', ":2", "broken JSON: the key 'text' comes twice"),
+    (b'{"text": "a"}\n\0\0', ":2", "broken JSON"),
+    (b'{"text": "a"}\n{"text": "\xff"}', ":2", "broken UTF-8"),
+    ('{"text": "\\ud800"}', ":1", "lone surrogate"),
+    # what is no record, or another than the first
+    (f'[{GOOD}, {GOOD}, {{"instruction": "a"}}]', ": record 3", "lacks 'output'"),
+    (f"{GOOD}\n17", ":2", "the record is int, not an object"),
+    ("17\n", ":1", "the record is int, not an object"),
+    ("{}", ":1", "unknown record, of keys none"),
+    ('\n{"asked": "x", "said": "y"}', ":2", "unknown record, of keys 'asked', 'said'"),
+    (f'{GOOD}\n{{"question": "x", "answer": "y"}}', ":2", "lacks 'instruction'"),
+    (f'{GOOD}\n{{"instruction": 3, "output": "x"}}', ":2", "'instruction' is int, not a string"),
+    (f'{GOOD}\n{{"instruction": "a", "output": true}}', ":2", "'output' is bool"),
+    (f'{GOOD}\n{{"instruction": "a", "input": [7], "output": "b"}}', ":2", "'input' is int"),
+    ({"messages": "Where?"}, ":1", "unknown record, of keys 'messages'"),
+    ({"messages": {"role": 1}}, ":1", "unknown record, of keys 'messages'"),
+    ({"messages": [7]}, ":1", "unknown record, of keys 'messages'"),
+    ({"messages": [{"role": "user"}]}, ":1", "lacks 'messages[0].content'"),
+    (lines({"messages": CHAT}, {"messages": "x"}), ":2", "'messages' is str, not a list"),
+    (lines({"messages": CHAT}, {"messages": [7]}), ":2", "'messages[0]' is int, not a message"),
+    ({"messages": [{"role": "user", "content": 5}]}, ":1", "'messages[0].content' is int, not a"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, ":1",
      "'messages[0].content' is image_url, not a string"),
-    ({"messages": [CHAT[0], {**CHAT[1], "weight": 0.5}]}, "'messages[1].weight' is 0.5: permitted"),
-    ({"messages": [{"role": "system", "content": "Other"}, *CHAT], "system": BIRDS[1]},
+    ({"items": [{"from": "bird", "value": "x"}]}, ":1", "'items[0].from' is 'bird', not one of"),
+    # what has no place in a turn
+    ({"messages": CHAT, "tools": [{"name": "map"}]}, ":1", f"'tools'{LOST}"),
+    ({"messages": [CHAT[0], {**CHAT[1], "tool_calls": [{"id": 1}]}]}, ":1",
+     f"'messages[1].tool_calls'{LOST}"),
+    ({"messages": [CHAT[0], {**CHAT[1], "reasoning_content": "Birds."}]}, ":1",
+     f"'messages[1].reasoning_content'{LOST}"),
+    ({"conversations": [SHARED[0], {**SHARED[1], "thinking": "Birds."}]}, ":1",
+     f"'conversations[1].thinking'{LOST}"),
+    ({**ALPACA, "images": ["stork.png"]}, ":1", f"'images'{LOST}"),
+    ({"prompt": ASK[1], "chosen": REPLY[1], "rejected": "No."}, ":1", LOST),
+    ({"messages": CHAT, "label": False}, ":1", f"'label'{LOST}"),
+    ({"prompt": ASK[1], "completion": REPLY[1], "label": False}, ":1", f"'label'{LOST}"),
+    ({"text": "Storks clatter.", "role": "assistant"}, ":1", f"'role'{LOST}"),
+    ({"messages": [CHAT[0], {**CHAT[1], "weight": 0.5}]}, ":1",
+     "'messages[1].weight' is 0.5: permitted"),
+    ({"messages": [{"role": "system", "content": "Other"}, *CHAT], "system": BIRDS[1]}, ":1",
      "two system texts"),
-    ({**ALPACA, "system": "Other", "system_prompt": BIRDS[1]}, "two system texts"),
-    ({**ALPACA, "history": ["Do storks sing?"]}, "'history[0]' is not a question and its answer"),
-    ({"messages": "Where?"}, "unknown record, of keys 'messages'"),
-    *[({"prompt": prompt, "response": REPLY[1]}, f"'prompt' is an object of {keys}, not a text")
+    ({**ALPACA, "system": "Other", "system_prompt": BIRDS[1]}, ":1", "two system texts"),
+    *[({"prompt": prompt, "response": REPLY[1]}, ":1", f"'prompt' is an object of {keys}, not a")
       for prompt, keys in (([CHAT[0]], "'role', 'content'"), (CHAT[0], "'role', 'content'"),
                            ([{"type": "text", "value": "?"}], "'type', 'value'"))],
+    ({**ALPACA, "history": ["Do storks sing?"]}, ":1",
+     "'history[0]' is not a question and its answer"),
+    # files that hold none
+    ("", "", "no records"),
+    (" \n \n", "", "no records"),
+    ("[ ]", "", "no records"),
+    (Path(), "", "not a regular file"),
+    (Path("none"), "", "No such file"),
+    (b"\x1f\x8bnot gzip", "", "Unknown compression"),
+    (gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-20], "", "end-of-stream"),
+    (b"\x28\xb5\x2f\xfd" + bytes(9), "", "is compressed by zstd"),
+    (GOOD.encode("utf-16"), "", "is in UTF-16"),
+    (GOOD.encode("utf-16-le"), "", "is in UTF-16"),
+    (b"ARROW1\0\0", "", "is in Arrow's format"),
+    (b"\xff\xff\xff\xff\x10\0", "", "is in Arrow's format"),
+    (b"PK\x03\x04", "", "is a zip archive"),
+    ("instruction,output\nWhere,There\n", "", "CSV"),
+    ("question\tanswer\nWhere\tThere\n", "", "CSV"),
+    (b"PAR1 but not really", "", "Parquet"),
 ])  # fmt: skip
-def test_what_cannot_be_trained_on_is_refused_by_name_and_line(record, problem, write):
-    path = write(record)
-    with pytest.raises(ValueError) as refusal:
-        read(path)
-    line, = str(refusal.value).splitlines()
-    assert line.startswith(f"{path}:1: ") and problem in line
+def test_what_cannot_be_read_is_refused_in_a_line(content, place, problem, write, load, tmp_path):
+    path = tmp_path / content if isinstance(content, Path) else write(content)
+    for call in read, load:
+        with pytest.raises(ValueError) as refusal:
+            call(path)
+        line, = str(refusal.value).splitlines()
+        assert line.startswith(f"{path}{place}: ") and problem in line and len(line) < 500
+    assert not list(tmp_path.glob("cache/*/"))  # nothing is cached
+
+
+HOSTILE = ["<|endoftext|> </s> <bos> [INST] <0x0A>", "nul \0 bell \a", "x" * 1_000_000, DEEP,
+           "\ufeff bom \r\n crlf \u2028 line separator", '"}\n{"text": "injected"}']
+
+
+@pytest.mark.parametrize("as_array", [True, False])
+def test_hostile_texts_stay_text(as_array, write, load):
+    """Megabytes in a line, control characters, what looks like control tokens or like JSON."""
+    records = [json.dumps({"text": text}, ensure_ascii=as_array) for text in HOSTILE]
+    content = f"[{','.join(records)}]" if as_array else "\r\n".join(records)
+    dataset = load(write(gzip.compress(content.encode())), max_length=2**21)
+    for i, text in enumerate(HOSTILE):
+        assert example(dataset, i)[0].tolist() == [256, *text.encode(), 257]
+
+
+text = st.text(st.characters(codec=None), max_size=12) | st.sampled_from(["", " ", "<bos>", "\0"])
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=6,
+)
+role = st.sampled_from([*ROLE_OF, "tool"]) | anything
+message = st.fixed_dictionaries(
+    {}, optional={"role": role, "from": role, "content": text | anything, "value": text | anything}
+)
+keys = ("instruction", "input", "output", "text", "conversations", "items", "messages", "history",
+        "system", "tools", "question", "answer")  # fmt: skip
+record = st.fixed_dictionaries(
+    {}, optional={key: text | st.lists(message, max_size=3) | anything for key in keys}
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(record | anything, max_size=6), st.booleans(), st.sampled_from(["alpaca", "plain"]))
+def test_any_record_is_kept_counted_or_named(tmp_path_factory, records, as_array, template):
+    directory = tmp_path_factory.mktemp("fuzz")
+    path = directory / "x.json"
+    as_array = as_array or isinstance((records or [0])[0], list)  # "[" opens an array
+    path.write_text(json.dumps(records) if as_array else "\n".join(map(json.dumps, records)))
+    problems, again, dataset = Problems(), Problems(), None
+    with problems.collecting():
+        tokenizer = data.byte_tokenizer()
+        dataset = data.load_dataset(path, tokenizer, template, 40, directory / "cache")
+    assert all(line.startswith(str(path)) for line in problems.lines)
+    read = len(list(iter_records(locate(path), again, defaultdict(Counter))))
+    assert read + again.count == max(1, len(records))  # "no records" is a problem
+    if dataset is not None:
+        kept = len(set(dataset.numbers.tolist()))
+        assert kept + sum(dataset.dropped.values()) == read == len(records)
 
 
 def test_what_is_wrong_with_many_records_is_said_of_five_and_counted(write):
@@ -179,18 +293,12 @@ def test_what_is_wrong_with_many_records_is_said_of_five_and_counted(write):
     assert said[-1].startswith(f"{path}: 4 more: 'tools' would be lost")
 
 
-def test_keys_that_hold_nothing_are_no_reason_to_refuse(write):
-    empty = {"tools": None, "images": [], "chosen": ""}
-    said = {**CHAT[1], "tool_calls": None, "reasoning_content": ""}
-    assert read(write({**empty, "messages": [CHAT[0], said]})) == ([TURNS], {})
-
-
-def test_other_keys_are_noted_once_a_file_with_their_count(write, tmp_path):
+def test_other_keys_are_noted_once_a_file_with_their_count(write, load):
     records = [{**ALPACA, "id": n, "topic": "storks" if n else ""} for n in range(3)]
     path = write(*records, {**ALPACA, "text": "All of it."})
     assert read(path)[1] == {"id": 3, "topic": 2, "text": 1}
     for _ in range(2):  # built, and from the cache
-        dataset = data.load_dataset(path, byte_tokenizer(), "plain", 64, tmp_path / "cache")
+        dataset = load(path)
         assert dataset.remarks() == [
             "keys that are not read: id (3 records), topic (2 records), text (1 records)",
             "3 records are repetitions",
@@ -201,27 +309,19 @@ def test_other_keys_are_noted_once_a_file_with_their_count(write, tmp_path):
     }
 
 
-def test_text_that_spells_control_tokens_is_noted(write, tmp_path):
+def test_text_that_spells_control_tokens_is_noted(write, load):
     path = write({"text": "<bos>one<eos> and <eos>"}, {"text": "<eos>"}, {"text": "<bo s>"})
-    dataset = data.load_dataset(path, byte_tokenizer(), "plain", 64, tmp_path / "cache")
+    dataset = load(path)
     assert dataset.remarks() == [
         "text that spells control tokens, taken as text: <eos> (2 records), <bos> (1 records)"
     ]
 
 
-def test_empty_answers_and_conversations_are_dropped_and_counted(write, tmp_path):
-    records = [{"messages": CHAT}, {"messages": []}, {"messages": CHAT[:1]},
-               {"messages": [CHAT[0], {"role": "assistant", "content": None}]},
-               {"messages": [CHAT[0], {**CHAT[1], "weight": 0}]}]  # fmt: skip
-    dataset = data.load_dataset(write(*records), byte_tokenizer(), "plain", 64, tmp_path / "cache")
-    assert len(dataset) == 1 and dataset.dropped["empty answer"] == 4
-
-
 @pytest.mark.parametrize("max_length", [2, 3, 7, 29, 30, 31])
-def test_long_text_is_cut_into_pieces_that_predict_every_token_once(max_length, write, tmp_path):
+def test_long_text_is_cut_into_pieces_that_predict_every_token_once(max_length, write, load):
     text = "Storks return to their nest."
     path = write({"text": text}, {"text": "Or not."})
-    dataset = data.load_dataset(path, byte_tokenizer(), "plain", max_length, tmp_path / "cache")
+    dataset = load(path, max_length=max_length)
     whole = [[256, *t.encode(), 257] for t in (text, "Or not.")]
     predicted = {1: [], 2: []}
     for i, number in enumerate(dataset.numbers.tolist()):
@@ -234,14 +334,14 @@ def test_long_text_is_cut_into_pieces_that_predict_every_token_once(max_length, 
     assert dataset.remarks() == cut * (n_cut > 0) and dataset.duplicates == 0
 
 
-def test_conversations_that_are_cut_off_are_counted(write, tmp_path):
+def test_conversations_that_are_cut_off_are_counted(write, load):
     """But for those of which no answer is left, which are dropped."""
     turns = [(role, content) for n in (3, 20) for role, content in (("user", "q"), ("a", "x" * n))]
     records = [
         {"messages": [{"role": "assistant" if role == "a" else role, "content": content}
                       for role, content in turns[:n]]} for n in (2, 4)
     ] + [{"messages": [{"role": "user", "content": "q" * 90}, CHAT[1]]}]  # fmt: skip
-    dataset = data.load_dataset(write(*records), byte_tokenizer(), "plain", 24, tmp_path / "cache")
+    dataset = load(write(*records), max_length=24)
     assert dataset.lengths.tolist() == [len(dataset.stored(0)), 24]
     assert dataset.remarks() == [
         "1 records dropped: no response token left after truncation",
@@ -249,38 +349,18 @@ def test_conversations_that_are_cut_off_are_counted(write, tmp_path):
     ]  # fmt: skip
 
 
-def test_any_two_keys_can_be_named(write, tmp_path):
+def test_any_two_keys_can_be_named(write, load):
     record = {"Q": ASK[1], "A": REPLY[1], "instruction": "x", "output": "y"}
     path = f"{write(record)}:prompt=Q,answer=A"
     assert read(path) == ([TURNS], {"instruction": 1, "output": 1})
     assert read(path.partition(":")[0])[0] == [[("user", "x"), ("assistant", "y")]]
-    named, plain = (data.load_dataset(p, byte_tokenizer(), "plain", 64, tmp_path / "cache")
-                    for p in (path, path.partition(":")[0]))  # fmt: skip
+    named, plain = map(load, (path, path.partition(":")[0]))
     assert named.path == path and named.sha256 != plain.sha256
     with pytest.raises(ValueError, match=":1: lacks 'B'"):
         read(f"{write(record)}:prompt=Q,answer=B")
 
 
 # Files
-
-@pytest.mark.parametrize("content, said", [
-    (b"\x28\xb5\x2f\xfd" + bytes(9), "is compressed by zstd"),
-    (lines(ALPACA).encode("utf-16"), "is in UTF-16"),
-    (lines(ALPACA).encode("utf-16-le"), "is in UTF-16"),
-    (b"ARROW1\0\0", "is in Arrow's format"),
-    (b"\xff\xff\xff\xff\x10\0", "is in Arrow's format"),
-    (b"PK\x03\x04", "is a zip archive"),
-    ("instruction,output\nWhere,There\n", "CSV"),
-    ("question\tanswer\nWhere\tThere\n", "CSV"),
-    (b"PAR1 but not really", "Parquet"),
-])  # fmt: skip
-def test_the_first_bytes_tell_what_a_file_is(content, said, write):
-    path = write(content)
-    with pytest.raises(ValueError) as refusal:
-        read(path)
-    line, = str(refusal.value).splitlines()
-    assert line.startswith(f"{path}: ") and said in line
-
 
 @pytest.fixture
 def parquet(tmp_path):
@@ -296,14 +376,11 @@ def parquet(tmp_path):
     return make
 
 
-def test_parquet_is_read_in_pieces_like_lines(parquet, write, tmp_path):
+def test_parquet_is_read_in_pieces_like_lines(parquet, write, load):
     records = [{"messages": CHAT, "tools": None, "id": n} for n in range(1100)]
     records[5] = {"messages": [], "tools": None, "id": 5}
     records[9] = {"messages": [CHAT[0], {**CHAT[1], "weight": 0}], "tools": None, "id": 9}
-    datasets = [
-        data.load_dataset(path, byte_tokenizer(), "plain", 64, tmp_path / "cache")
-        for path in (parquet(records), write(*records))
-    ]
+    datasets = [load(path) for path in (parquet(records), write(*records))]
     for name in ("tokens", "lengths", "hashes", "numbers", "dropped", "notes"):
         assert np.array_equal(*(getattr(dataset, name) for dataset in datasets)), name
     records[1099] = {"messages": CHAT, "tools": [{"name": "map"}], "id": 1099}

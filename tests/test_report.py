@@ -215,6 +215,7 @@ def test_a_tracker_is_shown_every_number(tmp_path, monkeypatch, capsys):
 
 def test_a_run_that_goes_on_does_so_in_its_tracker(own_folder, monkeypatch):
     """And one that branches off is a run of its own."""
+    monkeypatch.setattr(train, "draw_picture", lambda flags: [])
     asked = []
 
     def log(row, step):
@@ -328,7 +329,10 @@ def test_verdict_says_what_differs_and_what_to_do(snr, differs, said):
     assert [name for name, flag in result["differs"].items() if flag] == differs
     lines = "\n".join(report.verdict(result))
     assert all(words in lines for words in said)
-    assert "too short to tell anything" in report.verdict(told(snr, steps=49))[0]
+    assert told(snr, report.SHORT)["differs"] == result["differs"]
+    short = told(snr, report.SHORT - 1)
+    assert not any(short["differs"].values())
+    assert "too short to tell anything" in report.verdict(short)[0]
 
 
 def test_chance_gets_above_the_threshold_in_one_run_of_a_hundred():

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import train
 from cli import flags as flags_of_train
-from cli.flags import RESERVED, Flags, parse
+from cli.flags import Flags, parse
 from cli.inputs import prepare, source_paths
 from lisa import ENDS
 from model import DTYPES, build, from_pretrained, random_weights
+from tests.cases import example
 from tests.forked import FLAGS, assert_same, done, rows, run, saved, write_model
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +64,8 @@ def test_denoising_orders_the_sources(refusal):
     weights, (before, after) = result["weights"], result["test_loss"]
     assert weights["clean"] > max(weights["shuffled"], weights["junk"]) + 0.1
     assert sum(weights.values()) == pytest.approx(1) and after < 0.5 * before
+    assert result.keys() >= {"weights_se", "gap", "gap_se", "snr"}
+    assert result["differs"].keys() == weights.keys()
     assert all(text in said for text in ("held-out test loss", "█")) and "elsewhere" not in said
     ahead = "20 steps of 48 training and 32 validation samples: about "
     assert said.index(ahead) < said.index("evaluating 384 test records\n") < said.index(" steps, ")
@@ -95,23 +98,12 @@ def test_runs_from_a_shell_and_as_the_one_rank_of_a_launcher(monkeypatch):
     assert not torch.equal(trained.embed.weight, first.embed.weight)
 
 
-def test_gpt2_with_its_tokenizer_on_real_records(asset):
-    """A random one of two small layers."""
-    write_model(Path("gpt2"), "gpt2", n_embd=16, n_head=2, n_layer=2, vocab_size=50257)
-    Path("gpt2/tokenizer_config.json").unlink()
-    shutil.copy(asset("tokenizers/gpt2/tokenizer.json"), "gpt2")
-    Path("some").mkdir()
-    for name in ("train_alpaca", "train_gpt4_alpaca", "val"):
-        records = json.loads(asset(f"scalebio/data_tiny/{name}.json").read_text())
-        write_json(Path("some", f"{name}.json"), records[:100])  # tokenised sooner than all
-    done(*QUICK, "--out", "out", flags="--model gpt2 --train some --val some/val.json".split())
-    assert list(rows("out")[-1]["weights"]) == ["alpaca", "gpt4_alpaca"]
-
-
 def test_overlap_is_a_warning_with_counts():
     records = [{"instruction": f"say {n}", "output": "yes"} for n in range(30)]
     other = [{"instruction": f"  SAY {n}", "output": "no"} for n in (7, 18, 21)]
-    parts = {"a": records[:20], "v": records[18:22], "t": [*records[2:5], *records[25:], *other]}
+    with_input = records[2] | {"input": "loudly"}  # another prompt
+    parts = {"a": [*records[:20], with_input], "v": records[18:22],
+             "t": [*records[2:5], *records[25:], *other]}  # fmt: skip
     for name, some in parts.items():
         write_json(Path(f"{name}.json"), some)
     args = "--train a=a.json --val v.json --test t.json --val-batch-size 2".split()
@@ -125,7 +117,9 @@ def test_overlap_is_a_warning_with_counts():
     assert [note.rpartition(": ")[2] for note in kept.notes[-3:]] == [
         "dropped from train", "dropped from train", "dropped from val",
     ]  # fmt: skip
-    assert [len(found.sources["a"]) for found in (all_of, kept)] == [20, 14]
+    assert [len(found.sources["a"]) for found in (all_of, kept)] == [21, 15]
+    (left,) = (i for i, n in enumerate(kept.sources["a"].numbers) if n == 21)
+    assert b"say 2\nloudly\nyes" in bytes(example(kept.sources["a"], left)[0][1:-1].tolist())
     assert [len(found.val) for found in (all_of, kept)] == [4, 2]
 
 
@@ -184,13 +178,6 @@ def test_nonfinite_loss_stops_or_is_passed_over(sound, more):
     assert [row["step"] for row in rows("out") if not row["finite"]] == [step]
     assert bad["weights"] == before["weights"]
     assert_same("out", "straight")
-
-
-def test_activation_checkpointing_changes_nothing():
-    done(*QUICK, "--out", "plain")
-    done(*QUICK, "--out", "recomputed", "--activation-checkpointing")
-    for a, b in zip(rows("plain"), rows("recomputed"), strict=True):
-        assert a["source_loss_w"] == b["source_loss_w"] and a["grad_norm_w"] == b["grad_norm_w"]
 
 
 def limit_memory() -> None:
@@ -252,18 +239,29 @@ TOO_LONG = "[Errno 36] File name too long: 'x"
         ({"--train": ["a=twins"]}, "--train a=twins: a folder, whose train_* files are sources"),
         ({"--task": "graded"}, "--task graded contradicts --train: "),
         ({"--tau": "2"}, "--tau 2.0: needs --outer-rounds"),
-        ({"--epochs": "2", "--steps": "2"}, "--epochs and --steps both say how long it takes"),
         ({"--mode": "finetune", "--weights": "uniform", "--also": "c=val.jsonl"},
          "--val val.jsonl has the same records as --also c"),
         ({"--val-batch-size": "0"}, "--val-batch-size 0: "),
+        ({"--val-batch-size": "1000001"}, "--val-batch-size 1000001: permitted is"),
+        ({"--batch-size": "100000000"}, "--batch-size 100000000: permitted is a whole number"),
+        ({"--micro-batch-size": "10000000"}, "--micro-batch-size 10000000: permitted is"),
         ({"--steps": "0"}, "--steps 0: "),
+        ({"--steps": "9" * 9, "--outer-rounds": "9" * 9},
+         "--steps and --outer-rounds make 1e+18 steps: permitted are 1e9"),
+        ({"--epochs": "9" * 9, "--batch-size": "1"}, "--steps and --outer-rounds make 8e+10 steps"),
         ({"--alpha": "nan"}, "--alpha nan: "),
+        ({"--alpha": "1e308"}, "--alpha 1e+308: "),
+        ({"--lr-lambda": "1e308"}, "--lr-lambda 1e+308: permitted is"),
         ({"--seed": "-1"}, "--seed -1: "),
         ({"--seed": str(2**32)}, "--seed 4294967296: "),
-        ({"--alpha": "1e308"}, "--alpha 1e+308: "),
         ({"--tau": "1e5", "--outer-rounds": "3"}, "--tau 100000.0: "),
+        ({"--tau": "0.1", "--outer-rounds": "1000"}, "--tau 0.1: permitted is what leaves alpha"),
+        ({"--resume": "loop"}, "--resume loop: no such directory"),
+        ({"--mode": "finetune", "--weights": "uniform", "--samples": "9" * 9, "--repeat": []},
+         "--samples 999999999: "),
         ({"--template": "llama3"}, "--template llama3: "),
         ({"--model": "no/such/model"}, "no/such/model: "),
+        ({"--model": "short"}, "--template plain: the token '<eos>' has the id 257: the embedding"),
         ({"--model": "run"}, "run/config.json: is of a run: its model is in the directory model"),
     ],
 )
@@ -271,6 +269,8 @@ def test_refusals(sound, refusal, change, expected):
     held_out = Path("val.jsonl").read_text().splitlines()
     Path("as-val.jsonl").write_text("\n".join(some := held_out[:5]))
     Path("array.json").write_text(f"[{','.join(held_out[::-1])}]")
+    Path("loop").symlink_to("loop")
+    write_model(Path("short"), vocab_size=200)
     Path("twins").mkdir()
     Path("run").mkdir()
     write_json(Path("run/config.json"), {"flags": {}, "versions": {}})
@@ -303,39 +303,21 @@ OWN = "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfo
       "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 
 
-@pytest.mark.parametrize("source, template, why", [
-    (..., "alpaca", "which the model was trained with"),  # as write_model says
-    (OWN, "own", "the chat template of the checkpoint"),
-    (None, "alpaca", "as the checkpoint has no chat template"),
-])  # fmt: skip
-def test_the_template_is_the_models_own_and_the_run_says_so(sound, source, template, why):
-    sound |= {"--train": ["a=chat.json"], "--template": "auto", "--max-length": "256"}
-    write_model(Path("checkpoint"), max_position_embeddings=256)
-    if source is not ...:
-        chat_template(Path(sound["--model"]), source)
-    write_json(Path("chat.json"), [{"instruction": "Count.", "output": "one two"}] * 9)
-    short = "--steps 2 --batch-size 4 --val-batch-size 4 --lisa-layers 1".split()
-    said = done(*flags(sound), *short, flags=[])
-    assert f"note: --template auto: {template}, {why}" in said
-    saved = json.loads(Path("out/model/tokenizer_config.json").read_text())
-    assert saved["scalebio_template"] == template
-    assert (saved["chat_template"] == OWN) == (template == "own")
-    assert json.loads(Path("out/config.json").read_text())["flags"]["template"] == template
-
-
 def test_a_run_goes_on_with_the_template_it_began_with(sound, refusal):
     model = Path(sound["--model"])
     chat_template(model, OWN)
-    sound["--template"] = "auto"
-    done(*flags(sound), *"--steps 2 --save-every 1 --lisa-layers 1".split(), flags=[])
+    argv = flags(sound | {"--template": "auto", "--steps": "2", "--save-every": "1"})
+    assert "note: --template auto: own, the chat template of" in done(*argv, flags=[])
+    saved = json.loads(Path("out/model/tokenizer_config.json").read_text())
+    assert (saved["scalebio_template"], saved["chat_template"]) == ("own", OWN)
+    assert json.loads(Path("out/config.json").read_text())["flags"]["template"] == "own"
     shutil.rmtree("out/model")
-    more = [*flags(sound), *"--steps 2 --save-every 1 --lisa-layers 1".split()]
-    assert "goes on from" in done(*more, flags=[])
+    assert "goes on from" in done(*argv, flags=[])
     shutil.rmtree("out/model")
     chat_template(model, "{# anew #}" + OWN)
-    assert [line.split(": ")[1] for line in refusal(more)] == ["the tokenizer has changed"]
+    assert [line.split(": ")[1] for line in refusal(argv)] == ["the tokenizer has changed"]
     chat_template(model, None)
-    assert "--template was own, now alpaca" in refusal(more)[0]
+    assert "--template was own, now alpaca" in refusal(argv)[0]
 
 
 def test_a_vocabulary_may_have_more_ids_than_the_embedding_if_none_is_used(sound, refusal):
@@ -350,27 +332,6 @@ def test_a_vocabulary_may_have_more_ids_than_the_embedding_if_none_is_used(sound
     assert refusal(flags(sound)) == [
         "train_a.jsonl: the token 'zebra' has the id 258: the embedding has only 258 rows"
     ]
-
-
-def spoil_tensors(folder: Path) -> None:
-    """One is missing, one too many, and one of another shape."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file) | {"model.odd": torch.zeros(2), "model.norm.weight": torch.zeros(7)}
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, file)
-
-
-@pytest.mark.parametrize("spoil, expected", [
-    (spoil_tensors, ["model.layers.1.mlp.up_proj.weight", "model.odd", "model.norm.weight"]),
-    (lambda folder: (folder / "model.safetensors").unlink(), ["safetensors"]),
-    (lambda folder: (folder / "config.json").write_text("{"), ["config.json"]),
-    (lambda folder: write_model(folder, vocab_size=200),
-     ["the embedding has only 200 rows"]),
-])  # fmt: skip
-def test_spoilt_checkpoints(sound, refusal, spoil, expected):
-    spoil(Path(sound["--model"]))
-    lines = refusal(flags(sound))
-    assert [sum(words in line for line in lines) for words in expected] == [1] * len(lines)
 
 
 def test_an_out_that_holds_something_else_is_left_alone(sound, refusal):
@@ -439,7 +400,8 @@ def test_flags_may_stand_in_a_file(capsys):
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("flags", [["--seed", "1e3"], ["--sed", "1"], ["--lr-lambda", "x"]])
+@pytest.mark.parametrize("flags", [["--seed", "1e3"], ["--sed", "1"], ["--lr-lambda", "x"],
+                                   ["--steps", "2", "--epochs", "2"]])  # fmt: skip
 def test_flags_that_cannot_be_read_are_refused_in_a_line(capsys, flags):
     with pytest.raises(SystemExit) as stopped:
         train.main(flags)
@@ -457,25 +419,6 @@ def test_compile_without_a_compiler_is_refused_in_a_line(refusal, monkeypatch):
 def test_a_tracker_that_is_missing_is_refused_in_a_line(refusal, monkeypatch):
     monkeypatch.setattr(flags_of_train, "find_spec", lambda name: None)
     assert refusal(["--report-to", "trackio"]) == ["--report-to trackio: pip install trackio"]
-
-
-def test_plan_from_a_config_alone(capsys, refusal):
-    shapes = json.loads((ROOT / "tests/models.json").read_text())
-    Path("config.json").write_text(json.dumps(shapes["Yi-34B"]))
-    args = "--plan --model config.json --gpus 8 --max-length 1024 --micro-batch-size 1".split()
-
-    def plan(*more: str, code: int) -> str:
-        assert train.main([*args, *more]) == code
-        return capsys.readouterr().out
-
-    text = plan("--gpu-memory", "48", code=0)
-    assert "fits" in text and "AdamW moments" in text and "peak" in text
-    answer = json.loads(plan("--gpu-memory", "24", "--json", code=1))
-    assert answer["fits"] is False and answer["peak"] > answer["persistent"] > 25e9
-    text, short = plan("--gpu-memory", "24", code=1), answer["peak"] + RESERVED - 24e9
-    assert f"does not fit, {short / 1e9:.2f} GB too much" in text
-    assert "would fit with: --gpus" in text
-    assert len(refusal(["--plan", "--model", "nowhere.json"])) == 1
 
 
 def test_contradictory_flags_of_a_plan_are_refused_together(refusal):

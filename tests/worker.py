@@ -1,10 +1,7 @@
-"""What the distributed tests run, on one process or under torchrun. Not a test itself.
+"""What the tests of sharded models run on each rank, by forked.call. Not a test itself.
 
-    torchrun --nproc_per_node=2 tests/worker.py trajectories,bf16,dense OUT FOLDER
-    python tests/worker.py make OUT CHECKPOINT
-    torchrun --nproc_per_node=2 tests/worker.py load OUT CHECKPOINT
-
-Each rank writes its results, {what: result}, to OUT.<rank>.pt.
+    python tests/worker.py make CHECKPOINT
+    torchrun --nproc_per_node=2 tests/worker.py load CHECKPOINT
 """
 
 import contextlib
@@ -31,7 +28,14 @@ from cli.inputs import prepare
 from hf import pretrained
 from hf.families import ModelConfig
 from lisa import Lisa, local
-from model import build, from_pretrained, parameter_shapes, random_weights, read_tensors
+from model import (
+    Transformer,
+    build,
+    from_pretrained,
+    parameter_shapes,
+    random_weights,
+    read_tensors,
+)
 from tests.cases import GPT2_SIZES, SIZES
 
 VOCAB = data.byte_tokenizer().n_vocab
@@ -62,17 +66,25 @@ FAMILIES = {
 SGD = functools.partial(torch.optim.SGD, momentum=0.9)
 
 
+def small(
+    family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes
+) -> Transformer:
+    """A small random model of a family, with fields of its configuration changed."""
+    config = ModelConfig.from_hf(FAMILIES[family] | changes)
+    return build(config, random_weights(config, seed), dtype)
+
+
 def trajectory(
-    checkpoint: str, dtype: str, micro: int, pad_to: int, steps: int = 5, *flags: str
+    family: str, dtype: str, micro: int, pad_to: int, steps: int = 5, *flags: str
 ) -> dict:
     """Every parameter of w and u, and λ, after a few steps of train.py's own loop, on the records
-    beside the checkpoint."""
-    settings = dtype, micro, pad_to, steps, dist.get_world_size(), shard.GATHER_ONCE_BYTES
-    out = Path(checkpoint, "-".join(map(str, [*settings, *flags])))
-    records = Path(checkpoint).with_name("records")
+    and the checkpoint of this name here. A run whose copies take turns is stopped after the first
+    step, and gone on with."""
+    settings = family, dtype, micro, pad_to, steps, dist.get_world_size(), shard.GATHER_ONCE_BYTES
+    out = Path("-".join(map(str, [*settings, *flags])))
     args = train.parse(
-        f"--model {checkpoint} --train {records} --val {records}/val.jsonl "
-        f"--test {records}/test.jsonl --template plain --steps {steps} --dtype {dtype} "
+        f"--model {family} --train records --val records/val.jsonl "
+        f"--test records/test.jsonl --template plain --steps {steps} --dtype {dtype} "
         f"--max-length 64 --lr-w 1e-3 --lr-u 1e-3 --lr-lambda 2e-2 --lambda-z 0 "
         f"--lisa-interval 2 --lisa-layers 1 --alpha 1 --batch-size 32 --val-batch-size 32 "
         f"--micro-batch-size {micro} --out {out}".split()
@@ -82,7 +94,7 @@ def trajectory(
     dist.barrier()  # no rank writes before all have looked
     out.mkdir(exist_ok=True)
     with mock.patch("data.padding", lambda: pad_to):
-        if flags:  # stopped after the first step, and gone on with
+        if "--cpu-offload" in flags:
             with contextlib.suppress(train.Stopped):
                 train.train(args, inputs, torch.device("cpu"), signals=[signal.SIGTERM])
         penalty = train.train(args, inputs, torch.device("cpu"), signals=[])
@@ -94,18 +106,19 @@ def trajectory(
     return parameters | {"lam": penalty.sources.lam.detach()}
 
 
-def trajectories(folder: str) -> dict:
-    """By family, dtype, micro-batch size and padding; and after one step, by dtype."""
+GRADIENT, DIFFERENCE = ("--gap", "gradient"), ("--gap", "difference")
+
+
+def trajectories() -> dict:
+    """In fp64 by family, micro-batch size and padding; and after one step, by dtype."""
     sizes = [(4, 8), (16, 32)] if dist.get_world_size() == 1 else [(8, 8)]
-    found = {
-        (family, dtype, *size): trajectory(f"{folder}/{family}", dtype, *size)
-        for family in ("gpt2", "llama") for dtype in ("fp64", "fp32") for size in sizes
-    }  # fmt: skip
+    found = {(family, *size): trajectory(family, "fp64", *size, 5, *gap) for size in sizes
+             for family, gap in (("gpt2", GRADIENT), ("llama", DIFFERENCE))}  # fmt: skip
     dtypes = "fp32", "bf16"
-    return found | {dtype: trajectory(f"{folder}/gpt2", dtype, 8, 8, 1) for dtype in dtypes}
+    return found | {dtype: trajectory("gpt2", dtype, 8, 8, 1, *DIFFERENCE) for dtype in dtypes}
 
 
-def offload(folder: str) -> list[list[dict]]:
+def offload() -> list[list[dict]]:
     """The same trajectory with both copies on the device; and with turns, a stop and a resume. The
     second with another optimiser than AdamW."""
     sgd, results = functools.partialmethod(Lisa.__init__, optimizer=SGD), []
@@ -114,12 +127,12 @@ def offload(folder: str) -> list[list[dict]]:
     ):  # fmt: skip
         shard.GATHER_ONCE_BYTES = once << 30
         with mock.patch.object(Lisa, "__init__", init):
-            results.append([trajectory(f"{folder}/{family}", dtype, 8, 8, 3, *flags)
+            results.append([trajectory(family, dtype, 8, 8, 3, *GRADIENT, *flags)
                             for flags in ((), ("--cpu-offload",))])  # fmt: skip
     return results
 
 
-def compiled(_: str) -> tuple[float, float, int]:
+def compiled() -> tuple[float, float, int]:
     """Compiled blocks against eager ones over widths, batch sizes and LISA's draws, slopes taken or
     not: the worst difference of a loss or a slope, how far the weights end apart, and how many
     graphs there are."""
@@ -182,7 +195,7 @@ def backward(model, *seeds: int) -> None:
         model(batch(seed).tokens, batch(seed).labels).sum().backward()
 
 
-def dense(_: str) -> dict:
+def dense() -> dict:
     """Sharded against dense models: relative differences, by what was compared."""
     differ = {}
     once = [(family, True) for family in ("gpt2", "llama", "llama-tied")]
@@ -201,7 +214,7 @@ def dense(_: str) -> dict:
         cut.zero_grad()
         whole.zero_grad()
         differ[(*key, "after evaluation, switch, step")] = interleaved(*pairs)
-        out = Path(sys.argv[2]).with_name(f"{family}-{gather_once}")
+        out = Path(f"{family}-{gather_once}")
         shard.save(cut, out, lambda path: None)
         read = from_pretrained(out, torch.float64)
         differ[(*key, "saved")] = difference(read.parameters(), whole.parameters())
@@ -230,7 +243,7 @@ def interleaved(cut: list, whole: list) -> float:
     return max(worst, difference(cut[0].parameters(), whole[0].parameters()))
 
 
-def bf16(_: str) -> dict:
+def bf16() -> dict:
     """Sharded bf16 against dense bf16, through switches of LISA: how far apart the weights end, in
     terms of how far they moved."""
     result = {}
@@ -306,13 +319,7 @@ def load(path: str) -> dict:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    what, path = sys.argv[1:]
     shard.start(timeout=120)
-    what, out, path = sys.argv[1:]
-    do = {f.__name__: f for f in (trajectories, offload, compiled, dense, bf16, make, load)}
-    result = {name: do[name](path) for name in what.split(",")}
-    if what in ("make", "load"):
-        print(f"rank {dist.get_rank()}: {result[what]}")
-    torch.save(result, f"{out}.{dist.get_rank()}.pt")
+    print(f"rank {dist.get_rank()}: {(make if what == 'make' else load)(path)}")
     dist.destroy_process_group()
-    shard.exit_now(0)
