@@ -434,7 +434,7 @@ def weight_lines(result: dict) -> list[str]:
     return [
         *table(rows, "  ± weight  gap of w and u      differs"), "",
         "± weight: standard error, by how the gaps swung in this run" + (
-            "." if result["lasting_errors"] else
+            "." if result.get("lasting_errors", result["step"] >= 100) else
             f": from {2 * SourceWeights.block} steps on; here from their samples alone."
         ),
         "gap: the loss under w less that under u, at the end: low is good.",
