@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import resource
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -408,6 +410,13 @@ def test_flags_that_cannot_be_read_are_refused_in_a_line(capsys, flags):
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and not out
     assert flags[0] in err and len(err.splitlines()) == 1
+
+
+def test_a_held_out_loss_that_is_not_finite_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(train.evaluate, "loss", lambda *_: SimpleNamespace(mean=math.nan))
+    assert train.main("--steps 2 --batch-size 8 --val-batch-size 8 --out out".split()) == 0
+    assert "\nheld-out test loss: not finite after\n" in capsys.readouterr().out
+    assert [row["test_loss"] for row in rows("out")] == [None, None]
 
 
 def test_compile_without_a_compiler_is_refused_in_a_line(refusal, monkeypatch):
